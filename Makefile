@@ -1,0 +1,78 @@
+# make demo    train, sample and evaluate on handwritten digits; says where the pictures are
+# make test    lint, types, import contracts, all tests but the slow ones, and a short run of the demo
+# make test-all    the same with the slow tests;   make lint, make bench, make clean
+#
+# Each sets up its own environment under .venv/ first, and again when what it was made from changes. By variable:
+#   PYTHON=python3.12            the Python (3.10 or later) to make environments with
+#   TORCH=torch==2.12.0          another torch
+#   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
+#   JOBS=2                       test processes; every core otherwise
+
+SHELL := bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= python3
+SYSTEM_SITE_PACKAGES ?= 0
+TORCH ?= $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),torch>=2.11,torch==2.13.0)
+JOBS ?= auto
+
+DEMO := .venv/demo
+TEST := .venv/test
+EXTRAS_demo := digits,plot
+EXTRAS_test := test,peer,datasets,tensorboard
+NATIVE := pyproject.toml setup.py $(shell find csrc -type f)
+
+# one test process a core, so one thread each
+PYTEST = OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(JOBS)
+SUMMARY := $(TEST)/summary.txt
+
+.PHONY: demo test test-all smoke lint bench clean FORCE
+.SECONDARY:
+
+demo: $(DEMO)/installed
+	$(DEMO)/bin/python examples/digits.py --out demo
+
+test: lint
+	set -o pipefail; $(PYTEST) | tee $(SUMMARY)
+	$(MAKE) --no-print-directory smoke
+	@tail -n 1 $(SUMMARY)
+
+test-all: lint
+	set -o pipefail; $(PYTEST) --run-slow | tee $(SUMMARY)
+	$(MAKE) --no-print-directory smoke
+	@tail -n 1 $(SUMMARY)
+
+smoke: $(TEST)/installed
+	out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(TEST)/bin/python examples/digits.py --smoke --out "$$out"
+
+lint: $(TEST)/installed
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/mypy
+	$(TEST)/bin/lint-imports
+
+bench: $(TEST)/installed
+	$(TEST)/bin/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds
+
+clean:
+	rm -rf .venv build dist *.egg-info demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+	rm -f fastddpm/_C.*.so fastddpm/_native_reason.txt
+	find fastddpm tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The package, editable. The tests need the native module; the demo takes it where it can be built.
+.venv/%/installed: .venv/%/ready $(NATIVE)
+	FASTDDPM_REQUIRE_NATIVE=$(if $(filter test,$*),1,0) .venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]'
+	touch $@
+
+# An environment with torch and what setup.py needs; made anew when it is asked for with another Python or torch.
+.venv/%/ready: .venv/%.wanted
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'fastddpm needs Python 3.10 or later: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo '$(PYTHON) cannot make virtual environments; install its venv package (on Debian: apt install python3-venv)' >&2; exit 1; }
+	rm -rf .venv/$*
+	$(PYTHON) -m venv $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),--system-site-packages) .venv/$*
+	.venv/$*/bin/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
+	touch $@
+
+.venv/%.wanted: FORCE
+	@mkdir -p .venv
+	@echo '$(PYTHON) $(TORCH) $(SYSTEM_SITE_PACKAGES)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH) $(SYSTEM_SITE_PACKAGES)' >$@

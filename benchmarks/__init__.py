@@ -1,0 +1,1 @@
+"""Timings of the ops against eager PyTorch: ``pytest benchmarks --benchmark-only``."""

@@ -1,0 +1,101 @@
+"""Checks that every op's interface shares. A user only ever sees an error written here or beside the signature it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
+    """Expect a tensor of one of the given dtypes."""
+    _check_tensor(op, name, x)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{op}: expected {name} of dtype {_names(dtypes)}, got {x.dtype}; convert it with .to(dtype)")
+
+
+def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    """Expect a tensor of one of the given shapes."""
+    _check_tensor(op, name, x)
+    if tuple(x.shape) not in (shape, *others):
+        wanted = " or ".join(str(list(s)) for s in (shape, *others))
+        raise ValueError(f"{op}: expected {name} of shape {wanted}, got {list(x.shape)}; pass a tensor of that shape")
+
+
+def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Expect a dense [B, C, H, W] tensor, NCHW or NHWC in memory, of one of these dtypes."""
+    check_dtype(op, name, x, *dtypes)
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: expected {name} of shape [B, C, H, W], got {list(x.shape)}; reshape it to four dimensions"
+        )
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(
+            f"{op}: expected {name} to be dense in NCHW or NHWC order, got strides {list(x.stride())} for shape "
+            f"{list(x.shape)}; call .contiguous(memory_format=torch.channels_last) or .contiguous() on it first"
+        )
+
+
+def check_rows(op: str, name: str, x: Any, *columns: int) -> None:
+    """Expect a tensor [rows], or [rows, columns] where columns are given, of any number of rows."""
+    _check_tensor(op, name, x)
+    if tuple(x.shape[1:]) != columns or x.dim() == 0:
+        wanted = ", ".join(str(n) for n in ("rows", *columns))
+        raise ValueError(
+            f"{op}: expected {name} of shape [{wanted}], got {list(x.shape)}; pass a tensor with {1 + len(columns)} dimensions of that shape"
+        )
+
+
+def check_device(op: str, like: Tensor, **tensors: Tensor | float | None) -> None:
+    """Expect all tensors on the device of ``like``; numbers and None are passed over."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.device != like.device:
+            raise ValueError(
+                f"{op}: expected {name} on {like.device}, got {x.device}; move it there with .to({str(like.device)!r})"
+            )
+
+
+def check_scalar(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
+    """Expect a number (an int, where the dtype is int64), or a tensor [] of one of these dtypes."""
+    if isinstance(x, Tensor):
+        check_shape(op, name, x, ())
+        check_dtype(op, name, x, *dtypes)
+    elif not isinstance(x, int if dtypes == (torch.int64,) else (int, float)):
+        kind = "an int" if dtypes == (torch.int64,) else "a number"
+        raise TypeError(
+            f"{op}: expected {name} to be {kind} or a tensor [] of dtype {_names(dtypes)}, got {type(x).__name__}; "
+            f"pass one of these"
+        )
+
+
+def check_draw(op: str, batch: int, like: Tensor, seed: Any, sample: Any, step: Any) -> None:
+    """Expect what counter-based noise needs: a seed, the sample index of each row, and a step."""
+    if seed is None or sample is None or step is None:
+        missing = ", ".join(n for n, v in (("seed", seed), ("sample", sample), ("step", step)) if v is None)
+        raise ValueError(
+            f"{op}: expected seed, sample and step together to draw noise, got no {missing}; "
+            f"pass all three, or the noise itself"
+        )
+    check_scalar(op, "seed", seed, torch.int64)
+    check_scalar(op, "step", step, torch.int64)
+    if isinstance(seed, int) and not 0 <= seed < 2**64:
+        raise ValueError(f"{op}: expected seed in [0, 2^64), got {seed}; choose a non-negative 64-bit integer")
+    if isinstance(step, int) and not 0 <= step < 2**32:
+        raise ValueError(f"{op}: expected step in [0, 2^32), got {step}; the counter of the noise has 32 bits for it")
+    check_shape(op, "sample", sample, (batch,))
+    check_dtype(op, "sample", sample, torch.int64)
+    check_device(op, like, seed=seed, sample=sample, step=step)
+
+
+def _check_tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: expected {name} to be a torch.Tensor, got {type(x).__name__}; make one with torch.as_tensor(...)"
+        )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,126 @@
+"""Which implementation of an op runs, and why.
+
+An op is a package ``fastddpm/ops/<op>/`` whose ``interface.py`` holds one `Op`. Its implementations are modules beside it: ``reference.py`` (always
+there, the specification), ``native_impl.py`` and ``triton_impl.py``. Each has ``forward(...)`` and answers ``unsupported(...)`` with the reason, in
+words, why it cannot run on these arguments, or with None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+BACKENDS = ("native", "triton", "reference")
+_forced: str | None = None
+
+
+class Op:
+    """One op: its name and the implementations that stand beside its interface, in order of preference.
+
+    Args:
+        package: ``__package__`` of the op's interface.
+        reference: the imported reference module; the others are imported on first use.
+        prefer: backends in the order in which they are tried when none is forced.
+    """
+
+    def __init__(self, package: str, reference: ModuleType, prefer: tuple[str, ...] = BACKENDS) -> None:
+        self.package = package
+        self.name = package.rpartition(".")[2]
+        self.prefer = prefer
+        folder = Path(str(reference.__file__)).parent
+        self.present = ("reference", *(b for b in BACKENDS if (folder / f"{b}_impl.py").exists()))
+        self.loaded: dict[str, ModuleType] = {"reference": reference}
+
+    def implementation(self, backend: str) -> ModuleType:
+        """The module of a backend that is `present`, imported when first asked for."""
+        if backend not in self.loaded:
+            self.loaded[backend] = importlib.import_module(f"{self.package}.{backend}_impl")
+        return self.loaded[backend]
+
+    def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
+        """Why this backend cannot run on these arguments, in words; None where it can."""
+        if backend not in self.present:
+            return f"this version of fastddpm has no {backend} implementation of {self.name}"
+        if backend == "reference":
+            return None
+        reason: str | None = self.implementation(backend).unsupported(**arguments)
+        return reason
+
+    def choose(self, **arguments: Any) -> ModuleType:
+        """The implementation to run: the forced one, else the first of `prefer` that can.
+
+        Raises:
+            NotImplementedError: a backend is forced and cannot run; the message gives its reason.
+        """
+        if _forced is not None:
+            reason = self.reason_against(_forced, arguments)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"{self.name}: expected a case that the forced backend {_forced!r} can run, got: {reason}; "
+                    f"leave the use_backend block, or see fastddpm.explain({self.name}, ...)"
+                )
+            return self.implementation(_forced)
+        for backend in self.prefer:
+            if backend in self.present and self.reason_against(backend, arguments) is None:
+                return self.implementation(backend)
+        raise AssertionError(f"{self.name}: the reference runs everywhere")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Force one implementation of every op inside a ``with`` block, for the whole process.
+
+    Args:
+        backend: "reference", "triton" or "native".
+
+    Raises:
+        ValueError: no backend of that name exists.
+        NotImplementedError: raised by an op inside the block that the forced backend cannot run, with its reason.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"use_backend: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}; choose one of these"
+        )
+    before = _forced
+    _forced = backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Print, and return, which implementation of an op would run on these arguments, and why the others would not.
+
+    Args:
+        op: an op of this package, such as ``fastddpm.q_sample``.
+        *args, **kwargs: what the op would be called with.
+
+    Raises:
+        TypeError: ``op`` is not an op of fastddpm, or the arguments do not fit its signature.
+    """
+    holder = getattr(sys.modules.get(getattr(op, "__module__", "")), "OP", None)
+    if not isinstance(holder, Op):
+        raise TypeError(
+            f"explain: expected op to be an op of fastddpm.ops, got {op!r}; pass for example fastddpm.q_sample"
+        )
+    bound = inspect.signature(op).bind(*args, **kwargs)
+    bound.apply_defaults()
+    order = (*holder.prefer, *(backend for backend in BACKENDS if backend not in holder.prefer))
+    reasons = {backend: holder.reason_against(backend, bound.arguments) for backend in order}
+    candidates = (_forced,) if _forced is not None else holder.prefer
+    chosen = next((b for b in candidates if reasons[b] is None), None)
+    lines = [f"{holder.name}" + (f" (forced: {_forced})" if _forced is not None else "")]
+    for backend in order:
+        note = "chosen" if backend == chosen else "can run" if reasons[backend] is None else reasons[backend]
+        lines.append(f"  {backend:<10} {note}")
+    text = "\n".join(lines)
+    print(text)
+    return text

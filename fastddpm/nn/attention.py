@@ -1,0 +1,50 @@
+"""Self-attention over the pixels of a feature map, with a residual connection.
+
+    z = groupnorm(x), as H*W tokens of C channels
+    q, k, v = z W_q^T + b_q, z W_k^T + b_k, z W_v^T + b_v, each split in heads of d channels
+    y = x + softmax(q k^T / sqrt(d)) v W_o^T + b_o
+
+The attention of the U-Net of Ho et al. 2020 (appendix B), with the heads of Vaswani et al. 2017 (section 3.2) as in
+Nichol and Dhariwal 2021.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import GroupNormSiLU
+
+
+class SelfAttention(nn.Module):
+    """Attention of every pixel to every other.
+
+    The three projections are stored as one: rows 0..C-1 of ``qkv.weight`` make the queries, the next C the keys, the
+    last C the values; in each of them head h owns the channels h*d .. (h+1)*d - 1.
+
+    Args:
+        channels: C, divisible by num_groups and by num_heads.
+        num_heads: number of heads; d = C / num_heads.
+        num_groups, eps: of the group norm.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNormSiLU(channels, num_groups, eps, activation=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same; channels_last x is rearranged nowhere, and the result is channels_last."""
+        b, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
+        heads = (b, h * w, self.num_heads, c // self.num_heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, d]
+        y = self.proj(y.transpose(1, 2).reshape(b, h * w, c))
+        out: Tensor = x + y.view(b, h, w, c).permute(0, 3, 1, 2)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"

@@ -1,0 +1,152 @@
+"""The parts of the U-Net: residual block, downsampling and upsampling.
+
+Residual block (Ho et al. 2020, appendix B), e being what it takes of the time embedding:
+
+    h = conv1(silu(groupnorm(x)));   h = conv2(drop(silu(groupnorm(h + e))));   y = shortcut(x) + h
+
+With scale and shift (Nichol and Dhariwal 2021; "adaptive group normalization" in Dhariwal and Nichol 2021, section 3.1)
+e = [scale, shift] and
+
+    h = conv2(drop(silu(groupnorm(h) * (1 + scale) + shift)))
+
+conv1 runs without its bias. The bias, and e in the first form, reach the second norm as one bias per channel, which the
+norm adds on its way.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import GroupNormSiLU
+
+Padding = Literal["same", "symmetric"]
+PADDINGS: tuple[str, ...] = get_args(Padding)
+
+
+class DropoutKey(NamedTuple):
+    """Where dropout draws: seed, int or int64 []; index of each sample, int64 [B]; step, int or int64 []."""
+
+    seed: Tensor | int
+    sample: Tensor
+    step: Tensor | int
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the timestep.
+
+    Args:
+        in_channels, out_channels: both divisible by num_groups. Where they differ the shortcut is a 1x1 convolution.
+        num_groups, eps: of both group norms.
+        scale_shift: condition by scale and shift after the second norm, not by a bias before it.
+        dropout: probability in [0, 1), in training.
+        layer: number of the block in its network, >= 0: each draws dropout of its own.
+        resample: "down" averages 2x2 pixels, "up" repeats each pixel 2x2, on both branches, on the main one after the
+            first activation (Dhariwal and Nichol 2021, section 3).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        *,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        layer: int = 0,
+        resample: Literal["down", "up"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift, self.dropout, self.layer, self.resample = scale_shift, dropout, layer, resample
+        self.embedding_width = 2 * out_channels if scale_shift else out_channels
+        self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: [B, in_channels, H, W].
+            e: projection of the time embedding, [B, embedding_width]: a bias, or scale then shift.
+            key: where dropout draws; needed in training with dropout > 0.
+
+        Returns: [B, out_channels, H', W'], where H' is H, H / 2 ("down") or 2H ("up"), W' likewise.
+        """
+        bias = self.conv1.bias
+        assert bias is not None
+        scale, shift = e.chunk(2, dim=1) if self.scale_shift else (None, None)
+        noise = key._asdict() if key is not None else {}
+
+        h = F.conv2d(self._resampled(self.norm1(x)), self.conv1.weight, padding=1)
+        h = self.norm2(
+            h,
+            channel_bias=bias if self.scale_shift else bias + e,
+            scale=scale,
+            shift=shift,
+            dropout=self.dropout if self.training else 0.0,
+            layer=self.layer,
+            **noise,
+        )
+        x = self._resampled(x)
+        out: Tensor = (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
+        return out
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return _repeat_pixels(x)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"scale_shift={self.scale_shift}, dropout={self.dropout}, layer={self.layer}, resample={self.resample}"
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a 3x3 convolution of stride 2.
+
+    Args:
+        channels: C.
+        padding: "same" adds zeros at the right and the bottom (Ho et al. 2020, whose framework pads so), "symmetric" on
+            every side (Nichol and Dhariwal 2021).
+    """
+
+    def __init__(self, channels: int, padding: Padding = "same") -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W], H and W even, to [B, C, H / 2, W / 2]."""
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Double height and width: each pixel is repeated 2x2, then a 3x3 convolution (Ho et al. 2020).
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, 2H, 2W]."""
+        out: Tensor = self.conv(_repeat_pixels(x))
+        return out
+
+
+def _repeat_pixels(x: Tensor) -> Tensor:
+    # A 1x1 map is NCHW and NHWC at once, and the strides that say which are lost on the way; then B*C elements are
+    # copied so that the result is channels_last. Any other channels_last map passes untouched.
+    return F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")

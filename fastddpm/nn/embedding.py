@@ -1,0 +1,91 @@
+"""The timestep as a vector: sinusoids of geometric frequencies, then two linear layers.
+
+    e(t) = [sin(w_0 t) .. sin(w_{d/2-1} t), cos(w_0 t) .. cos(w_{d/2-1} t)],   w_i = 10000^(-i / (d/2 - 1))     "ddpm"
+    e(t) = [cos(w_0 t) .. cos(w_{d/2-1} t), sin(w_0 t) .. sin(w_{d/2-1} t)],   w_i = 10000^(-i / (d/2))         "adm"
+    embedding(t) = W_2 silu(W_1 e(t) + b_1) + b_2
+
+The sinusoid is that of Vaswani et al. 2017 (section 3.5); "ddpm" is its form in Ho et al. 2020, "adm" that in improved
+DDPM (Nichol and Dhariwal 2021) and ADM (Dhariwal and Nichol 2021). A network trained with one is wrong, without an
+error, with the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Embedding = Literal["ddpm", "adm"]
+EMBEDDINGS: tuple[str, ...] = get_args(Embedding)
+
+
+def sinusoidal_embedding(
+    t: Tensor, channels: int, kind: Embedding = "ddpm", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The sinusoids of the timestep, e(t) in the equations of this module.
+
+    Args:
+        t: timesteps, integer or floating point, [B].
+        channels: length d of the result, >= 2; if it is odd, the last element is 0.
+        kind: "ddpm" (sine first, divisor d/2 - 1) or "adm" (cosine first, divisor d/2).
+        dtype: of the arithmetic and of the result: float32 or float64.
+
+    Returns: [B, channels].
+
+    Raises:
+        ValueError: fewer than 2 channels, or another kind. TypeError: another dtype.
+
+    Numerics: never in half precision, under autocast either: bfloat16 cannot tell 999 from 1000.
+    """
+    if channels < 2:
+        raise ValueError(f"sinusoidal_embedding: expected channels >= 2, got {channels}; each frequency takes two")
+    if kind not in EMBEDDINGS:
+        wanted = " or ".join(map(repr, EMBEDDINGS))
+        raise ValueError(f"sinusoidal_embedding: expected kind {wanted}, got {kind!r}; choose one of these")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"sinusoidal_embedding: expected dtype float32 or float64, got {dtype}; round the result afterwards"
+        )
+    half = channels // 2
+    divisor = max(half - 1, 1) if kind == "ddpm" else half
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000.0) / divisor))
+    angle = t.to(dtype).unsqueeze(1) * frequency
+    parts = [angle.sin(), angle.cos()] if kind == "ddpm" else [angle.cos(), angle.sin()]
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """The embedding of the timestep: W_2 silu(W_1 e(t) + b_1) + b_2.
+
+    Args:
+        channels: length of the sinusoid, >= 2.
+        width: length of the embedding.
+        kind: "ddpm" or "adm", see `sinusoidal_embedding`.
+    """
+
+    def __init__(self, channels: int, width: int, kind: Embedding = "ddpm") -> None:
+        super().__init__()
+        self.channels, self.kind = channels, kind
+        self.linear1 = nn.Linear(channels, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed timesteps.
+
+        Args:
+            t: timesteps, integer, float32 or float64, [B].
+
+        Returns: [B, width].
+
+        Numerics: the sinusoid is float32 (float64 where the weights are), then rounded once to the type of the weights.
+        """
+        dtype = self.linear1.weight.dtype
+        e = sinusoidal_embedding(t, self.channels, self.kind, torch.promote_types(dtype, torch.float32))
+        out: Tensor = self.linear2(F.silu(self.linear1(e.to(dtype))))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"

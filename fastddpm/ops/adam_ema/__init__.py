@@ -1,0 +1,3 @@
+from .interface import adam_ema
+
+__all__ = ["adam_ema"]

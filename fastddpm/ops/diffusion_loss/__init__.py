@@ -1,0 +1,3 @@
+from .interface import diffusion_loss
+
+__all__ = ["diffusion_loss"]

@@ -1,0 +1,145 @@
+"""GroupNorm + SiLU, with what stands around it in a diffusion U-Net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_shape
+from ..._dispatch import Op
+from . import reference
+
+OP = Op(__package__, reference)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """Keeps the inputs and what the implementation asks for; all else is computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        channel_bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        x2: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
+        ctx.implementation = OP.choose(x=x, weight=weight, bias=bias, **inputs, **options)
+        ctx.options = {name: options[name] for name in ("num_groups", "dropout", "activation")}
+        y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
+        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *saved)
+        ctx.set_materialize_grads(False)
+        return y if h is None else (y, h)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, channel_bias, scale, shift, residual, x2, *saved = ctx.saved_tensors
+        inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
+        return None, *ctx.implementation.backward(dy, dh, tuple(saved), x, weight, bias, **inputs, **ctx.options)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    eps: float = 1e-6,
+    channel_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    x2: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+    sample: Tensor | None = None,
+    step: Tensor | int | None = None,
+    layer: int = 0,
+    activation: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise the channels of each group, scale and shift, apply SiLU and dropout.
+
+    h = [x, x2] + channel_bias + residual;  n = (h - mean) / sqrt(var + eps) over each group of C / num_groups channels
+    (Wu and He 2018, eq. 1-2);  y = drop(silu((n * weight + bias) * (1 + scale) + shift)), silu(a) = a / (1 + exp(-a)).
+
+    Args:
+        x: float [B, C1, H, W], dense in NCHW or NHWC order; the output keeps the order. C = C1 unless x2 is given.
+        weight, bias: gamma and beta, float [C].
+        num_groups: number of groups, a divisor of C.
+        eps: added to the variance, > 0.
+        channel_bias: added before the norm, float [C] or [B, C]: the bias of the convolution before plus the time
+            embedding.
+        scale, shift: the conditioning of improved DDPM, each float [B, C].
+        residual: added before the norm, float [B, C, H, W]; asks for the sum as second output.
+        x2: second input [B, C2, H, W] in the dtype of x, read as if concatenated after x: C = C1 + C2.
+        dropout: probability in [0, 1) to zero an element after the activation; the rest is divided by 1 - dropout.
+        seed, sample, step: where dropout draws: int or int64 [] / int64 [B] / int or int64 []. Element i of a sample is
+            dropped when its Philox word in stream DROPOUT + layer is below dropout * 2^32.
+        layer: number of the layer in its network, in [0, 2^31): each has dropout of its own.
+        activation: False leaves out the SiLU.
+
+    Returns: y [B, C, H, W] in the dtype of x; with ``residual`` the pair (y, h), both in that dtype.
+
+    Raises:
+        ValueError: a shape, stride, device or range that does not fit.
+        TypeError: a dtype.
+        RuntimeError: (from autograd) the gradient of the gradient is asked for.
+
+    Numerics: float32 statistics with a centred variance (float64 for float64 x), one rounding of each output and
+    gradient; deterministic. For backward the inputs are kept, and of their size only the dropout mask beside them.
+    """
+    check_image("group_norm_silu", "x", x)
+    b, c = x.shape[0], x.shape[1]
+    if x2 is not None:
+        check_image("group_norm_silu", "x2", x2, (x.dtype,))
+        check_shape("group_norm_silu", "x2", x2, (b, x2.shape[1], *x.shape[2:]))
+        c += x2.shape[1]
+    if num_groups < 1 or c % num_groups:
+        raise ValueError(
+            f"group_norm_silu: expected num_groups to divide the {c} channels, got {num_groups}; choose a divisor of {c}"
+        )
+    if not eps > 0:
+        raise ValueError(f"group_norm_silu: expected eps > 0, got {eps}; 1e-6 and 1e-5 are usual")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"group_norm_silu: expected dropout in [0, 1), got {dropout}; 0.1 drops one element in ten")
+    if not 0 <= layer < 2**31:
+        raise ValueError(f"group_norm_silu: expected layer in [0, 2^31), got {layer}; number the layers from 0")
+    for name, p in (("weight", weight), ("bias", bias)):
+        check_shape("group_norm_silu", name, p, (c,))
+        check_dtype("group_norm_silu", name, p, *FLOATS)
+    for name, q, shapes in (
+        ("channel_bias", channel_bias, ((c,), (b, c))),
+        ("scale", scale, ((b, c),)),
+        ("shift", shift, ((b, c),)),
+    ):
+        if q is not None:
+            check_shape("group_norm_silu", name, q, *shapes)
+            check_dtype("group_norm_silu", name, q, *FLOATS)
+    if residual is not None:
+        check_image("group_norm_silu", "residual", residual)
+        check_shape("group_norm_silu", "residual", residual, (b, c, *x.shape[2:]))
+    if dropout > 0:
+        check_draw("group_norm_silu", b, x, seed, sample, step)
+    inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
+    check_device("group_norm_silu", x, weight=weight, bias=bias, **inputs)
+
+    options: dict[str, Any] = dict(
+        num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer, activation=activation
+    )  # fmt: skip
+    result: Tensor | tuple[Tensor, Tensor]
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *inputs.values())):
+        result = _GroupNormSiLU.apply(options, x, weight, bias, *inputs.values())  # type: ignore[no-untyped-call]
+        return result
+    implementation = OP.choose(x=x, weight=weight, bias=bias, **inputs, **options)
+    y, h, _ = implementation.forward(x, weight, bias, **inputs, **options)
+    result = y if h is None else (y, h)
+    return result

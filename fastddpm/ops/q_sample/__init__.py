@@ -1,0 +1,3 @@
+from .interface import q_sample
+
+__all__ = ["q_sample"]

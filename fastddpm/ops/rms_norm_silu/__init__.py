@@ -1,0 +1,3 @@
+from .interface import rms_norm_silu
+
+__all__ = ["rms_norm_silu"]

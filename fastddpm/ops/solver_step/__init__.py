@@ -1,0 +1,3 @@
+from .interface import solver_step
+
+__all__ = ["solver_step"]

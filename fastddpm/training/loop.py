@@ -1,0 +1,610 @@
+"""The training loop (Ho et al. 2020, algorithm 1), with everything that a long run needs around it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..diffusion import GaussianDiffusion
+from ..nn.unet import UNet
+from ..ops import philox
+from ..pictures import save_grid
+from .batches import Batch, Batches
+from .checkpoint import (
+    Checkpoint,
+    check_config,
+    environment,
+    environment_differences,
+    latest_checkpoint,
+    save_checkpoint,
+)
+from .config import TrainConfig, choose_device, choose_precision, free_on_resume
+from .data import ImageDataset, load_images
+from .ema import halflife_decay, warmed_decay, weights_of
+from .metrics import append_metrics, set_aside, truncate_metrics
+from .optimizer import AdamEMA, learning_rate
+
+GROUPS_OF_T = 20
+SECONDS_BETWEEN_LINES = 10.0
+HALF = 2**31  # of the 32-bit words of the noise
+
+
+class DivergenceError(RuntimeError):
+    """The loss or a gradient was not finite."""
+
+
+class Trainer:
+    """Trains a diffusion on images; writes checkpoints, metrics and sample grids; goes on where it stopped.
+
+    Into ``output_dir`` go checkpoint-<images>/, metrics.jsonl (one JSON object per log interval), samples/<images>.png.
+    Interrupted in any way, the same call goes on from the newest intact checkpoint, with the bits of a run that was
+    never interrupted (on the same machine, build and thread count; another one warns).
+
+    Args:
+        diffusion: what to train; moved to the device.
+        data: an `ImageDataset`, or anything that `load_images` reads: a folder (sub-folders are classes), a zip, an
+            .npz, a uint8 array, a Hugging Face dataset.
+        config: a `TrainConfig`; None is the default one.
+        resume: "auto" goes on from the newest checkpoint in output_dir, if there is one; True expects one; False
+            expects none.
+        allow_changes: resume although training options differ that change the weights, and warn which.
+        progress: show a bar, or a line now and then where output is no terminal.
+        callbacks: called as callback(trainer) after every step; `stop` ends the training from there.
+        **options: fields of the configuration to change, for example num_images=1_000_000.
+
+    Attributes:
+        diffusion, data, config, device: as given, resolved.
+        images_seen, steps: progress. optimizer: weights, moments and the moving average, see `AdamEMA`.
+        last_checkpoint: path of the newest one, or None.
+
+    Raises:
+        ValueError: images or labels that do not fit the diffusion; an option out of its range.
+        CheckpointError: the run in output_dir has another configuration, or no intact checkpoint.
+        FileExistsError: resume=False and there is a run. FileNotFoundError: resume=True and there is none.
+
+    Numerics: noise, timesteps, flips and dropout belong to (seed, step, slot in the batch): splitting the batch into
+        micro-batches leaves them as they are (t with "stratified" or "importance" sampling is drawn per micro-batch).
+        bfloat16 is for the network alone. No step waits for the device; metrics are read once per log interval.
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        data: object,
+        config: TrainConfig | None = None,
+        *,
+        resume: bool | str = "auto",
+        allow_changes: bool = False,
+        progress: bool = True,
+        callbacks: Sequence[Callable[[Trainer], None]] = (),
+        **options: Any,
+    ) -> None:
+        self.config = c = _with_options(config or TrainConfig(), options)
+        if resume not in (True, False, "auto"):
+            raise ValueError(
+                f"Trainer: expected resume to be 'auto', True or False, got {resume!r}; "
+                "'auto' goes on where there is a run"
+            )
+        self.device = choose_device(c.device)
+        self.data = data if isinstance(data, ImageDataset) else load_images(
+            data, image_size=diffusion.image_size, channels=diffusion.channels, levels=diffusion.config.levels, progress=progress
+        )  # fmt: skip
+        _check_data(self.data, diffusion)
+        self.diffusion = diffusion.to(self.device)
+        self.dtype = choose_precision(c.precision, self.device)
+        self.progress, self.callbacks = progress, tuple(callbacks)
+        self.directory = Path(c.output_dir)
+        self.images_seen, self.steps = 0, 0
+        self.last_checkpoint: Path | None = None
+        self.optimizer = AdamEMA(
+            diffusion.model,
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_eps,
+            weight_decay=c.weight_decay,
+            max_grad_norm=c.max_grad_norm,
+        )
+        self._decay = (
+            c.ema_decay if c.ema_halflife_images is None else halflife_decay(c.ema_halflife_images, c.batch_size)
+        )
+        self._seed = torch.tensor(c.seed, device=self.device)
+        self._slots = torch.arange(c.batch_size, device=self.device)
+        self._totals = _Totals(diffusion.num_timesteps, self.device)
+        self._batches = Batches(
+            self.data,
+            with_labels=diffusion.num_classes is not None,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            device=self.device,
+            data_on=c.data_on,
+        )
+        self._seconds = 0.0  # of training, without checkpoints and grids
+        self._logged = (0, 0.0)  # images and seconds at the last line of metrics
+        self._stopping = False
+        self._signal: int | None = None
+        if c.deterministic and self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+        self._resume(resume, allow_changes)
+        if c.compile:
+            diffusion.model.compile()
+
+    def train(self) -> None:
+        """Train until num_images are seen, or `stop` is called.
+
+        Ctrl-C (SIGINT) and SIGTERM save a checkpoint, tell how to go on, and raise SystemExit; a second one does not
+        wait.
+
+        Raises:
+            DivergenceError: a loss or gradient was not finite; the last good checkpoint is kept and named.
+            SystemExit: after SIGINT or SIGTERM.
+            OSError: the disk is full; earlier checkpoints are as they were.
+        """
+        c = self.config
+        if self.images_seen >= c.num_images:
+            self._say(f"{self.images_seen:,} of {c.num_images:,} images seen already; raise num_images to go on")
+            return
+        self._stopping, self._signal = False, None
+        with ExitStack() as stack:
+            self._open_directory()
+            stack.enter_context(_deterministic(c.deterministic))
+            stack.enter_context(self._signals())
+            stack.callback(self._batches.close)
+            writer = stack.enter_context(_tensorboard(self.directory, self.images_seen)) if c.tensorboard else None
+            bar = stack.enter_context(self._bar())
+            self._said = time.monotonic()
+            if self._due(c.sample_every_images, self.images_seen - 1) and not self._grid_path().exists():
+                self._sample(writer)  # the run was killed between a checkpoint and its grid
+            clock = time.perf_counter()
+            while self.images_seen < c.num_images and not self._stopping:
+                before = self.images_seen
+                self.step()
+                for callback in self.callbacks:
+                    callback(self)
+                bar.update(c.batch_size)
+                done = self.images_seen >= c.num_images
+                if done or self._due(c.log_every_images, before):
+                    self._totals.wait()
+                    self._seconds += time.perf_counter() - clock
+                    self._log(bar, writer, done)
+                    clock = time.perf_counter()
+                if done or self._stopping or self._due(c.checkpoint_every_images, before):
+                    self._seconds += time.perf_counter() - clock
+                    self.save()
+                    clock = time.perf_counter()
+                if not self._stopping and (
+                    self._due(c.sample_every_images, before) or (done and c.sample_every_images)
+                ):
+                    self._seconds += time.perf_counter() - clock
+                    self._sample(writer)
+                    clock = time.perf_counter()
+        if self._signal is not None:
+            self._say(
+                f"{signal.Signals(self._signal).name} after {self.images_seen:,} of {c.num_images:,} images; saved "
+                f"{self.last_checkpoint}; start the same training again to go on from there",
+                always=True,
+            )
+            raise SystemExit(128 + self._signal)
+
+    def step(self) -> None:
+        """One optimiser step on the next batch. Nothing is read from the device, and nothing is written to files."""
+        c = self.config
+        with _deterministic(c.deterministic):
+            batch = self._batches.get(self.images_seen)
+            seen = self.images_seen + c.batch_size
+            loss = self._backward(batch)
+            self.optimizer.learning_rate.fill_(learning_rate(seen, c))
+            self.optimizer.ema_decay.fill_(self._ema_decay(self.steps))
+            norm = self.optimizer.update(loss)
+            self._totals.add_step(loss, norm)
+        self.images_seen, self.steps = seen, self.steps + 1
+
+    def stop(self) -> None:
+        """End `train` after the step that runs, with a checkpoint."""
+        self._stopping = True
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, unless there is one already. Returns its path.
+
+        Raises:
+            DivergenceError: a loss or gradient was not finite; nothing is written.
+            OSError: the disk is full, or not writable.
+        """
+        self._check_finite()
+        if self.last_checkpoint is not None and self._saved == self.images_seen:
+            return self.last_checkpoint
+        tensors: dict[str, dict[str, Tensor]] = {
+            "model": self.diffusion.model.state_dict(),
+            **self.optimizer.groups(),
+            "progress": self._totals.tensors,
+        }
+        if self.diffusion.timestep_sampler is not None:
+            tensors["timesteps"] = self.diffusion.timestep_sampler.state_dict()
+        state = {
+            "images_seen": self.images_seen,
+            "steps": self.steps,
+            "seconds": self._seconds,
+            "logged": list(self._logged),
+            "trained": list(self.optimizer.parameters),
+        }
+        self.last_checkpoint = save_checkpoint(
+            self.directory, self.images_seen, tensors, state, self.to_dict(), keep=self.config.keep_checkpoints
+        )
+        self._saved = self.images_seen
+        return self.last_checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """The full configuration of the run as plain data for JSON: unet (None for another network), images, diffusion,
+        train, data."""
+        model = self.diffusion.model
+        return {
+            "unet": model.to_config() if isinstance(model, UNet) else None,
+            "images": {"size": list(self.diffusion.image_size), "channels": self.diffusion.channels},
+            "diffusion": self.diffusion.to_dict(),
+            "train": self.config.to_dict(),
+            "data": {
+                "fingerprint": self.data.fingerprint,
+                "count": len(self.data),
+                "class_names": None if self.data.class_names is None else list(self.data.class_names),
+            },
+        }
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Use the averaged weights in a ``with`` block, to sample or evaluate; see `weights_of`."""
+        with weights_of(self.diffusion.model, self.optimizer.ema):
+            yield
+
+    def sample_grid(self) -> Tensor:
+        """Samples of the averaged weights, the same noise each time, as many as num_grid_samples: float [N, C, H, W].
+
+        With a network of classes, image n is of class n mod num_classes.
+        """
+        c, diffusion = self.config, self.diffusion
+        labels = None
+        if diffusion.num_classes is not None:
+            labels = torch.arange(c.num_grid_samples, device=self.device) % diffusion.num_classes
+        with self.ema_weights(), self._autocast():
+            return diffusion.sample(
+                c.num_grid_samples,
+                seed=c.seed,
+                sampler=c.grid_sampler,
+                num_steps=None if c.grid_steps is None else min(c.grid_steps, diffusion.num_timesteps),
+                labels=labels,
+                batch_size=min(64, c.num_grid_samples),
+                callback=lambda *_: self._stopping,
+            )
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of the mean loss of a batch, micro-batch by micro-batch. Returns that loss []."""
+        c = self.config
+        self.diffusion.train()
+        step = torch.full((), self.steps, dtype=torch.int64, device=self.device)
+        total = torch.zeros((), device=self.device)
+        share = c.micro_batch / c.batch_size
+        for start in range(0, c.batch_size, c.micro_batch):
+            slots = self._slots[start : start + c.micro_batch]
+            images, labels, index = batch.part(start, start + c.micro_batch)
+            flip = None
+            if c.horizontal_flip:
+                flip = (
+                    philox.integers(1, seed=self._seed, sample=slots, step=step, stream=philox.FLIP).squeeze(1) < HALF
+                )
+            with self._autocast():
+                losses = self.diffusion.losses(
+                    images, labels, index=index, flip=flip, seed=self._seed, sample=slots, step=step
+                )
+            (losses.loss * share).backward()  # type: ignore[no-untyped-call]
+            total += losses.loss.detach() * share
+            self._totals.add_samples(losses.t, losses.per_sample)
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _ema_decay(self, step: int) -> float:
+        return warmed_decay(self._decay, step) if self.config.ema_warmup else self._decay
+
+    def _due(self, every: int, before: int) -> bool:
+        """Whether the images seen have come to, or past, a multiple of ``every`` since ``before``."""
+        return every > 0 and before >= 0 and self.images_seen // every > before // every
+
+    def _check_finite(self) -> None:
+        """Stop where a loss or gradient was not finite. From that step on nothing was updated."""
+        skipped = int(self.optimizer.skipped)
+        if not skipped:
+            return
+        c = self.config
+        first = self.images_seen - (skipped - 1) * c.batch_size
+        kept = (
+            f"the last good checkpoint is {self.last_checkpoint}"
+            if self.last_checkpoint
+            else "there was no checkpoint yet"
+        )
+        limits = [f"a lower learning_rate (it was {learning_rate(first, c):.3g})"]
+        if c.warmup_images < 1000 * c.batch_size:
+            limits.append(f"a longer warm-up (warmup_images={c.warmup_images:,})")
+        if c.max_grad_norm is None or c.max_grad_norm > 1:
+            limits.append("max_grad_norm=1")
+        if self.dtype == torch.bfloat16:
+            limits.append("precision='float32'")
+        raise DivergenceError(
+            f"Trainer: expected finite losses and gradients, got NaN or Inf in the step that ended at {first:,} "
+            f"images; {kept}, and the weights in memory are those before that step; go on with allow_changes=True and "
+            f"{', or '.join(limits)}"
+        )
+
+    def _log(self, bar: tqdm[Any], writer: Any, done: bool) -> None:
+        """Read the totals of the interval, in one copy from the device, and write them."""
+        self._check_finite()
+        means = self._totals.read_and_clear()
+        images, seconds = self.images_seen - self._logged[0], self._seconds - self._logged[1]
+        record = {
+            "images": self.images_seen,
+            "step": self.steps,
+            **means,
+            "learning_rate": learning_rate(self.images_seen, self.config),
+            "ema_decay": self._ema_decay(self.steps - 1),
+            "images_per_second": images / max(seconds, 1e-9),
+            "seconds": self._seconds,
+        }
+        self._logged = self.images_seen, self._seconds
+        append_metrics(self.directory / "metrics.jsonl", record)
+        if writer is not None:
+            for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
+                writer.add_scalar(name, record[name], self.images_seen)
+        bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['learning_rate']:.2g}", refresh=False)
+        now = time.monotonic()
+        if bar.disable and (done or now - self._said >= SECONDS_BETWEEN_LINES):
+            self._said = now
+            left = (self.config.num_images - self.images_seen) / max(record["images_per_second"], 1e-9)
+            self._say(
+                f"{self.images_seen:,} of {self.config.num_images:,} images, loss {record['loss']:.4f}, "
+                f"lr {record['learning_rate']:.2g}, {record['images_per_second']:,.0f} images/s, "
+                f"{tqdm.format_interval(max(0, left))} left"
+            )
+
+    def _sample(self, writer: Any) -> None:
+        """Write the grid of this moment, unless the sampling was stopped."""
+        images = self.sample_grid()
+        if self._stopping:
+            return
+        save_grid(images, self._grid_path())
+        if writer is not None:
+            writer.add_images("samples", images.float().clamp(0, 1).cpu(), self.images_seen)
+
+    def _grid_path(self) -> Path:
+        return self.directory / "samples" / f"{self.images_seen:010d}.png"
+
+    def _open_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.last_checkpoint is None and self.images_seen == 0:
+            set_aside(self.directory / "metrics.jsonl")  # of a run that never came to a checkpoint
+            set_aside(self.directory / "samples")
+        truncate_metrics(self.directory / "metrics.jsonl", self.images_seen)
+
+    def _resume(self, resume: bool | str, allow_changes: bool) -> None:
+        if resume is False:
+            there = [*self.directory.glob("checkpoint-*"), *self.directory.glob("metrics.jsonl")]
+            if there:
+                raise FileExistsError(
+                    f"Trainer: expected output_dir without a run for resume=False, got {there[0]}; "
+                    "choose another output_dir, or resume='auto' to go on"
+                )
+            return
+        checkpoint = latest_checkpoint(self.directory)
+        if checkpoint is None:
+            if resume is True:
+                raise FileNotFoundError(
+                    f"Trainer: expected a checkpoint in {self.directory} for resume=True, got none; "
+                    "check output_dir, or start with resume='auto'"
+                )
+            return
+        wanted = self.to_dict()
+        self._compare(checkpoint, wanted, allow_changes)
+        differences = environment_differences(checkpoint.environment, environment(self.device))
+        if differences:
+            warnings.warn(
+                f"Trainer: {checkpoint.path} was written elsewhere ({'; '.join(differences)}): the weights will not be "
+                "the bits of an uninterrupted run",
+                stacklevel=3,
+            )
+        self._restore(checkpoint)
+        self._say(f"going on from {checkpoint.path}, {self.images_seen:,} images seen")
+
+    def _compare(self, checkpoint: Checkpoint, wanted: dict[str, Any], allow_changes: bool) -> None:
+        free = [f"train.{name}" for name in free_on_resume(self.config)]
+        if allow_changes:
+            saved = checkpoint.config["train"]
+            changed = [
+                f"{name}: {saved.get(name)!r}, now {value!r}"
+                for name, value in wanted["train"].items()
+                if f"train.{name}" not in free and saved.get(name) != value
+            ]
+            if changed:
+                warnings.warn(
+                    f"Trainer: options changed on resuming {checkpoint.path}: {'; '.join(changed)}", stacklevel=4
+                )
+            free = ["train"]
+        check_config(checkpoint.config, wanted, free)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.copy_into("model", self.diffusion.model.state_dict())
+        for group, targets in self.optimizer.groups().items():
+            checkpoint.copy_into(group, targets)
+        checkpoint.copy_into("progress", self._totals.tensors)
+        if self.diffusion.timestep_sampler is not None:
+            checkpoint.copy_into("timesteps", self.diffusion.timestep_sampler.state_dict())
+        state = checkpoint.state
+        self.images_seen, self.steps, self._seconds = state["images_seen"], state["steps"], state["seconds"]
+        self._logged = (state["logged"][0], state["logged"][1])
+        self.last_checkpoint, self._saved = checkpoint.path, self.images_seen
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop after the step that runs; the second one acts as it would without us."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = (signal.SIGINT, signal.SIGTERM)
+        before = {name: signal.getsignal(name) for name in names}
+
+        def restore() -> None:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+        def ask(number: int, _: FrameType | None) -> None:
+            self._signal = number
+            self.stop()
+            restore()
+
+        for name in names:
+            signal.signal(name, ask)
+        try:
+            yield
+        finally:
+            restore()
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.config.num_images,
+            initial=self.images_seen,
+            desc="training",
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=None if self.progress else True,
+        )
+
+    def _say(self, text: str, always: bool = False) -> None:
+        if self.progress or always:
+            tqdm.write(text)
+
+
+class _Totals:
+    """Sums of an interval, on the device: nothing is read before the interval ends. float32."""
+
+    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+        self.num_timesteps, self.groups = num_timesteps, min(GROUPS_OF_T, num_timesteps)
+        self.number = torch.arange(self.groups, device=device)
+        self.tensors = {
+            name: torch.zeros(shape, device=device)
+            for name, shape in (
+                ("steps", ()), ("loss", ()), ("grad_norm", ()), ("loss_by_t", (self.groups,)), ("count_by_t", (self.groups,))
+            )
+        }  # fmt: skip
+
+    def add_samples(self, t: Tensor, per_sample: Tensor) -> None:
+        """t int64 [B], per_sample [B]. Without atomics, so that the order of the additions is always the same."""
+        member = (t * self.groups // self.num_timesteps).unsqueeze(1) == self.number
+        self.tensors["loss_by_t"] += torch.where(member, per_sample.float().unsqueeze(1), 0.0).sum(0)
+        self.tensors["count_by_t"] += member.sum(0)
+
+    def add_step(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Both []."""
+        self.tensors["steps"] += 1
+        self.tensors["loss"] += loss
+        self.tensors["grad_norm"] += grad_norm
+
+    def wait(self) -> None:
+        """Wait until the device has done what was asked of it, so that times are true."""
+        if self.number.device.type == "cuda":
+            torch.cuda.synchronize(self.number.device)
+
+    def read_and_clear(self) -> dict[str, Any]:
+        """Means of the interval: loss, grad_norm, and the loss for groups of t, each with its first t."""
+        values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
+        steps, loss, norm = values[:3]
+        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups :]
+        for value in self.tensors.values():
+            value.zero_()
+        return {
+            "loss": loss / steps,
+            "grad_norm": norm / steps,
+            "timesteps": [math.ceil(k * self.num_timesteps / self.groups) for k in range(self.groups)],
+            "loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+        }
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    """Only algorithms that give the same bits each time, inside a ``with`` block."""
+    if not enabled:
+        yield
+        return
+    settings = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        settings.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # it would write every new tensor once for nothing
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[2:]
+
+
+@contextmanager
+def _tensorboard(directory: Path, images: int) -> Iterator[Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "Trainer: expected the package tensorboard for tensorboard=True, got none; "
+            "pip install 'fastddpm[tensorboard]', or leave the option out"
+        ) from error
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=images + 1)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    known = [f.name for f in fields(config)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(known)}"
+            raise ValueError(f"Trainer: expected options of TrainConfig, got {name}; {remedy}")
+    return replace(config, **options)
+
+
+def _check_data(data: ImageDataset, diffusion: GaussianDiffusion) -> None:
+    found, wanted = (data.channels, *data.image_size), (diffusion.channels, *diffusion.image_size)
+    if found != wanted:
+        raise ValueError(
+            f"Trainer: expected images of shape {list(wanted)}, got {list(found)}; load them with image_size and "
+            "channels, or make the network for that size"
+        )
+    if data.levels != diffusion.config.levels:
+        raise ValueError(
+            f"Trainer: expected images of {diffusion.config.levels} grey levels, got {data.levels}; "
+            f"load them with levels={diffusion.config.levels}, or set levels in the DiffusionConfig"
+        )
+    classes = diffusion.num_classes
+    if classes is not None and (data.num_classes is None or data.num_classes > classes):
+        raise ValueError(
+            f"Trainer: expected images of at most {classes} classes for this network, got "
+            f"{'no labels' if data.num_classes is None else data.num_classes}; "
+            "give labels, or the network another num_classes"
+        )
