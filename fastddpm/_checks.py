@@ -1,4 +1,4 @@
-"""Checks that every op's interface shares. A user only ever sees an error written here or beside the signature it belongs to."""
+"""Checks that every op's interface shares: a user only sees errors written here or beside the signature they are of."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
 def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
     """Expect a tensor of one of the given shapes."""
     _check_tensor(op, name, x)
-    if tuple(x.shape) not in (shape, *others):
-        wanted = " or ".join(str(list(s)) for s in (shape, *others))
+    if all(x.shape != s for s in (shape, *others)):
+        wanted = " or ".join(f"{list(s)}" for s in (shape, *others))
         raise ValueError(f"{op}: expected {name} of shape {wanted}, got {list(x.shape)}; pass a tensor of that shape")
 
 
@@ -45,7 +45,8 @@ def check_rows(op: str, name: str, x: Any, *columns: int) -> None:
     if tuple(x.shape[1:]) != columns or x.dim() == 0:
         wanted = ", ".join(str(n) for n in ("rows", *columns))
         raise ValueError(
-            f"{op}: expected {name} of shape [{wanted}], got {list(x.shape)}; pass a tensor with {1 + len(columns)} dimensions of that shape"
+            f"{op}: expected {name} of shape [{wanted}], any number of rows, got {list(x.shape)}; "
+            f"pass a tensor of that shape"
         )
 
 

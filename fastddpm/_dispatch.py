@@ -1,8 +1,9 @@
 """Which implementation of an op runs, and why.
 
-An op is a package ``fastddpm/ops/<op>/`` whose ``interface.py`` holds one `Op`. Its implementations are modules beside it: ``reference.py`` (always
-there, the specification), ``native_impl.py`` and ``triton_impl.py``. Each has ``forward(...)`` and answers ``unsupported(...)`` with the reason, in
-words, why it cannot run on these arguments, or with None.
+An op is a package ``fastddpm/ops/<op>/`` whose ``interface.py`` holds one `Op`. Its implementations are modules beside
+it: ``reference.py`` (always there, the specification), ``native_impl.py`` and ``triton_impl.py``. Each has
+``forward(...)``, and ``backward(...)`` where the op has one; all but the reference answer ``unsupported(...)`` with the
+reason, in words, why they cannot run on these arguments, or with None.
 """
 
 from __future__ import annotations

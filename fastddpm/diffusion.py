@@ -99,7 +99,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor | float, log_v
     """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats: (lv2 - lv1 + e^(lv1 - lv2) + (m1 - m2)^2 e^(-lv2) - 1) / 2."""
     log_variance2 = torch.as_tensor(log_variance2, dtype=log_variance1.dtype, device=log_variance1.device)
     squared = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    return 0.5 * (log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2) + squared - 1)
+    difference = log_variance1 - log_variance2
+    return 0.5 * (torch.expm1(difference) - difference + squared)  # expm1: nearly equal variances do not cancel
 
 
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
@@ -201,6 +202,13 @@ class DiffusionConfig:
             raise ValueError(f"DiffusionConfig: expected a learned variance with loss 'hybrid', got {self.variance!r}; set variance='learned_range'")
         if self.variance.startswith("learned") and self.loss != "hybrid":
             raise ValueError(f"DiffusionConfig: expected loss 'hybrid' with variance {self.variance!r}, got {self.loss!r}; the variance would not be trained")
+        if self.mu_target == "sample" and (self.prediction != "mu" or self.loss == "hybrid"):
+            raise ValueError(
+                f"DiffusionConfig: expected prediction 'mu' and another loss than 'hybrid' with mu_target 'sample', got {self.prediction!r} and "
+                f"{self.loss!r}; the bound's term needs the mean, set mu_target='mean'"
+            )
+        if self.loss == "vlb" and self.num_timesteps < 2:
+            raise ValueError("DiffusionConfig: expected num_timesteps >= 2 with loss 'vlb', got 1; the bound of one step is the decoder alone")
         if self.loss == "min_snr" and self.prediction == "mu":
             raise ValueError("DiffusionConfig: expected prediction 'eps', 'x0' or 'v' with loss 'min_snr', got 'mu'; choose one of these")
         self.make_schedule()
@@ -435,6 +443,12 @@ class GaussianDiffusion(nn.Module):
             out = self.model(x_t, t, labels)
         else:
             out = self.model(x_t, t)
+        expected = (x_t.shape[0], (1 + self.learned_variance) * x_t.shape[1], *x_t.shape[2:])
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"GaussianDiffusion: expected the network to return {list(expected)} with variance {self.config.variance!r}, "
+                f"got {list(out.shape)}; a learned variance needs twice the channels, any other as many as the image has"
+            )
         return out
 
     def p_mean_variance(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

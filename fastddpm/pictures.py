@@ -1,4 +1,4 @@
-"""Pictures that a person looks at: grids of images (PNG), films of a sampling (GIF, WebP), curves of a training (PNG)."""
+"""Pictures that a person looks at: grids of images (PNG), films of sampling (GIF, WebP), curves of a training (PNG)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def save_film(
 
 
 def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
-    """Draw the metrics of a training run: loss over images seen, and loss by timestep, of the first, middle and last line.
+    """Draw the metrics of a training run: loss over images seen, and loss by timestep of first, middle and last line.
 
     Args:
         metrics: the file of JSON lines that `fastddpm.Trainer` writes.
@@ -115,6 +115,7 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ImportError as error:
         raise ImportError(
             "plot_loss: expected the package matplotlib, got none; pip install 'fastddpm[plot]'"
@@ -133,14 +134,18 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
         images, [record["loss"] for record in records], color="C0", marker="." if len(records) < 50 else ""
     )
     over_images.set(xlabel="images seen", ylabel="training loss", yscale="log")
-    over_images.grid(alpha=0.3, which="both")
+    over_images.xaxis.set_major_formatter("{x:,.0f}")
     for i in sorted({0, len(records) // 2, len(records) - 1}):
         starts, by_t = records[i]["timesteps"], records[i]["loss_by_t"]
         points = [(t, loss) for t, loss in zip(starts, by_t, strict=True) if loss is not None]
         over_t.plot(*zip(*points, strict=True), marker=".", label=f"{images[i]:,} images", alpha=0.9)
     over_t.set(xlabel="timestep t (start of each group)", ylabel="training loss", yscale="log")
-    over_t.grid(alpha=0.3, which="both")
     over_t.legend()
+    for axes in (over_images, over_t):
+        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())  # of 2, 3, ... times a power
     if title:
         figure.suptitle(title)
     path = Path(path)

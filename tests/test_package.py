@@ -76,7 +76,8 @@ def checkout(tmp_path: Path) -> Path:
 def told_reason(checkout: Path) -> str:
     """What the package in this checkout says about its native module."""
     code = "from fastddpm import _native; print(_native.reason())"
-    run = python("-c", code, cwd=checkout, PYTHONPATH=str(checkout))
+    # -S: without site-packages, where the finder of an editable install would answer for another checkout
+    run = python("-S", "-c", code, cwd=checkout, PYTHONPATH=str(checkout))
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -99,6 +100,7 @@ def fake_torch(folder: Path, headers: list[str]) -> str:
         ({"CXX": "true"}, ["torch/version.h"], "the headers of torch are older than 2.11"),
         ({"CXX": "true"}, [], "no torch headers; pip install torch"),
     ],
+    ids=["not wanted", "no compiler", "CXX is nothing", "compiler fails", "old torch", "no torch"],
 )
 def test_install_without_native_code_says_why(
     checkout: Path, environment: dict[str, str], headers: list[str], reason: str

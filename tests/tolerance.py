@@ -31,7 +31,7 @@ def assert_within(impl: Tensor, ref64: Tensor, ref32: Tensor, what: str = "resul
 def assert_normals_within(z: Tensor, reference: Tensor) -> None:
     """The bound for normal numbers: |z - reference| <= 1e-3 each, and 2e-6 in the relative 2-norm.
 
-    Near u = 1, z_0 = sqrt(-2 ln u) turns the rounding of u in float32 (2^-25) into sqrt(2 2^-25) = 2.4e-4: hence the wide first bound.
+    The first is wide because near u = 1 the rounding of u in float32, 2^-25, is up to sqrt(2 2^-25) = 2.4e-4 in z.
     """
     assert z.shape == reference.shape, f"shapes {z.shape}, {reference.shape}"
     difference = z.double() - reference.double()
@@ -71,7 +71,7 @@ def assert_equal_to_rounding(a: Number, b: Number, ulps: float = 8.0, scale: Num
 
 
 def assert_near_peer(ours: Tensor, theirs: Tensor, precision: float = 1e-4) -> None:
-    """Agreement with another library at the precision of its tables: |ours - theirs| <= precision max(1, largest |theirs|).
+    """Agreement with another library at the precision of its tables: |ours - theirs| <= precision max(1, max |theirs|).
 
     Args:
         precision: 1e-4 for tables made in float32.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .bits_per_dim import BitsPerDim
 def plot_bits_per_dim(result: BitsPerDim, path: str | Path) -> None:
     """Draw what each t adds to the bound, and the share that is reached up to t, into a file.
 
-    Left axis, logarithmic: bits per dimension of each t; the decoder (t = 0) and the prior (drawn at t = T) are points of
+    Left axis, logarithmic: bits per dimension of each t; the decoder (t = 0) and the prior (at t = T) are points of
     their own. Right axis: the sum from t = 0 on as a share of the total. With more than 64 steps t is logarithmic, too,
     since most bits lie at the first ones.
 
@@ -53,12 +54,14 @@ def plot_bits_per_dim(result: BitsPerDim, path: str | Path) -> None:
     cumulative.set_ylabel("share of the total up to t  (%)", color=shade_text)
     cumulative.tick_params(axis="y", colors=shade_text)
 
-    axes.semilogy(t[1:], bits[1:].clamp(min=floor), color=line, linewidth=1.6, marker=None if many else "o", markersize=3.5)
-    label = dict(textcoords="offset points", color=mark, fontsize=10, bbox=dict(facecolor="white", alpha=0.8, linewidth=0))
+    axes.semilogy(
+        t[1:], bits[1:].clamp(min=floor), color=line, linewidth=1.6, marker=None if many else "o", markersize=3.5
+    )
+    label: dict[str, Any] = {"textcoords": "offset points", "color": mark, "fontsize": 10}
     axes.semilogy([0], [decoder], color=mark, marker="o", markersize=6, clip_on=False)
     axes.annotate(f"decoder {result.decoder:.3f}", (0, decoder), xytext=(10, 0), va="center", **label)
     axes.semilogy([steps], [prior], color=mark, marker="D", markersize=5, clip_on=False)
-    axes.annotate(f"prior {result.prior:.2g}", (steps, prior), xytext=(-8, 10), ha="right", **label)
+    axes.annotate(f"prior {result.prior:.2g}", (steps, prior), xytext=(4, 26), ha="right", **label)
     axes.set_ylim(bottom=floor)
     if many:
         axes.set_xscale("symlog", linthresh=1, linscale=0.5)

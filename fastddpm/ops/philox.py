@@ -1,8 +1,9 @@
 """Noise that belongs to the sample: Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller, in plain PyTorch.
 
-Key = the 64-bit seed (low word, high word); counter = (element // 4, sample, step, stream). Lanes 0..3 of a counter are elements 4c..4c+3 of the sample
-in C, H, W order, whatever its memory format; lanes (0, 1) and (2, 3) are Box-Muller pairs. Known answer: key 0, counter 0 gives 6627e8d5 e169c58d
-bc57ac4c 9b00dbd8. The words are int64 tensors with values in [0, 2^32): a product wraps modulo 2^64, which keeps both of its halves exact.
+Key = the 64-bit seed (low word, high word); counter = (element // 4, sample, step, stream). Lanes 0..3 of a counter are
+elements 4c..4c+3 of the sample in C, H, W order, whatever its memory format; lanes (0, 1) and (2, 3) are Box-Muller
+pairs. Known answer: key 0, counter 0 gives 6627e8d5 e169c58d bc57ac4c 9b00dbd8. The words are int64 tensors with values
+in [0, 2^32): a product wraps modulo 2^64, which keeps both of its halves exact.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 X_T, TRAINING_NOISE, SAMPLER_NOISE, T, FLIP, DROPOUT = range(6)
-"""Streams. FLIP: lane 0 flips, lane 1 drops the label. DROPOUT is the last: layer number n draws from stream DROPOUT + n."""
+"""Streams. FLIP: lane 0 flips, lane 1 drops the label. DROPOUT is the last: layer n draws from stream DROPOUT + n."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -25,7 +26,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def philox_4x32(counter: Words, key: tuple[Tensor | int, Tensor | int], rounds: int = 10) -> Words:
     """Four 32-bit words from a counter of four and a key of two.
 
-    Each round: (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); the key grows by the Weyl constants in between.
+    Each round: (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)), and between two
+    rounds (k0, k1) <- (k0 + W0, k1 + W1), all modulo 2^32.
 
     Args:
         counter: int64 tensors that broadcast, values in [0, 2^32).

@@ -93,7 +93,7 @@ def ddim_table(
         lost = eta**2 * c.beta / c.noise / (1 + remaining.sqrt())
         k2 = -c.signal_next * torch.expm1(-c.h) + ratio * c.signal * lost
         return _table(schedule, steps, prediction, k2=k2, k3=deviation, k5=k5)
-    of_x, of_out = _eps_coefficients(prediction, schedule)[steps].unbind(1)
+    of_x, of_out = _eps_coefficients(prediction, schedule)[steps.cpu()].unbind(1)
     k3, k6 = c.sigma * deviation * of_x, c.sigma * deviation * of_out
     return _table(schedule, steps, prediction, k2=c.signal_next, k3=k3, k5=k5, k6=k6)
 
@@ -169,7 +169,9 @@ def _transitions(op: str, schedule: Schedule, steps: Tensor) -> _Transitions:
     if steps.dtype != torch.int64:
         raise TypeError(f"{op}: expected steps of dtype int64, got {steps.dtype}; convert them with .to(torch.int64)")
     if steps.dim() != 1 or len(steps) < 1:
-        raise ValueError(f"{op}: expected steps of shape [N], N >= 1, got {list(steps.shape)}; see fastddpm.timesteps")
+        raise ValueError(
+            f"{op}: expected steps of shape [N], N >= 1, got {list(steps.shape)}; see fastddpm.sampling.timesteps"
+        )
     steps = steps.cpu()
     if steps.max() >= total or steps.min() < 0:
         raise ValueError(
@@ -180,7 +182,8 @@ def _transitions(op: str, schedule: Schedule, steps: Tensor) -> _Transitions:
     if len(rises):
         first, second = steps[rises[0] : rises[0] + 2].tolist()
         raise ValueError(
-            f"{op}: expected steps to be strictly descending, got {first} followed by {second}; see fastddpm.timesteps"
+            f"{op}: expected steps to be strictly descending, got {first} followed by {second}; "
+            "see fastddpm.sampling.timesteps"
         )
 
     # log alpha of a transition is the sum over the steps of the full chain that it jumps over

@@ -14,16 +14,16 @@ SHARE_OF_DEVICE = 0.25
 
 
 class Batch(NamedTuple):
-    """Images uint8 [N, C, H, W], labels int64 [N] or None, and the rows of both that are meant, int64 [B] or None: all."""
+    """Images uint8 [N, C, H, W], labels int64 [N] or None, and which rows of both: int64 [B], or None for all."""
 
     images: Tensor
     labels: Tensor | None
-    index: Tensor | None
+    rows: Tensor | None
 
     def part(self, start: int, stop: int) -> Batch:
         """Rows start..stop-1 of the batch."""
-        if self.index is not None:
-            return self._replace(index=self.index[start:stop])
+        if self.rows is not None:
+            return self._replace(rows=self.rows[start:stop])
         return Batch(self.images[start:stop], None if self.labels is None else self.labels[start:stop], None)
 
 
@@ -35,7 +35,7 @@ class Batches:
         seed: of the order. batch_size: >= 1.
         device: where batches are wanted.
         data_on: "device" copies all images there once; "host" gathers each batch in a thread, one batch ahead; "auto"
-            copies if they fill at most a quarter of its memory. Without a GPU they are the same.
+            copies if they fill at most a quarter of its memory, and always takes "device" where that is the host.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batches:
         self.seed, self.batch_size, self.device, self.count = seed, batch_size, device, len(data)
         self.images = data.tensor()
         self.labels = torch.from_numpy(data.labels) if with_labels and data.labels is not None else None
-        self.on_device = device.type == "cpu" or data_on == "device" or (data_on == "auto" and self._fits())
+        self.on_device = data_on == "device" or (data_on == "auto" and self._fits())
         if self.on_device:
             self.images = self.images.to(device)
             self.labels = None if self.labels is None else self.labels.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
@@ -30,7 +31,7 @@ FREE_ON_RESUME = (
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help and its range: least <=, above <, most >=, below >, choices."""
+    """A field with its help and its range: least (>=), above (>), below (<), choices."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -102,7 +103,7 @@ class TrainConfig:
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"TrainConfig: expected micro_batch_size to divide batch_size {self.batch_size}, "
-                f"got {self.micro_batch}; choose one of {', '.join(str(n) for n in range(1, self.batch_size + 1) if self.batch_size % n == 0)}"
+                f"got {self.micro_batch}; choose one of {', '.join(str(n) for n in self._divisors())}"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -126,6 +127,9 @@ class TrainConfig:
         """Images per forward and backward pass."""
         return self.micro_batch_size or self.batch_size
 
+    def _divisors(self) -> list[int]:
+        return [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data for JSON."""
         return asdict(self)
@@ -135,7 +139,7 @@ def check_option(name: str, kind: Any, limits: Mapping[str, Any], value: Any, de
     """The value of an option, an int made a float where a float is meant.
 
     Args:
-        name: of the option. kind: its type, such as ``int | None``. limits: least, above, most, below, choices.
+        name: of the option. kind: its type, such as ``int | None``. limits: least, above, below, choices.
         value: what was given. default: named in the message.
 
     Raises:
@@ -156,12 +160,8 @@ def check_option(name: str, kind: Any, limits: Mapping[str, Any], value: Any, de
             f"TrainConfig: expected {name} to be one of {', '.join(limits['choices'])}, got {value!r}; "
             f"the default is {default!r}"
         )
-    for limit, sign, holds in (
-        ("least", ">=", lambda bound: value >= bound),
-        ("above", ">", lambda bound: value > bound),
-        ("below", "<", lambda bound: value < bound),
-    ):
-        if limit in limits and not holds(limits[limit]):
+    for limit, sign, holds in (("least", ">=", operator.ge), ("above", ">", operator.gt), ("below", "<", operator.lt)):
+        if limit in limits and not holds(value, limits[limit]):
             raise ValueError(
                 f"TrainConfig: expected {name} {sign} {limits[limit]}, got {value}; the default is {default!r}"
             )
@@ -179,11 +179,13 @@ def choose_device(name: str) -> torch.device:
     """The device that an option names.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here, or it is neither a processor nor a CUDA GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"choose_device: expected device cpu or cuda, got {name}; use one of these, or auto")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU that torch can use"
         raise ValueError(f"choose_device: expected device {name} to exist, got {found}; use device='auto' or 'cpu'")

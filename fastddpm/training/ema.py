@@ -19,14 +19,14 @@ def halflife_decay(halflife_images: float, batch_size: int) -> float:
     """
     if not halflife_images > 0 or batch_size < 1:
         raise ValueError(
-            f"halflife_decay: expected halflife_images > 0 and batch_size >= 1, got {halflife_images} and {batch_size}; "
-            "a thousand batches is usual"
+            f"halflife_decay: expected halflife_images > 0 and batch_size >= 1, "
+            f"got {halflife_images} and {batch_size}; a thousand batches is usual"
         )
     return float(0.5 ** (batch_size / halflife_images))
 
 
 def warmed_decay(decay: float, step: int) -> float:
-    """min(decay, (1 + s) / (10 + s)) for step s = 0, 1, ...: a short average while the weights still change much."""
+    """min(decay, (1 + s) / (10 + s)) for step s = 0, 1, ...: a short average while the weights change much."""
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import signal
 import threading
@@ -36,10 +35,9 @@ from .checkpoint import (
 from .config import TrainConfig, choose_device, choose_precision, free_on_resume
 from .data import ImageDataset, load_images
 from .ema import halflife_decay, warmed_decay, weights_of
-from .metrics import append_metrics, set_aside, truncate_metrics
+from .metrics import Totals, append_metrics, set_aside, truncate_metrics
 from .optimizer import AdamEMA, learning_rate
 
-GROUPS_OF_T = 20
 SECONDS_BETWEEN_LINES = 10.0
 HALF = 2**31  # of the 32-bit words of the noise
 
@@ -101,16 +99,14 @@ class Trainer:
                 "'auto' goes on where there is a run"
             )
         self.device = choose_device(c.device)
-        self.data = data if isinstance(data, ImageDataset) else load_images(
-            data, image_size=diffusion.image_size, channels=diffusion.channels, levels=diffusion.config.levels, progress=progress
-        )  # fmt: skip
-        _check_data(self.data, diffusion)
+        self.data = _load(data, diffusion, progress)
         self.diffusion = diffusion.to(self.device)
         self.dtype = choose_precision(c.precision, self.device)
         self.progress, self.callbacks = progress, tuple(callbacks)
         self.directory = Path(c.output_dir)
         self.images_seen, self.steps = 0, 0
         self.last_checkpoint: Path | None = None
+        self._saved = -1  # images seen when it was written
         self.optimizer = AdamEMA(
             diffusion.model,
             betas=(c.adam_beta1, c.adam_beta2),
@@ -123,7 +119,7 @@ class Trainer:
         )
         self._seed = torch.tensor(c.seed, device=self.device)
         self._slots = torch.arange(c.batch_size, device=self.device)
-        self._totals = _Totals(diffusion.num_timesteps, self.device)
+        self._totals = Totals(diffusion.num_timesteps, self.device)
         self._batches = Batches(
             self.data,
             with_labels=diffusion.num_classes is not None,
@@ -136,14 +132,17 @@ class Trainer:
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._stopping = False
         self._signal: int | None = None
-        if c.deterministic and self.device.type == "cuda":
+        self._clock = self._said = 0.0  # when training went on, when a line was last written
+        # on a processor all that is used here is deterministic anyway
+        self._restricted = c.deterministic and (self.device.type == "cuda" or c.compile)
+        if self._restricted:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         self._resume(resume, allow_changes)
         if c.compile:
             diffusion.model.compile()
 
     def train(self) -> None:
-        """Train until num_images are seen, or `stop` is called.
+        """Train until num_images are seen (the last batch is a whole one), or `stop` is called.
 
         Ctrl-C (SIGINT) and SIGTERM save a checkpoint, tell how to go on, and raise SystemExit; a second one does not
         wait.
@@ -152,45 +151,45 @@ class Trainer:
             DivergenceError: a loss or gradient was not finite; the last good checkpoint is kept and named.
             SystemExit: after SIGINT or SIGTERM.
             OSError: the disk is full; earlier checkpoints are as they were.
+            RuntimeError: another training runs in output_dir.
         """
         c = self.config
         if self.images_seen >= c.num_images:
             self._say(f"{self.images_seen:,} of {c.num_images:,} images seen already; raise num_images to go on")
             return
-        self._stopping, self._signal = False, None
+        self._stopping = False
         with ExitStack() as stack:
-            self._open_directory()
-            stack.enter_context(_deterministic(c.deterministic))
+            stack.enter_context(self._open_directory())
+            stack.enter_context(_deterministic(self._restricted))
             stack.enter_context(self._signals())
             stack.callback(self._batches.close)
             writer = stack.enter_context(_tensorboard(self.directory, self.images_seen)) if c.tensorboard else None
             bar = stack.enter_context(self._bar())
             self._said = time.monotonic()
-            if self._due(c.sample_every_images, self.images_seen - 1) and not self._grid_path().exists():
+            if self._due(c.sample_every_images, self.images_seen - c.batch_size) and not self._grid_path().exists():
                 self._sample(writer)  # the run was killed between a checkpoint and its grid
-            clock = time.perf_counter()
+            self._clock = time.perf_counter()
             while self.images_seen < c.num_images and not self._stopping:
                 before = self.images_seen
                 self.step()
                 for callback in self.callbacks:
                     callback(self)
-                bar.update(c.batch_size)
+                bar.update(min(c.batch_size, c.num_images - before))
                 done = self.images_seen >= c.num_images
                 if done or self._due(c.log_every_images, before):
                     self._totals.wait()
-                    self._seconds += time.perf_counter() - clock
-                    self._log(bar, writer, done)
-                    clock = time.perf_counter()
-                if done or self._stopping or self._due(c.checkpoint_every_images, before):
-                    self._seconds += time.perf_counter() - clock
+                    with self._clock_stopped():
+                        self._log(bar, writer, done)
+                if done or self._due(c.checkpoint_every_images, before):
+                    with self._clock_stopped():
+                        self.save()
+                grid = c.sample_every_images > 0 and (done or self._due(c.sample_every_images, before))
+                if grid and not self._stopping:
+                    with self._clock_stopped():
+                        self._sample(writer)
+            if self._stopping:
+                with self._clock_stopped():
                     self.save()
-                    clock = time.perf_counter()
-                if not self._stopping and (
-                    self._due(c.sample_every_images, before) or (done and c.sample_every_images)
-                ):
-                    self._seconds += time.perf_counter() - clock
-                    self._sample(writer)
-                    clock = time.perf_counter()
         if self._signal is not None:
             self._say(
                 f"{signal.Signals(self._signal).name} after {self.images_seen:,} of {c.num_images:,} images; saved "
@@ -202,7 +201,7 @@ class Trainer:
     def step(self) -> None:
         """One optimiser step on the next batch. Nothing is read from the device, and nothing is written to files."""
         c = self.config
-        with _deterministic(c.deterministic):
+        with _deterministic(self._restricted):
             batch = self._batches.get(self.images_seen)
             seen = self.images_seen + c.batch_size
             loss = self._backward(batch)
@@ -297,7 +296,7 @@ class Trainer:
         share = c.micro_batch / c.batch_size
         for start in range(0, c.batch_size, c.micro_batch):
             slots = self._slots[start : start + c.micro_batch]
-            images, labels, index = batch.part(start, start + c.micro_batch)
+            images, labels, rows = batch.part(start, start + c.micro_batch)
             flip = None
             if c.horizontal_flip:
                 flip = (
@@ -305,9 +304,9 @@ class Trainer:
                 )
             with self._autocast():
                 losses = self.diffusion.losses(
-                    images, labels, index=index, flip=flip, seed=self._seed, sample=slots, step=step
+                    images, labels, index=rows, flip=flip, seed=self._seed, sample=slots, step=step
                 )
-            (losses.loss * share).backward()  # type: ignore[no-untyped-call]
+            (losses.loss * share).backward()
             total += losses.loss.detach() * share
             self._totals.add_samples(losses.t, losses.per_sample)
         return total
@@ -389,12 +388,17 @@ class Trainer:
     def _grid_path(self) -> Path:
         return self.directory / "samples" / f"{self.images_seen:010d}.png"
 
-    def _open_directory(self) -> None:
+    @contextmanager
+    def _open_directory(self) -> Iterator[None]:
+        """Make the directory ready for this run, and keep other ones out meanwhile."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self.last_checkpoint is None and self.images_seen == 0:
-            set_aside(self.directory / "metrics.jsonl")  # of a run that never came to a checkpoint
-            set_aside(self.directory / "samples")
-        truncate_metrics(self.directory / "metrics.jsonl", self.images_seen)
+        metrics = self.directory / "metrics.jsonl"
+        with _locked(self.directory / ".lock"):
+            if self.last_checkpoint is None and self.images_seen == 0 and metrics.exists():
+                set_aside(metrics)  # of a run that never came to a checkpoint
+                set_aside(self.directory / "samples")
+            truncate_metrics(metrics, self.images_seen)
+            yield
 
     def _resume(self, resume: bool | str, allow_changes: bool) -> None:
         if resume is False:
@@ -427,19 +431,15 @@ class Trainer:
 
     def _compare(self, checkpoint: Checkpoint, wanted: dict[str, Any], allow_changes: bool) -> None:
         free = [f"train.{name}" for name in free_on_resume(self.config)]
-        if allow_changes:
-            saved = checkpoint.config["train"]
-            changed = [
-                f"{name}: {saved.get(name)!r}, now {value!r}"
-                for name, value in wanted["train"].items()
-                if f"train.{name}" not in free and saved.get(name) != value
-            ]
-            if changed:
-                warnings.warn(
-                    f"Trainer: options changed on resuming {checkpoint.path}: {'; '.join(changed)}", stacklevel=4
-                )
-            free = ["train"]
-        check_config(checkpoint.config, wanted, free)
+        check_config(checkpoint.config, wanted, ["train"] if allow_changes else free)
+        saved = checkpoint.config["train"]
+        changed = [
+            f"{name}: {saved.get(name)!r}, now {value!r}"
+            for name, value in wanted["train"].items()
+            if f"train.{name}" not in free and saved.get(name) != value
+        ]
+        if changed:
+            warnings.warn(f"Trainer: options changed on resuming {checkpoint.path}: {'; '.join(changed)}", stacklevel=4)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.copy_into("model", self.diffusion.model.state_dict())
@@ -454,8 +454,16 @@ class Trainer:
         self.last_checkpoint, self._saved = checkpoint.path, self.images_seen
 
     @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """The time of checkpoints and grids is not that of training."""
+        self._seconds += time.perf_counter() - self._clock
+        yield
+        self._clock = time.perf_counter()
+
+    @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM ask for a stop after the step that runs; the second one acts as it would without us."""
+        self._signal = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -495,51 +503,6 @@ class Trainer:
             tqdm.write(text)
 
 
-class _Totals:
-    """Sums of an interval, on the device: nothing is read before the interval ends. float32."""
-
-    def __init__(self, num_timesteps: int, device: torch.device) -> None:
-        self.num_timesteps, self.groups = num_timesteps, min(GROUPS_OF_T, num_timesteps)
-        self.number = torch.arange(self.groups, device=device)
-        self.tensors = {
-            name: torch.zeros(shape, device=device)
-            for name, shape in (
-                ("steps", ()), ("loss", ()), ("grad_norm", ()), ("loss_by_t", (self.groups,)), ("count_by_t", (self.groups,))
-            )
-        }  # fmt: skip
-
-    def add_samples(self, t: Tensor, per_sample: Tensor) -> None:
-        """t int64 [B], per_sample [B]. Without atomics, so that the order of the additions is always the same."""
-        member = (t * self.groups // self.num_timesteps).unsqueeze(1) == self.number
-        self.tensors["loss_by_t"] += torch.where(member, per_sample.float().unsqueeze(1), 0.0).sum(0)
-        self.tensors["count_by_t"] += member.sum(0)
-
-    def add_step(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Both []."""
-        self.tensors["steps"] += 1
-        self.tensors["loss"] += loss
-        self.tensors["grad_norm"] += grad_norm
-
-    def wait(self) -> None:
-        """Wait until the device has done what was asked of it, so that times are true."""
-        if self.number.device.type == "cuda":
-            torch.cuda.synchronize(self.number.device)
-
-    def read_and_clear(self) -> dict[str, Any]:
-        """Means of the interval: loss, grad_norm, and the loss for groups of t, each with its first t."""
-        values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
-        steps, loss, norm = values[:3]
-        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups :]
-        for value in self.tensors.values():
-            value.zero_()
-        return {
-            "loss": loss / steps,
-            "grad_norm": norm / steps,
-            "timesteps": [math.ceil(k * self.num_timesteps / self.groups) for k in range(self.groups)],
-            "loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
-        }
-
-
 @contextmanager
 def _deterministic(enabled: bool) -> Iterator[None]:
     """Only algorithms that give the same bits each time, inside a ``with`` block."""
@@ -550,17 +513,39 @@ def _deterministic(enabled: bool) -> Iterator[None]:
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        settings.fill_uninitialized_memory,
+        settings.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark,
     )
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # it would write every new tensor once for nothing
+    settings.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it would write every new tensor once for nothing
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[2:]
+        settings.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = before[3]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process; without effect where there are none (Windows, some network disks)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"Trainer: expected no other training in {path.parent}, got one that runs; "
+                "wait for it, or choose another output_dir"
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 @contextmanager
@@ -589,7 +574,17 @@ def _with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
     return replace(config, **options)
 
 
-def _check_data(data: ImageDataset, diffusion: GaussianDiffusion) -> None:
+def _load(source: object, diffusion: GaussianDiffusion, progress: bool) -> ImageDataset:
+    """The images to train on, which fit the diffusion."""
+    data = source
+    if not isinstance(data, ImageDataset):
+        data = load_images(
+            source,
+            image_size=diffusion.image_size,
+            channels=diffusion.channels,
+            levels=diffusion.config.levels,
+            progress=progress,
+        )
     found, wanted = (data.channels, *data.image_size), (diffusion.channels, *diffusion.image_size)
     if found != wanted:
         raise ValueError(
@@ -608,3 +603,4 @@ def _check_data(data: ImageDataset, diffusion: GaussianDiffusion) -> None:
             f"{'no labels' if data.num_classes is None else data.num_classes}; "
             "give labels, or the network another num_classes"
         )
+    return data

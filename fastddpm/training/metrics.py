@@ -1,22 +1,28 @@
-"""Metrics as JSON lines: one object a line, in order of the images seen."""
+"""Metrics: sums kept on the device, and JSON lines in a file, one object a line, in order of the images seen."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+GROUPS_OF_T = 20
+
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line, whole and on the disk when the function returns.
+    """Add a line, whole and on the disk when the function returns. Numbers keep six digits.
 
     Raises:
         ValueError: a number that is not finite, which JSON cannot hold.
     """
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(json.dumps(_rounded(record), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -39,6 +45,14 @@ def truncate_metrics(path: Path, images: int) -> None:
         os.truncate(path, length)
 
 
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _finished_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
@@ -50,3 +64,44 @@ def set_aside(path: Path) -> None:
         while path.with_name(f"{path.name}.{number}").exists():
             number += 1
         path.rename(path.with_name(f"{path.name}.{number}"))
+
+
+class Totals:
+    """Sums of an interval, on the device: nothing is read before the interval ends. float32."""
+
+    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+        self.num_timesteps, self.groups = num_timesteps, min(GROUPS_OF_T, num_timesteps)
+        self.number = torch.arange(self.groups, device=device)
+        shapes = {"steps": (), "loss": (), "grad_norm": (), "loss_by_t": (self.groups,), "count_by_t": (self.groups,)}
+        self.tensors = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+
+    def add_samples(self, t: Tensor, per_sample: Tensor) -> None:
+        """t int64 [B], per_sample [B]. Without atomics, so that the order of the additions is always the same."""
+        member = (t * self.groups // self.num_timesteps).unsqueeze(1) == self.number
+        self.tensors["loss_by_t"] += torch.where(member, per_sample.float().unsqueeze(1), 0.0).sum(0)
+        self.tensors["count_by_t"] += member.sum(0)
+
+    def add_step(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Both []."""
+        self.tensors["steps"] += 1
+        self.tensors["loss"] += loss
+        self.tensors["grad_norm"] += grad_norm
+
+    def wait(self) -> None:
+        """Wait until the device has done what was asked of it, so that times are true."""
+        if self.number.device.type == "cuda":
+            torch.cuda.synchronize(self.number.device)
+
+    def read_and_clear(self) -> dict[str, Any]:
+        """Means of the interval: loss, grad_norm, and the loss for groups of t, each with its first t."""
+        values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
+        steps, loss, norm = values[:3]
+        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups :]
+        for value in self.tensors.values():
+            value.zero_()
+        return {
+            "loss": loss / steps,
+            "grad_norm": norm / steps,
+            "timesteps": [math.ceil(k * self.num_timesteps / self.groups) for k in range(self.groups)],
+            "loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+        }

@@ -6,6 +6,7 @@ The state is named tensors and device scalars, so a checkpoint is a copy of it, 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class AdamEMA:
 
     Attributes:
         parameters, exp_avg, exp_avg_sq, ema: tensors by name of the parameter.
-        step: int64 [], updates made. learning_rate, ema_decay: float32 [], of the next update.
+        step: int64 [], updates made. learning_rate, ema_decay: float64 [], of the next update.
         found_inf: float32 []; 1 from the first loss or gradient that was not finite: nothing is updated any more.
         skipped: float32 [], how many updates were not made for that reason.
     """
@@ -58,15 +59,16 @@ class AdamEMA:
             raise ValueError(
                 "AdamEMA: expected a model with parameters that need a gradient, got none; check requires_grad"
             )
-        self.options = dict(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.options: dict[str, Any] = dict(
+            betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.learning_rate, self.ema_decay, self.found_inf, self.skipped = (
-            torch.zeros((), device=device) for _ in range(4)
-        )
+        self.learning_rate, self.ema_decay = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+        self.found_inf, self.skipped = (torch.zeros((), device=device) for _ in range(2))
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:

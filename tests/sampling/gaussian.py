@@ -1,4 +1,4 @@
-"""Gaussian data x_0 ~ N(m, s^2), for which the best network and all that a sampler makes of it are known in closed form."""
+"""Gaussian data x_0 ~ N(m, s^2): the best network, and all that a sampler makes of it, are known in closed form."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Affine:
 
 
 def propagate(table: Tensor, steps: Tensor, network: tuple[Tensor, Tensor], start: Affine) -> list[Affine]:
-    """The state after each row of a table, without a single draw: x -> k2 pred + k3 x + k4 pred_prev + k5 z + k6 out."""
+    """The state after each row of a table, without a draw: x -> k2 pred + k3 x + k4 pred_prev + k5 z + k6 out."""
     states, x, pred = [], start, None
     zero = torch.zeros((), dtype=torch.float64)
     for row, t in zip(table, steps, strict=True):

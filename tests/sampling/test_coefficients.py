@@ -103,9 +103,7 @@ class Published:
         for t, abar, abar_next in self.rows():
             sigma = Decimal(eta) * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
             direction = (1 - abar_next - sigma * sigma).sqrt()
-            rows.append(
-                combine((abar_next.sqrt(), self.x0(kind, t)), (direction, self.eps(kind, t)), (sigma, Z))
-            )
+            rows.append(combine((abar_next.sqrt(), self.x0(kind, t)), (direction, self.eps(kind, t)), (sigma, Z)))
         return [*rows, self.x0(kind, self.visited[-1])]
 
     def dpmpp_2m(self, kind: str, lower_order_final: bool) -> list[Vector]:
@@ -227,7 +225,7 @@ def test_ddim_takes_eta_above_1_as_far_as_its_root_is_real() -> None:
     table = ddim_table(SHORT, steps, "x0", 1.02)
     assert bool(table.isfinite().all())
     assert_equal_to_rounding(table[:-1, 5], 1.02 * ddpm_table(SHORT, steps, "x0", "fixed_small")[:-1, 5])
-    with pytest.raises(ValueError, match=r"ddim_table: expected eta in \[0, 1\.\d+\] for these steps, got 3.0; 0 is det"):
+    with pytest.raises(ValueError, match=r"ddim_table: expected eta in \[0, 1\.\d+\] for these steps, got 3.0; 0 is"):
         ddim_table(SHORT, steps, "x0", 3.0)
     with pytest.raises(ValueError, match=r"ddim_table: expected eta in \[0, .*\] for these steps, got -0.1"):
         ddim_table(SHORT, steps, "x0", -0.1)
@@ -336,7 +334,7 @@ def test_errors_of_steps(op: str, steps: Tensor, error: type[Exception], message
 
 def test_errors_of_options() -> None:
     steps = timesteps(20, 7)
-    with pytest.raises(ValueError, match=r"ddpm_table: expected variance to be one of fixed_small, .*, got 'big'; choose"):
+    with pytest.raises(ValueError, match=r"ddpm_table: expected variance to be one of fixed_small, .*, got 'big'"):
         ddpm_table(SHORT, steps, "eps", "big")
     for table in TABLES.values():
         if table is not TABLES["blend_table"]:

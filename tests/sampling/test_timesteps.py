@@ -65,7 +65,7 @@ def test_trailing_always_starts_at_the_last_timestep_and_is_the_default() -> Non
         ((0, 1, "trailing"), r"timesteps: expected num_timesteps >= 1, got 0; 1000 is usual"),
         ((10, 11, "leading"), r"timesteps: expected num_steps in \[1, 10\], got 11; a chain of 10 steps"),
         ((10, 0, "trailing"), r"timesteps: expected num_steps in \[1, 10\], got 0; "),
-        ((10, 1, "leading"), r"timesteps: expected num_steps >= 2 with spacing 'leading', got 1, .* use spacing='trail"),
+        ((10, 1, "leading"), r"timesteps: expected num_steps >= 2 with spacing 'leading', got 1, .* use"),
         ((10, 1, "linspace"), r"timesteps: expected num_steps >= 2 with spacing 'linspace', got 1"),
         ((10, 1, "quadratic"), r"timesteps: expected num_steps >= 2 with spacing 'quadratic', got 1"),
     ],

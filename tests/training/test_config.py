@@ -80,8 +80,8 @@ def test_a_whole_number_is_taken_where_a_float_is_meant() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=6, micro_batch_size=4), "expected micro_batch_size to divide batch_size 6, got 4; choose one of 1, 2, 3, 6"),
-        (dict(learning_rate=1e-4, final_learning_rate=1e-3), "expected final_learning_rate <= learning_rate 0.0001, got 0.001"),
+        (dict(batch_size=6, micro_batch_size=4), "expected micro_batch_size to divide batch_size 6, got 4; choose"),
+        (dict(learning_rate=1e-4, final_learning_rate=1e-3), "final_learning_rate <= learning_rate 0.0001, got 0.001"),
         (dict(lr_decay="cosine", num_images=100, warmup_images=100), "expected warmup_images < num_images 100"),
     ],
 )  # fmt: skip
@@ -107,6 +107,8 @@ def test_device_and_precision_are_chosen() -> None:
     assert choose_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(ValueError, match="expected device cuda:99 to exist, got"):
         choose_device("cuda:99")
+    with pytest.raises(ValueError, match="expected device cpu or cuda, got mps"):
+        choose_device("mps")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -142,8 +144,9 @@ def test_preset_of_the_ddpm_paper_has_its_number_of_parameters() -> None:
 
 
 def test_preset_of_improved_ddpm_has_its_number_of_parameters() -> None:
+    unet = make_configs("improved-cifar10")[0]
     with torch.device("meta"):
-        model = UNet(make_configs("improved-cifar10")[0])
+        model = UNet(unet)
     assert sum(p.numel() for p in model.parameters()) == 52_546_438
 
 
@@ -162,7 +165,7 @@ def test_fields_given_win_over_those_of_the_preset() -> None:
 
 
 def test_unknown_presets_and_fields_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected preset to be one of digits, cifar10.*got 'mnist'"):
+    with pytest.raises(ValueError, match=r"expected preset to be one of digits, cifar10.*got 'mnist'"):
         make_configs("mnist")
     with pytest.raises(ValueError, match="expected fields of TrainConfig, got batchsize; it has output_dir"):
         make_configs("digits", train={"batchsize": 3})

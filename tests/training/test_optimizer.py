@@ -126,7 +126,7 @@ def test_weights_are_swapped_in_without_a_copy_and_restored_after_an_error() -> 
 )
 def test_weights_that_do_not_fit_are_refused(weights: dict[str, torch.Tensor]) -> None:
     with (
-        pytest.raises(ValueError, match="weights_of: expected weights that fit the model, got [ca]"),
+        pytest.raises(ValueError, match=r"weights_of: expected weights that fit the model, got [ca]"),
         weights_of(_Two(), weights),
     ):
         pass

@@ -27,7 +27,7 @@ def toy_diffusion(
 ) -> GaussianDiffusion:
     torch.manual_seed(0)
     model = UNet(
-        image_size=8, in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(),
+        image_size=8, in_channels=1, base_channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(),
         num_groups=4, dropout=dropout, num_classes=num_classes, learned_variance=learned_variance,
     )  # fmt: skip
     return GaussianDiffusion(model, **{"num_timesteps": 20, "schedule": "log_snr", "levels": 17, **options})
@@ -38,8 +38,8 @@ def toy_trainer(
 ) -> Trainer:
     """Writes a line of metrics each 16 images and a checkpoint each 32, and no grids."""
     usual: dict[str, Any] = dict(
-        output_dir=str(directory), num_images=128, batch_size=8, learning_rate=1e-3, warmup_images=16, precision="float32",
-        device="cpu", log_every_images=16, checkpoint_every_images=32, sample_every_images=0, num_grid_samples=4,
-        grid_steps=2, ema_decay=0.9, seed=5, progress=False,
+        output_dir=str(directory), num_images=128, batch_size=8, learning_rate=1e-3, warmup_images=16,
+        precision="float32", device="cpu", log_every_images=16, checkpoint_every_images=32, sample_every_images=0,
+        num_grid_samples=4, grid_steps=2, ema_decay=0.9, seed=5, progress=False,
     )  # fmt: skip
     return Trainer(diffusion or toy_diffusion(), stripes() if data is None else data, **{**usual, **options})

@@ -50,8 +50,8 @@ def adam_ema(
         lr: learning rate, a number >= 0 or a float32 or float64 tensor [].
         betas: each in [0, 1). eps: > 0. weight_decay: >= 0.
         max_grad_norm: > 0, or None not to clip.
-        ema, ema_decay: the average of the parameters, in their dtype, written over; and its decay in [0, 1], a number or a
-            float32 or float64 tensor [] (float64 keeps 1 - ema_decay exact where the decay is near 1). Both or none.
+        ema, ema_decay: the average of the parameters, in their dtype, written over; and its decay in [0, 1], a number
+            or a float32 or float64 tensor [] (float64, so that 1 - ema_decay is exact near 1). Both or none.
         mirror: a copy of the parameters in another float dtype, such as bfloat16; written over.
         grad_scale: float32 or float64 [], by which the loss was multiplied; None is 1.
         found_inf: float32 []. Where it is not 0, or where the norm is not finite, the step is skipped: it becomes 1 and
@@ -64,8 +64,8 @@ def adam_ema(
     Raises:
         ValueError: a length, shape, stride, device or range that does not fit. TypeError: a dtype.
 
-    Numerics: the arithmetic of a parameter in its own dtype, the few numbers all share in float64; deterministic. No host
-    sync: values of tensors on the device are not checked. Not differentiable.
+    Numerics: the arithmetic of a parameter in its own dtype, that of the numbers all share in float64; deterministic.
+    No host sync: values of tensors on the device are not checked. Not differentiable.
     """
     params = list(params)
     if not params:
@@ -109,11 +109,12 @@ def adam_ema(
 
     options: dict[str, Any] = dict(
         step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        ema_decay=ema_decay, grad_scale=grad_scale, found_inf=found_inf, ema=lists.get("ema"), mirror=lists.get("mirror"),
+        ema=lists.get("ema"), ema_decay=ema_decay, mirror=lists.get("mirror"), grad_scale=grad_scale,
+        found_inf=found_inf,
     )  # fmt: skip
-    tensors = {name: lists[name] for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
+    four = {name: lists[name] for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
     with torch.no_grad():
-        norm: Tensor = OP.choose(**tensors, **options).forward(*tensors.values(), **options)
+        norm: Tensor = OP.choose(**four, **options).forward(**four, **options)
     return norm
 
 

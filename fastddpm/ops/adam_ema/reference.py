@@ -24,9 +24,9 @@ def forward(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """See the interface. The few numbers in float64, the tensors in their own dtype (gradients in that of the parameter)."""
+    """See the interface. Numbers in float64; tensors in the dtype of the parameters, a gradient converted to it."""
     dtype, (beta1, beta2) = params[0].dtype, betas
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads]))
     factor = torch.ones_like(norm) if grad_scale is None else 1 / grad_scale.to(dtype)
     norm = norm * factor
     if max_grad_norm is not None:

@@ -33,7 +33,7 @@ class _DiffusionLoss(torch.autograd.Function):
         return loss, per_sample
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         gradient: Tensor = ctx.saved_tensors[0]
         scaled = gradient.to(upstream.dtype) * (upstream / ctx.kept_scale)
@@ -77,12 +77,12 @@ def diffusion_loss(
         seed, sample, step: where q_sample drew the noise: int or int64 [] / int64 [B] / int or int64 [].
         weight: float [B]; None is 1.
         vlb: [T, 4], float32 or float64: d mu / d pred (so that mu_theta - mu_q = vlb[t, 0] (pred - target)), the
-            log-variance at v = -1 and at v = 1, log-variance of q. That of p is f max + (1 - f) min with f = (v + 1) / 2.
+            log-variance at v = -1 and at v = 1, log-variance of q. That of p is f max + (1 - f) min, f = (v + 1) / 2.
         vlb_weight: a number, or float [B] or []; T / 1000 makes the hybrid loss.
         levels: grey levels of the decoder, >= 2.
 
-    Returns: the loss [], and the loss of each sample [B] (detached). Float32, or float64 for float64 pred. The loss of an
-        empty batch is nan, as is any mean of nothing.
+    Returns: the loss [], and the loss of each sample [B] (detached). Float32, or float64 for float64 pred. The loss of
+        an empty batch is nan, as is any mean of nothing.
 
     Raises:
         ValueError: a shape, stride, device or option that does not fit; a missing input; a target or a weight that

@@ -60,12 +60,12 @@ def forward(
             signal, sigma = table.to(dtype)[t].reshape(-1, 2, 1, 1, 1).unbind(1)
             wanted = signal * wanted - sigma * clean
 
-    def weighted(a: Tensor, weights: Tensor | float) -> Tensor:  # a [B, C, H, W], weights [B], [] or a number
-        return a * (weights.to(dtype).reshape(-1, 1, 1, 1) if isinstance(weights, Tensor) else weights)
+    def weighted(a: Tensor, w: Tensor | float) -> Tensor:  # a [B, C, H, W]; w [B], [] or a number
+        return a * (w.to(dtype).reshape(-1, 1, 1, 1) if isinstance(w, Tensor) else w)
 
     difference = pred[:, :channels].to(dtype) - wanted
-    weight = 1.0 if weight is None else weight
-    terms, slopes = weighted(difference.square(), weight), [weighted(2 * difference, weight)]
+    weights = 1.0 if weight is None else weight
+    terms, slopes = weighted(difference.square(), weights), [weighted(2 * difference, weights)]
     if vlb is not None:
         assert clean is not None
         bits, slope = _vlb_bits(pred[:, channels:].to(dtype), difference, clean, t, vlb.to(dtype)[t], levels)
@@ -110,7 +110,7 @@ def _vlb_bits(
 
 
 def _normal_between(lower: Tensor, upper: Tensor) -> Tensor:
-    """P(lower < Z < upper) for a standard normal Z; both tails are taken on the negative side, where they do not cancel."""
+    """P(lower < Z < upper) for a standard normal Z; both tails are taken on the negative side, without cancelling."""
     flip = lower > 0
     a, b = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     return 0.5 * (torch.erfc(-b / math.sqrt(2)) - torch.erfc(-a / math.sqrt(2)))

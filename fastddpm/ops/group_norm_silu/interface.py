@@ -40,7 +40,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return y if h is None else (y, h)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, channel_bias, scale, shift, residual, x2, *saved = ctx.saved_tensors
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
@@ -105,7 +105,8 @@ def group_norm_silu(
         c += x2.shape[1]
     if num_groups < 1 or c % num_groups:
         raise ValueError(
-            f"group_norm_silu: expected num_groups to divide the {c} channels, got {num_groups}; choose a divisor of {c}"
+            f"group_norm_silu: expected num_groups to divide the {c} channels, got {num_groups}; "
+            f"choose a divisor of {c}"
         )
     if not eps > 0:
         raise ValueError(f"group_norm_silu: expected eps > 0, got {eps}; 1e-6 and 1e-5 are usual")
@@ -133,7 +134,8 @@ def group_norm_silu(
     check_device("group_norm_silu", x, weight=weight, bias=bias, **inputs)
 
     options: dict[str, Any] = dict(
-        num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer, activation=activation
+        num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer,
+        activation=activation,
     )  # fmt: skip
     result: Tensor | tuple[Tensor, Tensor]
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *inputs.values())):

@@ -29,7 +29,7 @@ def forward(
     layer: int,
     activation: bool,
 ) -> tuple[Tensor, Tensor | None, Saved]:
-    """Returns y, h where a residual is given, and what backward wants beside the inputs: mean, 1 / std and kept elements."""
+    """Returns y, h where a residual is given, and what backward wants beside the inputs: mean, 1 / std, kept or not."""
     h = _before_norm(x, x2, channel_bias, residual)
     gain, offset = _gain_offset(weight, bias, scale, shift, h.dtype)
     mean = _mean_of_groups(h, num_groups)
@@ -38,7 +38,7 @@ def forward(
     y = torch.addcmul(offset, centred, gain * rstd)
     if activation:
         y = torch.nn.functional.silu(y, inplace=True)
-    saved = (mean, rstd)
+    saved: Saved = (mean, rstd)
     if dropout > 0:
         assert seed is not None and sample is not None and step is not None
         words = philox.integers(y[0].numel(), seed=seed, sample=sample, step=step, stream=philox.DROPOUT + layer)
@@ -66,8 +66,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2, from those of y and h.
 
-    With a = n gain + offset before the activation: da is dy through dropout and SiLU; dn = da gain; and through the norm
-    dh = (dn - mean(dn) - n mean(dn n)) / std + dh, the means over each group.
+    With a = n gain + offset before the activation: da is dy through dropout and SiLU; dn = da gain; through the norm,
+    dx = (dn - mean(dn) - n mean(dn n)) / std + dh, the means over each group.
     """
     h = _before_norm(x, x2, channel_bias, residual)
     gain, offset = _gain_offset(weight, bias, scale, shift, h.dtype)
@@ -137,7 +137,8 @@ def _per_channel(p: Tensor, dtype: torch.dtype) -> Tensor:
 def _mean_of_groups(a: Tensor, num_groups: int) -> Tensor:
     """The mean over each group of channels and the pixels, for each channel of the group: [B, C, 1, 1]."""
     channels = a.mean(dim=(2, 3), keepdim=True).unflatten(1, (num_groups, -1))  # [B, G, C/G, 1, 1]
-    return channels.mean(dim=2, keepdim=True).expand_as(channels).flatten(1, 2)
+    mean: Tensor = channels.mean(dim=2, keepdim=True).expand_as(channels).flatten(1, 2)
+    return mean
 
 
 def _stored(a: Tensor, like: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class _RMSNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, *saved = ctx.saved_tensors
         backward = ctx.implementation.backward

@@ -35,7 +35,7 @@ def backward(
     """Gradients of x, weight, scale and shift from that of y.
 
     With a = n gain + shift before the activation: da is dy through the SiLU; dn = da gain; and through the norm
-    dx = sqrt(C) / ||x|| (dn - n mean_c(dn n)), without its second term where eps stands for ||x||, which then is constant.
+    dx = sqrt(C) / ||x|| (dn - n mean_c(dn n)), without the second term where the constant eps stands for ||x||.
     """
     n, factor, is_norm = _normalised(x, eps)
     da = dy.to(n.dtype)

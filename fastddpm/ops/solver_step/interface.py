@@ -55,7 +55,7 @@ def solver_step(
             SAMPLER_NOISE, counter step = ``step``. With neither noise nor seed, k5 z is left out.
         mask, known, known_table: keep ``known`` [B, C, H, W] where mask is 1: mask float [B or 1, C or 1, H, W] in
             [0, 1]; known_table [N, 2] holds a and s, the signal and noise level after each step.
-        known_noise: eps of the known part [B, C, H, W]; otherwise seed and sample draw it: Philox stream TRAINING_NOISE.
+        known_noise: eps of the known part [B, C, H, W]; otherwise seed and sample draw it: stream TRAINING_NOISE.
         inplace: write x' over x, and pred over pred_prev where that is given.
 
     Returns: the pair (x', pred), in the dtype of x.
@@ -108,8 +108,8 @@ def solver_step(
         check_dtype("solver_step", "known_table", known_table, torch.float32, torch.float64)
         if known_noise is None and noise is not None:
             raise ValueError(
-                "solver_step: expected known_noise where noise and a mask are given, got None; pass it too, or seed and "
-                "sample in place of noise"
+                "solver_step: expected known_noise where noise and a mask are given, got None; "
+                "pass it too, or seed and sample in place of noise"
             )
     if seed is not None or (mask is not None and known_noise is None):
         check_draw("solver_step", b, x, seed, sample, step)

@@ -1,0 +1,421 @@
+"""The training loop: what it computes, what it writes, and how it stops."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastddpm.training import (
+    DivergenceError,
+    Trainer,
+    latest_checkpoint,
+    load_checkpoint,
+    load_images,
+    read_metrics,
+)
+from fastddpm.training.metrics import Totals
+from tests.tolerance import assert_equal_to_rounding
+from tests.training.toy import stripes, toy_diffusion, toy_trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.optimizer.parameters.items()}
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def after(steps: int, action: Callable[[], object]) -> Callable[[Trainer], None]:
+    """A callback that acts once, behind that step."""
+    return lambda trainer: action() if trainer.steps == steps else None  # type: ignore[return-value]
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    trainer = toy_trainer(
+        tmp_path, num_images=960, learning_rate=5e-3, log_every_images=160, checkpoint_every_images=960
+    )
+    trainer.train()
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("loss", ["simple", "hybrid"])
+def test_gradient_of_micro_batches_is_that_of_the_whole_batch(tmp_path: Path, loss: str) -> None:
+    """Noise, timesteps and flips have the same bits; dropout and labels the same mask; so the moments agree."""
+    seen: dict[int, list[Tensor]] = {}
+    trainers = {}
+    for micro in (12, 4):
+        learned = loss == "hybrid"
+        diffusion = toy_diffusion(
+            dropout=0.3, num_classes=2, learned_variance=learned, loss=loss,
+            variance="learned_range" if learned else "fixed_small",
+        )  # fmt: skip
+        nn.init.normal_(diffusion.model.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+        seen[micro] = []
+        diffusion.model.register_forward_pre_hook(lambda _, args, m=micro: seen[m].append(args[0].clone()))
+        trainers[micro] = toy_trainer(
+            tmp_path / str(micro), diffusion, stripes(True), batch_size=12, micro_batch_size=micro, max_grad_norm=None
+        )
+        trainers[micro].step()
+    assert [len(x) for x in seen.values()] == [1, 3]
+    assert torch.equal(seen[12][0], torch.cat(seen[4]))
+    moments = trainers[12].optimizer.exp_avg
+    largest = max(float(whole.abs().max()) for whole in moments.values())
+    for name, whole in moments.items():
+        assert_equal_to_rounding(trainers[4].optimizer.exp_avg[name], whole, ulps=64, scale=largest)
+
+
+def test_half_of_the_images_is_mirrored_and_none_without_the_option(tmp_path: Path) -> None:
+    diffusion = toy_diffusion(num_timesteps=2, log_snr_max=9.0, log_snr_min=8.0)
+    seen: list[Tensor] = []
+    diffusion.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    images = np.zeros((64, 1, 8, 8), np.uint8)
+    images[..., 0] = 16  # a bright left edge
+    data = load_images(images, channels=1, levels=17)
+    for flip in (True, False):
+        seen.clear()
+        trainer = toy_trainer(tmp_path, diffusion, data, horizontal_flip=flip, batch_size=64)
+        for _ in range(4):
+            trainer.step()
+        x = torch.cat(seen)
+        mirrored = int((x[..., 7].mean((1, 2)) > x[..., 0].mean((1, 2))).sum())
+        spread = (256 * 0.25) ** 0.5
+        assert abs(mirrored - 128) < 5 * spread if flip else mirrored == 0
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses to read a value from the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified", "importance"])
+def test_step_reads_nothing_from_the_device(tmp_path: Path, sampling: str) -> None:
+    diffusion = toy_diffusion(dropout=0.1, num_classes=2, timestep_sampling=sampling)
+    trainer = toy_trainer(tmp_path, diffusion, stripes(True), micro_batch_size=4, precision="bfloat16")
+    with _NoSync():
+        trainer.step()
+        trainer.step()
+    with pytest.raises(AssertionError, match="a value was read"), _NoSync():
+        trainer.save()
+
+
+def test_network_alone_computes_in_bfloat16(tmp_path: Path) -> None:
+    diffusion = toy_diffusion()
+    dtypes: dict[str, torch.dtype] = {}
+    diffusion.model.register_forward_hook(
+        lambda _, args, out: dtypes.update(x_t=args[0].dtype, t=args[1].dtype, out=out.dtype)
+    )
+    diffusion.model.conv_in.register_forward_hook(lambda _, args, out: dtypes.update(conv=out.dtype))
+    losses = diffusion.losses
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = losses(*args, **kwargs)
+        dtypes.update(loss=result.loss.dtype, per_sample=result.per_sample.dtype)
+        return result
+
+    diffusion.losses = recorded  # type: ignore[method-assign]
+    trainer = toy_trainer(tmp_path, diffusion, precision="bfloat16")
+    trainer.step()
+    assert (dtypes["conv"], dtypes["out"]) == (torch.bfloat16, torch.bfloat16)
+    assert (dtypes["x_t"], dtypes["loss"], dtypes["per_sample"], dtypes["t"]) == (*[torch.float32] * 3, torch.int64)
+    assert {p.dtype for p in trainer.optimizer.parameters.values()} == {torch.float32}
+
+
+def test_metrics_are_means_over_their_interval(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, num_images=32, warmup_images=24)
+    losses: list[float] = []
+    original = trainer._backward
+    trainer._backward = lambda batch: losses.append(loss := original(batch)) or loss  # type: ignore[func-returns-value]
+    trainer.train()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["images"], second["images"], first["step"], second["step"]) == (16, 32, 2, 4)
+    for record, pair in ((first, losses[:2]), (second, losses[2:])):
+        assert record["loss"] == float(f"{sum(map(float, pair)) / 2:.6g}")
+    assert (first["learning_rate"], second["learning_rate"]) == (float(f"{1e-3 * 16 / 24:.6g}"), 1e-3)
+    assert (first["ema_decay"], second["ema_decay"]) == (float(f"{2 / 11:.6g}"), float(f"{4 / 13:.6g}"))
+    assert first["timesteps"] == list(range(20)) and len(first["loss_by_t"]) == 20
+    assert 0 < first["seconds"] < second["seconds"]
+
+
+def test_loss_by_timestep_is_the_mean_of_each_group() -> None:
+    totals = Totals(30, torch.device("cpu"))
+    t = torch.tensor([0, 1, 29, 29, 28])
+    totals.add_samples(t, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]))
+    totals.add_step(torch.tensor(5.0), torch.tensor(0.5))
+    means = totals.read_and_clear()
+    assert means["timesteps"] == [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29]
+    assert means["loss_by_t"] == [2.0, *[None] * 17, 9.0, 6.0]
+    assert not any(value.any() for value in totals.tensors.values())
+
+
+def test_grids_are_drawn_from_the_average_and_leave_the_training_alone(tmp_path: Path) -> None:
+    plain = toy_trainer(tmp_path / "a", num_images=48)
+    plain.train()
+    trainer = toy_trainer(tmp_path / "b", num_images=48, sample_every_images=16)
+    trainer.train()
+    assert_same_bits(weights(plain), weights(trainer))
+    assert sorted(p.name for p in (tmp_path / "b" / "samples").iterdir()) == [f"{n:010d}.png" for n in (16, 32, 48)]
+    before, grid = weights(trainer), trainer.sample_grid()
+    assert torch.equal(grid, trainer.sample_grid())
+    with torch.no_grad():
+        for p in trainer.optimizer.parameters.values():
+            p.zero_()
+    assert torch.equal(grid, trainer.sample_grid()), "the weights themselves play no part"
+    assert not any(p.any() for p in trainer.optimizer.parameters.values()), "and are back"
+    assert any(value.any() for value in before.values())
+
+
+def test_grid_of_a_network_with_classes_has_each_class(tmp_path: Path) -> None:
+    diffusion = toy_diffusion(num_classes=2)
+    trainer = toy_trainer(tmp_path, diffusion, stripes(True))
+    with trainer.ema_weights():
+        expected = diffusion.sample(
+            4, seed=5, sampler="ddim", num_steps=2, labels=torch.tensor([0, 1, 0, 1]), batch_size=4
+        )
+    assert torch.equal(trainer.sample_grid(), expected)
+
+
+def test_gathering_batches_on_the_host_gives_the_same_bits(tmp_path: Path) -> None:
+    trainers = []
+    for place in ("device", "host"):
+        diffusion = toy_diffusion(num_classes=2)
+        trainer = toy_trainer(tmp_path / place, diffusion, stripes(True), num_images=96, batch_size=24, data_on=place)
+        trainer.train()
+        trainers.append(trainer)
+    assert_same_bits(weights(trainers[0]), weights(trainers[1]))
+
+
+def test_half_life_of_the_average_is_used(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, ema_halflife_images=16, ema_warmup=False)
+    trainer.step()
+    assert_equal_to_rounding(float(trainer.optimizer.ema_decay), 0.5**0.5)
+
+
+def poison(trainer: Trainer) -> None:
+    next(iter(trainer.optimizer.parameters.values())).data.fill_(float("nan"))
+
+
+def test_divergence_stops_with_the_last_good_checkpoint_kept(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, num_images=64).train()
+    good = latest_checkpoint(tmp_path)
+    assert good is not None
+    with pytest.warns(UserWarning, match="learning_rate: 0.001, now 1e"):
+        trainer = toy_trainer(tmp_path, learning_rate=1e30, num_images=256, allow_changes=True)
+    with pytest.raises(DivergenceError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "got NaN or Inf in the step that ended at 80 images" in message, message
+    assert f"the last good checkpoint is {good.path}" in message
+    assert "a lower learning_rate (it was 1e+30), or a longer warm-up (warmup_images=16)" in message
+    with pytest.raises(DivergenceError):
+        trainer.save()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-0000000032", "checkpoint-0000000064"]
+    assert [record["images"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [16, 32, 48, 64]
+    resumed = toy_trainer(tmp_path, num_images=96)
+    resumed.train()
+    assert latest_checkpoint(tmp_path).images == 96  # type: ignore[union-attr]
+
+
+def test_divergence_between_two_log_lines_is_found_before_a_checkpoint(tmp_path: Path) -> None:
+    trainer = toy_trainer(
+        tmp_path, log_every_images=1000, checkpoint_every_images=48, precision="bfloat16", max_grad_norm=None,
+        callbacks=[lambda t: poison(t) if t.steps == 3 else None],
+    )  # fmt: skip
+    with pytest.raises(
+        DivergenceError, match=r"at 32 images; there was no checkpoint yet.*max_grad_norm=1, or precision"
+    ):
+        trainer.train()
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    whole = toy_trainer(tmp_path / "whole", num_images=64)
+    whole.train()
+    trainer = toy_trainer(tmp_path / "cut", num_images=64, callbacks=[after(5, lambda: os.kill(os.getpid(), number))])
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 128 + number
+    path = tmp_path / "cut" / "checkpoint-0000000040"
+    message = f"{number.name} after 40 of 64 images; saved {path}; start the same training again to go on from there"
+    assert message in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    resumed = toy_trainer(tmp_path / "cut", num_images=64)
+    assert resumed.images_seen == 40
+    resumed.train()
+    assert_same_bits(weights(whole), weights(resumed))
+
+
+def test_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = toy_trainer(tmp_path, callbacks=[after(1, twice)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_callback_may_stop_the_training(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, sample_every_images=8)
+    trainer.callbacks = (after(3, trainer.stop),)
+    trainer.train()
+    assert trainer.last_checkpoint is not None and load_checkpoint(trainer.last_checkpoint).images == 24
+    assert not (tmp_path / "samples" / "0000000024.png").exists()
+
+
+def test_stop_while_sampling_leaves_a_checkpoint_and_no_grid(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, sample_every_images=24)
+    trainer.diffusion.model.register_forward_hook(lambda model, *_: None if model.training else trainer.stop())
+    trainer.train()
+    assert trainer.last_checkpoint is not None and load_checkpoint(trainer.last_checkpoint).images == 24
+    assert not (tmp_path / "samples").exists()
+
+
+def test_what_a_run_without_a_checkpoint_left_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"images": 5}\n')
+    (tmp_path / "notes.txt").write_text("mine")
+    toy_trainer(tmp_path, num_images=16).train()
+    assert (tmp_path / "metrics.jsonl.1").read_text() == '{"images": 5}\n'
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [record["images"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [16]
+
+
+def test_second_training_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, num_images=8)
+    other = toy_trainer(tmp_path, num_images=8)
+    trainer.callbacks = (lambda _: other.train(),)
+    with pytest.raises(RuntimeError, match=r"expected no other training in .*, got one that runs; wait for it"):
+        trainer.train()
+
+
+def test_last_batch_is_a_whole_one(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, num_images=20)
+    trainer.train()
+    assert trainer.images_seen == read_metrics(tmp_path / "metrics.jsonl")[-1]["images"] == 24
+    assert trainer.last_checkpoint == tmp_path / "checkpoint-0000000024"
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_trainer(tmp_path, num_images=32, progress=True).train()
+    toy_trainer(tmp_path, num_images=48, progress=True).train()
+    toy_trainer(tmp_path, num_images=48, progress=True).train()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("32 of 32 images, loss ") and out[0].endswith("left")
+    assert out[1] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
+    assert out[-1] == "48 of 48 images seen already; raise num_images to go on"
+    toy_trainer(tmp_path / "quiet", num_images=16).train()
+    assert capsys.readouterr().out == ""
+
+
+def test_bar_shows_loss_learning_rate_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None: ...
+
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    toy_trainer(tmp_path, num_images=32, progress=True).train()
+    assert "training:" in terminal.text and "32.0/32.0" in terminal.text and "img/s" in terminal.text
+    assert "loss 0." in terminal.text or "loss 1." in terminal.text
+    assert "lr 0.001" in terminal.text
+
+
+def test_deterministic_algorithms_are_used_while_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda _: None)  # without it a processor needs no restriction
+    inside = []
+    for wanted in (True, False):
+        trainer = toy_trainer(tmp_path / str(wanted), num_images=8, deterministic=wanted, compile=True)
+        trainer.callbacks = (lambda _: inside.append(torch.are_deterministic_algorithms_enabled()),)
+        trainer.train()
+    assert inside == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_compiled_network_has_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager", fullgraph=True))
+    trainers = [toy_trainer(tmp_path / str(c), num_images=24, compile=c) for c in (False, True)]
+    for trainer in trainers:
+        trainer.step()
+        trainer.step()
+    assert trainers[1].diffusion.model._compiled_call_impl is not None
+    eager, compiled = (trainer.optimizer.exp_avg for trainer in trainers)
+    largest = max(float(moment.abs().max()) for moment in eager.values())
+    for name, moment in eager.items():
+        assert_equal_to_rounding(compiled[name], moment, ulps=256, scale=largest)
+
+
+NARROW = load_images(np.zeros((4, 1, 8, 4), np.uint8), channels=1, levels=17)
+EIGHT_BITS = load_images(np.zeros((4, 1, 8, 8), np.uint8), channels=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(data=np.zeros((4, 1, 8, 8), np.uint8)), None),
+        (dict(data=NARROW), r"expected images of shape \[1, 8, 8\], got \[1, 8, 4\]"),
+        (dict(data=EIGHT_BITS), "expected images of 17 grey levels, got 256"),
+        (dict(diffusion=toy_diffusion(num_classes=2)), "expected images of at most 2 classes .*, got no labels"),
+        (dict(diffusion=toy_diffusion(num_classes=1), data=stripes(True)), "at most 1 classes for this network, got 2"),
+        (dict(batchsize=3), "expected options of TrainConfig, got batchsize; did you mean batch_size?"),
+        (dict(resume="sometimes"), "expected resume to be 'auto', True or False, got 'sometimes'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert len(toy_trainer(tmp_path, **options).data) == 4, "anything that load_images reads is fine"
+    else:
+        with pytest.raises(ValueError, match=message):
+            toy_trainer(tmp_path, **options)
+
+
+def test_tensorboard_gets_metrics_and_grids(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, num_images=16, tensorboard=True, sample_every_images=16).train()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"loss" in content and b"images_per_second" in content and b"samples" in content
+
+
+def test_missing_tensorboard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if "tensorboard" in name:
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"expected the package tensorboard .* pip install 'fastddpm\[tensorboard\]'"):
+        toy_trainer(tmp_path, tensorboard=True).train()
