@@ -1,6 +1,7 @@
 """Denoising diffusion models (DDPM), trained and sampled at hardware speed.
 
-The two objects to know are `GaussianDiffusion`, which turns a network into a model of images, and `Trainer`, which trains it.
+The two objects to know are `GaussianDiffusion`, which turns a network into a model of images, and `Trainer`, which
+trains it.
 """
 
 from ._dispatch import explain, use_backend
@@ -8,18 +9,23 @@ from .diffusion import DiffusionConfig, GaussianDiffusion
 from .nn import UNet, UNetConfig
 from .ops import adam_ema, diffusion_loss, group_norm_silu, q_sample, rms_norm_silu, solver_step
 from .schedule import Schedule, make_schedule
+from .training import TrainConfig, Trainer, load_diffusion, load_images
 
 __version__ = "0.1.0"
 __all__ = [
     "DiffusionConfig",
     "GaussianDiffusion",
     "Schedule",
+    "TrainConfig",
+    "Trainer",
     "UNet",
     "UNetConfig",
     "adam_ema",
     "diffusion_loss",
     "explain",
     "group_norm_silu",
+    "load_diffusion",
+    "load_images",
     "make_schedule",
     "q_sample",
     "rms_norm_silu",

@@ -1,4 +1,5 @@
-"""Gaussian diffusion: the forward process, its posterior, the reverse process, and the module that trains and samples a network.
+"""Gaussian diffusion: the forward process, its posterior, the reverse process, and the module that trains and samples
+a network.
 
 Equations are those of Ho et al. 2020. Pure functions first; `GaussianDiffusion` puts them together.
 """
@@ -50,10 +51,13 @@ def q_posterior(x0: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple
 
 
 def model_log_variance(variance: str, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Smallest and largest log-variance of p(x_{t-1} | x_t) for each t; equal where the variance is fixed (section 3.2).
+    """Smallest and largest log-variance of p(x_{t-1} | x_t) for each t; equal where the variance is fixed (section
+    3.2).
 
-    fixed_small: sigma_q^2, optimal for data at a point. fixed_large: beta, optimal for x_0 ~ N(0, I); with first_log_variance="copy" its first entry is that of
-    sigma_q^2, since there it is the width of the decoder. unit: 1. learned: (-1, 1), so that the network's v is the log-variance itself. learned_range:
+    fixed_small: sigma_q^2, optimal for data at a point. fixed_large: beta, optimal for x_0 ~ N(0, I); with
+        first_log_variance="copy" its first entry is that of
+    sigma_q^2, since there it is the width of the decoder. unit: 1. learned: (-1, 1), so that the network's v is the
+    log-variance itself. learned_range:
     sigma_q^2 to beta (Nichol and Dhariwal 2021, eq. 15).
 
     Returns: two float64 [T].
@@ -96,7 +100,8 @@ def p_mean_variance(
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor | float, log_variance2: Tensor | float) -> Tensor:
-    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats: (lv2 - lv1 + e^(lv1 - lv2) + (m1 - m2)^2 e^(-lv2) - 1) / 2."""
+    """KL(N(mean1, var1) || N(mean2, var2)) of each element, in nats: (lv2 - lv1 + e^(lv1 - lv2) + (m1 - m2)^2
+    e^(-lv2) - 1) / 2."""
     log_variance2 = torch.as_tensor(log_variance2, dtype=log_variance1.dtype, device=log_variance1.device)
     squared = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
     difference = log_variance1 - log_variance2
@@ -106,7 +111,8 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor | float, log_v
 def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
     """log P(x_0) of each element under a Gaussian cut into grey levels (eq. 13), in nats.
 
-    P(x_0) = Phi((x_0 + h - mean) / sigma) - Phi((x_0 - h - mean) / sigma), h = 1 / (levels - 1); the outermost levels take the whole tails, so that the
+    P(x_0) = Phi((x_0 + h - mean) / sigma) - Phi((x_0 - h - mean) / sigma), h = 1 / (levels - 1); the outermost levels
+    take the whole tails, so that the
     probabilities of all levels sum to 1. Phi is exact (erfc); a probability below 1e-12 counts as 1e-12.
 
     Args:
@@ -118,7 +124,10 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
         ValueError: levels < 2.
     """
     if levels < 2:
-        raise ValueError(f"discretized_gaussian_log_likelihood: expected levels >= 2, got {levels}; images of 8 bits have 256")
+        raise ValueError(
+            f"discretized_gaussian_log_likelihood: expected levels >= 2, got {levels}; "
+            "images of 8 bits have 256"
+        )
     half_bin = 1 / (levels - 1)
     inverse_std = torch.exp(-0.5 * log_variance)
     upper = torch.where(x0 > 1 - half_bin, math.inf, (x0 + half_bin - mean) * inverse_std)
@@ -130,7 +139,8 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
 
 
 def prior_kl(x0: Tensor, schedule: Schedule) -> Tensor:
-    """L_T of each element in nats: KL(q(x_T | x_0) || N(0, I)) (eq. 5); per dimension in bits about abar_T x_0^2 / (2 ln 2)."""
+    """L_T of each element in nats: KL(q(x_T | x_0) || N(0, I)) (eq. 5); per dimension in bits about abar_T x_0^2 / (2
+    ln 2)."""
     log_variance = torch.log(schedule.one_minus_alphas_cumprod[-1]).to(x0)
     return normal_kl(schedule.alphas_cumprod[-1].sqrt().to(x0) * x0, log_variance.expand_as(x0), 0.0, 0.0)
 
@@ -148,7 +158,8 @@ class DiffusionConfig:
         first_log_variance: "copy" or "tiny", see `Schedule.from_betas`.
         prediction: what the network predicts: "eps", "x0", "v" or "mu".
         variance: of the reverse process: "fixed_small", "fixed_large", "unit", "learned" or "learned_range".
-        loss: "simple" (unweighted), "vlb" (weighted as in the bound), "hybrid" (simple plus the bound's term for a learned variance), "min_snr" or "p2".
+        loss: "simple" (unweighted), "vlb" (weighted as in the bound), "hybrid" (simple plus the bound's term for a
+            learned variance), "min_snr" or "p2".
         mu_target: for prediction="mu": compare with the posterior "mean", or with a "sample" of x_{t-1}.
         min_snr_gamma, p2_gamma: constants of those weights, > 0.
         timestep_sampling: "uniform", "stratified" or "importance" (by the second moment of the loss).
@@ -190,27 +201,48 @@ class DiffusionConfig:
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; choose one")
+                raise ValueError(
+                    f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; "
+                    "choose one"
+                )
         if not 2 <= self.levels <= 256:
-            raise ValueError(f"DiffusionConfig: expected levels in [2, 256], got {self.levels}; images of 8 bits have 256")
+            raise ValueError(
+                f"DiffusionConfig: expected levels in [2, 256], got {self.levels}; "
+                "images of 8 bits have 256"
+            )
         if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"DiffusionConfig: expected label_dropout in [0, 1], got {self.label_dropout}; 0.1 is usual")
+            raise ValueError(
+                f"DiffusionConfig: expected label_dropout in [0, 1], got {self.label_dropout}; "
+                "0.1 is usual"
+            )
         for name in ("min_snr_gamma", "p2_gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"DiffusionConfig: expected {name} > 0, got {getattr(self, name)}; 5 and 1 are usual")
         if self.loss == "hybrid" and not self.variance.startswith("learned"):
-            raise ValueError(f"DiffusionConfig: expected a learned variance with loss 'hybrid', got {self.variance!r}; set variance='learned_range'")
+            raise ValueError(
+                f"DiffusionConfig: expected a learned variance with loss 'hybrid', got {self.variance!r}; "
+                "set variance='learned_range'"
+            )
         if self.variance.startswith("learned") and self.loss != "hybrid":
-            raise ValueError(f"DiffusionConfig: expected loss 'hybrid' with variance {self.variance!r}, got {self.loss!r}; the variance would not be trained")
+            raise ValueError(
+                f"DiffusionConfig: expected loss 'hybrid' with variance {self.variance!r}, got {self.loss!r}; "
+                "the variance would not be trained"
+            )
         if self.mu_target == "sample" and (self.prediction != "mu" or self.loss == "hybrid"):
             raise ValueError(
                 f"DiffusionConfig: expected prediction 'mu' and another loss than 'hybrid' with mu_target 'sample', got {self.prediction!r} and "
                 f"{self.loss!r}; the bound's term needs the mean, set mu_target='mean'"
             )
         if self.loss == "vlb" and self.num_timesteps < 2:
-            raise ValueError("DiffusionConfig: expected num_timesteps >= 2 with loss 'vlb', got 1; the bound of one step is the decoder alone")
+            raise ValueError(
+                "DiffusionConfig: expected num_timesteps >= 2 with loss 'vlb', got 1; "
+                "the bound of one step is the decoder alone"
+            )
         if self.loss == "min_snr" and self.prediction == "mu":
-            raise ValueError("DiffusionConfig: expected prediction 'eps', 'x0' or 'v' with loss 'min_snr', got 'mu'; choose one of these")
+            raise ValueError(
+                "DiffusionConfig: expected prediction 'eps', 'x0' or 'v' with loss 'min_snr', got 'mu'; "
+                "choose one of these"
+            )
         self.make_schedule()
 
     def make_schedule(self) -> Schedule:
@@ -219,7 +251,11 @@ class DiffusionConfig:
         given = {name for name in ("beta_start", "beta_end", "log_snr_max", "log_snr_min") if getattr(self, name) is not None}
         wrong = given - (set(ends) if self.schedule in ("log_snr", "linear", "quadratic") else set())
         if wrong:
-            raise ValueError(f"DiffusionConfig: expected no {', '.join(sorted(wrong))} with schedule {self.schedule!r}, got a value; leave it out")
+            raise ValueError(
+                f"DiffusionConfig: expected no {', '.join(sorted(wrong))} with schedule {self.schedule!r}, got a value; "
+                ""
+                "leave it out"
+            )
         schedule = make_schedule(
             self.schedule,
             self.num_timesteps,
@@ -232,7 +268,8 @@ class DiffusionConfig:
 
 
 class Losses(NamedTuple):
-    """What one batch gave: the loss [] to call backward on, the weighted loss of each sample [B] (detached), and its t [B]."""
+    """What one batch gave: the loss [] to call backward on, the weighted loss of each sample [B] (detached), and its
+    t [B]."""
 
     loss: Tensor
     per_sample: Tensor
@@ -240,13 +277,16 @@ class Losses(NamedTuple):
 
 
 class GaussianDiffusion(nn.Module):
-    """A network with the diffusion that trains and samples it. Images in [0, 1] or uint8 go in, a loss comes out; `sample` returns images in [0, 1].
+    """A network with the diffusion that trains and samples it. Images in [0, 1] or uint8 go in, a loss comes out;
+    `sample` returns images in [0, 1].
 
-    Training (Ho et al. 2020, algorithm 1): draw t and eps, form x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and compare the network's prediction with its
+    Training (Ho et al. 2020, algorithm 1): draw t and eps, form x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and
+    compare the network's prediction with its
     target. Sampling (algorithm 2, or a faster one): every sampler is a table of coefficients over the same network.
 
     Args:
-        model: the network, called as model(x_t [B, C, H, W], t int64 [B]) or with labels as third argument; returns [B, C, H, W], or 2C channels with a learned
+        model: the network, called as model(x_t [B, C, H, W], t int64 [B]) or with labels as third argument; returns
+            [B, C, H, W], or 2C channels with a learned
             variance. `fastddpm.UNet` says its own size and channels.
         image_size: (H, W) or one number for both; None takes it from the model's configuration.
         channels: C; None takes it from ``model.in_channels``.
@@ -254,9 +294,11 @@ class GaussianDiffusion(nn.Module):
         **overrides: fields of the configuration to change, for example prediction="v".
 
     Raises:
-        ValueError: image_size or channels neither given nor known; a configuration out of range, or one that the network does not fit.
+        ValueError: image_size or channels neither given nor known; a configuration out of range, or one that the
+            network does not fit.
 
-    Numerics: tables are made in float64 and used in float32; x_t, the loss and the sampler's state are float32 under any autocast.
+    Numerics: tables are made in float64 and used in float32; x_t, the loss and the sampler's state are float32 under
+        any autocast.
     """
 
     def __init__(
@@ -273,7 +315,10 @@ class GaussianDiffusion(nn.Module):
         count = channels if channels is not None else getattr(model, "in_channels", None)
         if size is None or count is None:
             missing = "image_size" if size is None else "channels"
-            raise ValueError(f"GaussianDiffusion: expected {missing}, got None and a model that does not say; pass {missing}=")
+            raise ValueError(
+                f"GaussianDiffusion: expected {missing}, got None and a model that does not say; "
+                f"pass {missing}="
+            )
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.channels = int(count)
         self.model = model
@@ -312,7 +357,8 @@ class GaussianDiffusion(nn.Module):
         return asdict(self.config)
 
     def table(self, name: str, device: torch.device) -> Tensor:
-        """A float32 table on a device, copied there once. Not a buffer: a module cast to bfloat16 keeps exact tables."""
+        """A float32 table on a device, copied there once. Not a buffer: a module cast to bfloat16 keeps exact
+        tables."""
         if (name, device) not in self._tables:
             make: dict[str, Callable[[], Tensor]] = {
                 "signal_sigma": lambda: self.schedule.signal_sigma,
@@ -377,7 +423,8 @@ class GaussianDiffusion(nn.Module):
             flip: bool [B], True mirrors an image left to right.
             t: int64 [B] in [0, T); drawn when None.
             noise: eps [B, C, H, W]; drawn when None.
-            seed, sample, step: where all is drawn (int or int64 [] / int64 [B] / int or int64 []); without a seed, one is taken from torch's generator.
+            seed, sample, step: where all is drawn (int or int64 [] / int64 [B] / int or int64 []); without a seed,
+                one is taken from torch's generator.
 
         Raises:
             ValueError: images or labels of another shape than the network expects. TypeError: a dtype.
@@ -417,8 +464,10 @@ class GaussianDiffusion(nn.Module):
         if correction is not None:
             weight, vlb_weight = weight * correction, vlb_weight * correction
         loss, per_sample = ops.diffusion_loss(
-            out, t, target=target, objective=kind if kind != "mu" else "eps", table=table, x0=images, **pixels, **draw, weight=weight,
-            vlb=self.table("vlb", device) if self.learned_variance else None, vlb_weight=vlb_weight, levels=self.config.levels,
+            out, t, target=target, objective=kind if kind != "mu" else "eps", table=table, x0=images, **pixels,
+            **draw, weight=weight,
+            vlb=self.table("vlb", device) if self.learned_variance else None, vlb_weight=vlb_weight,
+            levels=self.config.levels,
         )  # fmt: skip
         if correction is not None:
             per_sample = per_sample / correction
@@ -436,7 +485,8 @@ class GaussianDiffusion(nn.Module):
         sample: Tensor | None = None,
         step: Tensor | int | None = None,
     ) -> Tensor:
-        """Output of the network at x_t [B, C, H, W] in [-1, 1] and t int64 [B]; seed, sample and step are for its dropout."""
+        """Output of the network at x_t [B, C, H, W] in [-1, 1] and t int64 [B]; seed, sample and step are for its
+        dropout."""
         if isinstance(self.model, UNet) and self.model.training and self.model.config.dropout > 0:
             out: Tensor = self.model(x_t, t, labels, seed=seed, sample=sample, step=step)
         elif labels is not None:
@@ -447,12 +497,14 @@ class GaussianDiffusion(nn.Module):
         if tuple(out.shape) != expected:
             raise ValueError(
                 f"GaussianDiffusion: expected the network to return {list(expected)} with variance {self.config.variance!r}, "
-                f"got {list(out.shape)}; a learned variance needs twice the channels, any other as many as the image has"
+                f"got {list(out.shape)}; "
+                "a learned variance needs twice the channels, any other as many as the image has"
             )
         return out
 
     def p_mean_variance(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, log-variance and pred_x0 of p_theta(x_{t-1} | x_t), each [B, C, H, W]. See the function of the same name."""
+        """Mean, log-variance and pred_x0 of p_theta(x_{t-1} | x_t), each [B, C, H, W]. See the function of the same
+        name."""
         c = self.config
         return p_mean_variance(self.predict(x_t, t, labels), x_t, t, self.schedule, c.prediction, c.variance, c.clip_denoised)
 
@@ -473,15 +525,22 @@ class GaussianDiffusion(nn.Module):
     def _training_labels(self, labels: Tensor | None, index: Tensor | None, count: int, draw: dict[str, Any]) -> Tensor | None:
         if self.num_classes is None:
             if labels is not None:
-                raise ValueError("GaussianDiffusion: expected no labels for a network without classes, got labels; give the network num_classes=")
+                raise ValueError(
+                    "GaussianDiffusion: expected no labels for a network without classes, got labels; "
+                    "give the network num_classes="
+                )
             return None
         if labels is None:
             raise ValueError(
-                f"GaussianDiffusion: expected labels for a network with {self.num_classes} classes, got None; pass int64 labels [B]"
+                f"GaussianDiffusion: expected labels for a network with {self.num_classes} classes, got None; "
+                "pass int64 labels [B]"
             )
         labels = labels if index is None else labels[index]
         if labels.shape != (count,) or labels.dtype != torch.int64:
-            raise ValueError(f"GaussianDiffusion: expected labels int64 [{count}], got {labels.dtype} {list(labels.shape)}; one class an image")
+            raise ValueError(
+                f"GaussianDiffusion: expected labels int64 [{count}], got {labels.dtype} {list(labels.shape)}; "
+                "one class an image"
+            )
         if not self.training or self.config.label_dropout == 0:
             return labels
         dropped = philox.integers(2, stream=philox.FLIP, **draw)[:, 1] < round(self.config.label_dropout * 2**32)
@@ -492,10 +551,15 @@ class GaussianDiffusion(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"GaussianDiffusion: expected images of shape [B, {', '.join(map(str, expected))}], got {list(images.shape)}; "
+                ""
+                ""
                 "resize them, or make the network for that size"
             )
         if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
-            raise TypeError(f"GaussianDiffusion: expected uint8 images or float ones in [0, 1], got {images.dtype}; convert them")
+            raise TypeError(
+                f"GaussianDiffusion: expected uint8 images or float ones in [0, 1], got {images.dtype}; "
+                "convert them"
+            )
 
     @torch.inference_mode()
     def sample(
@@ -519,12 +583,15 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         """Draw images from the model.
 
-        Image n of a seed is the same whatever part of the run is asked for, at the same batch_size, build and thread count: its noise belongs to it, and it is
-        made in slot n mod batch_size of a full batch. With another batch_size it agrees as far as the network's rounding allows.
+        Image n of a seed is the same whatever part of the run is asked for, at the same batch_size, build and thread
+        count: its noise belongs to it, and it is
+        made in slot n mod batch_size of a full batch. With another batch_size it agrees as far as the network's
+        rounding allows.
 
         Args:
             num_images: how many, >= 1.
-            sampler: "ddpm" (algorithm 2; respaced with fewer steps), "ddim" (Song et al. 2021) or "dpmpp_2m" (DPM-Solver++(2M), Lu et al. 2022).
+            sampler: "ddpm" (algorithm 2; respaced with fewer steps), "ddim" (Song et al. 2021) or "dpmpp_2m"
+                (DPM-Solver++(2M), Lu et al. 2022).
             num_steps: N in [1, T]; None is T for ddpm, and at most 50 for ddim and 20 for dpmpp_2m.
             eta: of ddim: 0 is deterministic, 1 is as random as ddpm.
             spacing: which timesteps: "trailing", "leading", "linspace" or "quadratic".
@@ -533,15 +600,19 @@ class GaussianDiffusion(nn.Module):
             batch_size: images in one call of the network (twice that with guidance).
             labels: int64 [num_images], or one class for all; None is the null class of a network with classes.
             guidance_scale: w of the classifier-free guidance, out = uncond + w (cond - uncond); 1 is none.
-            dynamic_threshold_ratio: in (0, 1], see `fastddpm.sampling.dynamic_threshold`; 0.995 is usual with strong guidance.
-            known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where mask is 1. mask: float, broadcasts to it.
-            callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in [-1, 1] [B, C, H, W]; True ends there.
+            dynamic_threshold_ratio: in (0, 1], see `fastddpm.sampling.dynamic_threshold`; 0.995 is usual with strong
+                guidance.
+            known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
+                mask is 1. mask: float, broadcasts to it.
+            callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
+                [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
 
         Returns: float32 [num_images, C, H, W] in [0, 1].
 
         Raises:
-            ValueError: an unknown sampler or spacing, a number out of its range, labels for a network without classes or guidance without them.
+            ValueError: an unknown sampler or spacing, a number out of its range, labels for a network without classes
+                or guidance without them.
         """
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         device = self.device
@@ -559,7 +630,8 @@ class GaussianDiffusion(nn.Module):
             return sampling.sample_loop(
                 self._network, x, table, steps, labels=None if classes is None else classes[row], null_label=self.num_classes,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
-                dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index, callback=callback, progress=progress, **options,
+                dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index, callback=callback,
+                progress=progress, **options,
             )  # fmt: skip
 
         with self._evaluating():
@@ -578,7 +650,8 @@ class GaussianDiffusion(nn.Module):
         num_steps: int | None = None,
         labels: Tensor | int | None = None,
     ) -> Tensor:
-        """Images between two images: both are noised to t with the same noise, mixed there, and denoised (Ho et al. 2020, section 4.4).
+        """Images between two images: both are noised to t with the same noise, mixed there, and denoised (Ho et al.
+        2020, section 4.4).
 
         Args:
             a, b: [B, C, H, W], in [0, 1] or uint8.
@@ -597,10 +670,14 @@ class GaussianDiffusion(nn.Module):
             self._check_images(images)
         t = self.num_timesteps // 2 if t is None else t
         if not 0 <= t < self.num_timesteps:
-            raise ValueError(f"interpolate: expected t in [0, {self.num_timesteps}), got {t}; the middle is {self.num_timesteps // 2}")
+            raise ValueError(
+                f"interpolate: expected t in [0, {self.num_timesteps}), got {t}; "
+                f"the middle is {self.num_timesteps // 2}"
+            )
         device, batch = self.device, len(a)
         sample, times = torch.arange(batch, device=device), torch.full((batch,), t, device=device)
-        table, draw = self.table("signal_sigma", device), dict(seed=seed, sample=sample, step=0)
+        table = self.table("signal_sigma", device)
+        draw: dict[str, Any] = dict(seed=seed, sample=sample, step=0)
 
         def noised(images: Tensor) -> Tensor:
             scale, shift = self.pixel_range(images)
@@ -632,9 +709,15 @@ class GaussianDiffusion(nn.Module):
 
     def _sampler_table(self, sampler: str, num_steps: int | None, eta: float, spacing: str) -> tuple[Tensor, Tensor]:
         if sampler not in SAMPLERS:
-            raise ValueError(f"sample: expected sampler to be one of {', '.join(SAMPLERS)}, got {sampler!r}; choose one of these")
+            raise ValueError(
+                f"sample: expected sampler to be one of {', '.join(SAMPLERS)}, got {sampler!r}; "
+                "choose one of these"
+            )
         if sampler != "ddim" and eta != 0:
-            raise ValueError(f"sample: expected eta only with sampler 'ddim', got eta={eta} with {sampler!r}; leave eta out")
+            raise ValueError(
+                f"sample: expected eta only with sampler 'ddim', got eta={eta} with {sampler!r}; "
+                "leave eta out"
+            )
         c = self.config
         most = {"ddpm": c.num_timesteps, "ddim": 50, "dpmpp_2m": 20}[sampler]
         steps = sampling.timesteps(c.num_timesteps, min(most, c.num_timesteps) if num_steps is None else num_steps, spacing)
@@ -647,15 +730,27 @@ class GaussianDiffusion(nn.Module):
     def _sampling_labels(self, labels: Tensor | int | None, count: int, guidance_scale: float) -> Tensor | None:
         if self.num_classes is None:
             if labels is not None or guidance_scale != 1:
-                raise ValueError("sample: expected no labels or guidance for a network without classes; train one with num_classes=")
+                raise ValueError(
+                    "sample: expected no labels or guidance for a network without classes; "
+                    "train one with num_classes="
+                )
             return None
         if labels is None and guidance_scale != 1:
-            raise ValueError(f"sample: expected labels with guidance_scale={guidance_scale}, got None; say which classes to draw")
+            raise ValueError(
+                f"sample: expected labels with guidance_scale={guidance_scale}, got None; "
+                "say which classes to draw"
+            )
         given = torch.as_tensor(self.num_classes if labels is None else labels, dtype=torch.int64)
         if given.dim() > 1 or (given.dim() == 1 and len(given) != count):
-            raise ValueError(f"sample: expected labels [{count}] or one class, got shape {list(given.shape)}; give one class an image")
+            raise ValueError(
+                f"sample: expected labels [{count}] or one class, got shape {list(given.shape)}; "
+                "give one class an image"
+            )
         if bool(((given < 0) | (given > self.num_classes)).any()):
-            raise ValueError(f"sample: expected labels in [0, {self.num_classes}), got {given.tolist()}; {self.num_classes} is the null class")
+            raise ValueError(
+                f"sample: expected labels in [0, {self.num_classes}), got {given.tolist()}; "
+                f"{self.num_classes} is the null class"
+            )
         return given.to(self.device).expand(count)
 
     def _known(self, known: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor] | None:
@@ -663,7 +758,10 @@ class GaussianDiffusion(nn.Module):
         if known is None and mask is None:
             return None
         if known is None or mask is None:
-            raise ValueError("sample: expected known and mask together, got one of them; pass the image and where to keep it")
+            raise ValueError(
+                "sample: expected known and mask together, got one of them; "
+                "pass the image and where to keep it"
+            )
         self._check_images(known)
         scale, shift = self.pixel_range(known)
         shape = (count, self.channels, *self.image_size)

@@ -52,7 +52,7 @@ def integers(n: int, *, seed: Tensor | int, sample: Tensor, step: Tensor | int, 
         n: words a sample.
         seed: 64 bits, an int or an int64 tensor [].
         sample: int64 [B], the index of each sample in the run.
-        step: an int or an int64 tensor [], in [0, 2^32).
+        step: an int or an int64 tensor [], in [0, 2^32); or [B, 1], one for each sample.
         stream: what the noise is for, see `X_T` and its neighbours.
     """
     element = torch.arange((n + 3) // 4, device=sample.device)

@@ -13,18 +13,20 @@ from .config import TrainConfig
 Fields = Mapping[str, Any]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # the handwritten digits of scikit-learn, 8 x 8 with 17 grey levels: few steps, the first at half a grey level
+    # the handwritten digits of scikit-learn, 8 x 8 with 17 grey levels: few steps, the first below half a grey level
     "digits": {
         "unet": dict(
             image_size=(8, 8), in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1,
-            attention_resolutions=(4,), num_groups=8,
+            attention_resolutions=(4,), num_groups=8, dropout=0.1,
         ),
         "diffusion": dict(
-            schedule="log_snr", num_timesteps=50, log_snr_max=5.5, log_snr_min=-7.0, variance="fixed_small", levels=17,
+            schedule="log_snr", num_timesteps=100, log_snr_max=6.5, log_snr_min=-8.0, variance="fixed_small",
+            timestep_sampling="stratified", levels=17,
         ),
         "train": dict(
-            num_images=400_000, batch_size=64, learning_rate=1e-3, warmup_images=6_400, lr_decay="cosine",
-            ema_decay=0.999, horizontal_flip=False, log_every_images=6_400, checkpoint_every_images=100_000,
+            num_images=160_000, batch_size=64, learning_rate=2e-3, warmup_images=6_400, lr_decay="cosine",
+            adam_beta2=0.99, ema_decay=0.998, horizontal_flip=False, log_every_images=6_400,
+            checkpoint_every_images=100_000,
             sample_every_images=100_000, grid_sampler="ddpm", grid_steps=None,
         ),
     },

@@ -35,8 +35,9 @@ def filled(unet: UNet, seed: int = 0) -> UNet:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in unet.named_parameters():
+            centre = 1.0 if "norm" in name and "weight" in name else 0.0
             spread = 0.3 if p.dim() == 1 else p[0].numel() ** -0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + (1.0 if "norm" in name and "weight" in name else 0.0))
+            p.copy_(centre + spread * torch.randn(p.shape, generator=generator))
     return unet
 
 

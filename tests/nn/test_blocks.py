@@ -31,7 +31,7 @@ def assert_same_function(module: nn.Module, plain: Callable[..., Tensor], *args:
     results = []
     for function in (module, plain):
         y = function(*args)
-        weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)  # a gradient that differs by element
+        weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)  # no two gradients alike
         results.append((y, *torch.autograd.grad((y * weights).sum(), (*args, *module.parameters()))))
     for a, b in zip(*results, strict=True):
         assert_equal_to_rounding(a, b, ulps=1000, scale=b.abs().max().item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ def plain_unet(unet: UNet, x: Tensor, t: Tensor, labels: Tensor | None) -> Tenso
             return h
         c = h.shape[1]
         d = config.head_channels or c // config.num_heads
-        q, k, v = (p.unflatten(2, (c // d, d)) for p in linear(f"{name}.qkv", norm(f"{name}.norm", h).flatten(2).mT).split(c, 2))
+        qkv = linear(f"{name}.qkv", norm(f"{name}.norm", h).flatten(2).mT)
+        q, k, v = (part.unflatten(2, (c // d, d)) for part in qkv.split(c, dim=2))
         scores = torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(d), dim=3)
         y = linear(f"{name}.proj", torch.einsum("bhnm,bmhd->bnhd", scores, v).flatten(2))
         return h + y.mT.unflatten(2, h.shape[2:])
@@ -259,8 +261,8 @@ class TestDropout:
         x, t, _ = inputs(unet, 1, torch.float64)
         keys = [(7, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1)]
         results = [unet(x, t, seed=a, sample=torch.tensor([b]), step=c) for a, b, c in keys]
-        for i, j in ((i, j) for i in range(4) for j in range(i)):
-            assert not torch.equal(results[i], results[j])
+        for one, other in itertools.combinations(results, 2):
+            assert not torch.equal(one, other)
         assert torch.equal(unet(x, t, seed=7), results[0])  # rows are numbered from 0, and step is 0
 
     def test_draws_a_seed_from_the_generator_of_torch(self, unet: UNet) -> None:
@@ -304,7 +306,10 @@ def test_bfloat16_autocast(name: str) -> None:
     exact = unet(x, t, labels, seed=1)
     assert_equal_to_rounding(y, exact, ulps=roundings(unet), scale=exact.abs().max().item())
     y.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in unet.parameters())
+    for p in unet.parameters():
+        assert p.grad is not None
+        assert p.grad.dtype == torch.float32
+        assert p.grad.isfinite().all()
 
 
 def roundings(unet: UNet) -> int:
@@ -342,7 +347,7 @@ def test_errors_of_forward() -> None:
     unet = variant("adm").eval()
     x, t, labels = inputs(unet)
     assert labels is not None
-    with pytest.raises(ValueError, match=r"UNet: expected x of shape \[B, 3, H, W\], got \[2, 4, 8, 8\]; reshape it, or"):
+    with pytest.raises(ValueError, match=r"UNet: expected x of shape \[B, 3, H, W\], got \[2, 4, 8, 8\]; reshape"):
         unet(torch.zeros(2, 4, 8, 8), t)
     with pytest.raises(ValueError, match=r"UNet: expected x of shape \[B, 3, H, W\], got \[3, 8, 8\]"):
         unet(torch.zeros(3, 8, 8), t)
@@ -352,13 +357,13 @@ def test_errors_of_forward() -> None:
         unet(x[..., :7], t)
     with pytest.raises(ValueError, match=r"UNet: expected t of shape \[2\], got \[1\]"):
         unet(x, t[:1])
-    with pytest.raises(TypeError, match=r"UNet: expected t of an integer dtype, float32 or float64, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"UNet: expected t of an integer dtype, float32 or float64, got torch.bfloat"):
         unet(x, t.bfloat16())
     with pytest.raises(ValueError, match="UNet: expected t on cpu, got meta"):
         unet(x, t.to("meta"))
     with pytest.raises(ValueError, match=r"UNet: expected labels of shape \[2\], got \[3\]"):
         unet(x, t, torch.tensor([0, 1, 2]))
-    with pytest.raises(TypeError, match="UNet: expected labels of dtype int64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"UNet: expected labels of dtype int64, got torch.int32"):
         unet(x, t, labels.int())
-    with pytest.raises(ValueError, match="UNet: expected labels to be None for a network without classes, got a tensor; "):
+    with pytest.raises(ValueError, match="UNet: expected labels to be None for a network without classes, got a"):
         variant("ddpm")(x, t, labels)

