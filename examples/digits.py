@@ -65,7 +65,10 @@ def main() -> None:
 
     print(f"\nbits per dimension of the {HELD_OUT} digits held out ({LEVELS} grey levels)")
     print(f"  this model           {result.total:.3f} +- {result.standard_error:.3f}")
-    print(f"    prior {result.prior:.4f}, timesteps {float(result.per_timestep[1:].sum()):.3f}, decoder {result.decoder:.3f}")
+    print(
+        f"    prior {result.prior:.4f}, timesteps {result.total - result.prior - result.decoder:.3f}, "
+        f"decoder {result.decoder:.3f}"
+    )
     print(f"  per-pixel histogram  {histogram:.3f}")
     print("pictures")
     for name, path in made.items():

@@ -85,7 +85,8 @@ def train(args: argparse.Namespace) -> None:
     preset = {part: dict(PRESETS[args.preset][part]) if args.preset else {} for part in PARTS}
     fields = {part: {**preset[part], **given[part]} for part in PARTS}
     levels = fields["diffusion"].get("levels", DiffusionConfig.levels)
-    make_configs(args.preset, **given)  # a number out of range is told before the data is read
+    # a number out of range is told before the data is read; the network is checked with the size of the images
+    make_configs(args.preset, diffusion=given["diffusion"], train=given["train"])
     data = load_images(
         args.data, image_size=fields["unet"].get("image_size"), channels=fields["unet"].get("in_channels"),
         cache_dir=args.cache_dir, on_corrupt=args.on_corrupt, resize=args.resize, levels=levels,
@@ -166,7 +167,7 @@ def evaluate(args: argparse.Namespace) -> None:
     def load(source: str) -> ImageDataset:
         return load_images(
             source, image_size=model.image_size, channels=model.channels, cache_dir=args.cache_dir,
-            on_corrupt=args.on_corrupt, resize="resize" if args.allow_resize else "refuse", levels=levels,
+            on_corrupt=args.on_corrupt, resize=args.resize, levels=levels,
         )  # fmt: skip
 
     data = load(args.data)
@@ -241,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(train, "Train on a folder or zip of images, an .npz, or a Hugging Face data set.",
                 "fastddpm train photos/ --out runs/photos --image-size 32 --num-images 2000000")  # fmt: skip
+    p.usage = "fastddpm train DATA --out DIR [--preset NAME] [options]"
     p.add_argument("data", help="a folder (sub-folders are classes), .zip, .npz, .npy, or hf:name")
     p.add_argument("--preset", choices=PRESETS, help="start from a named recipe; other options change it")
     p.add_argument("--class-conditional", action="store_true", help="teach the network the classes of the data")
@@ -316,7 +318,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=_at_least(1), default=256, help="images at a time (default: %(default)s)")
     p.add_argument("--seed", type=_at_least(0), default=0, help="of the noise (default: 0)")
     p.add_argument("--histogram-baseline", metavar="DATA", help="compare with a per-pixel histogram of these images")
-    p.add_argument("--allow-resize", action="store_true", help="resize images; the number is then not one of the data")
+    p.add_argument(
+        "--resize",
+        choices=("resize", "refuse"),
+        default="refuse",
+        help="what to do with images of another size; a number of resized images is not one of the data (default: refuse)",
+    )
     _add_data_options(p)
     _add_model_options(p)
 
@@ -447,7 +454,8 @@ def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
 
 def _name_flags(message: str, args: argparse.Namespace) -> str:
     """The message with the options of this command in place of the names of fields."""
-    flags = {name: flag for name, flag in args.flags.items() if "_" in name or f"expected {name}" in message}
+    names = {**args.flags, **{flag[2:].replace("-", "_"): flag for flag in args.flags.values()}}
+    flags = {name: flag for name, flag in names.items() if "_" in name or f"expected {name}" in message}
     for name, flag in flags.items():
         message = re.sub(rf"(?<![\w-]){name}(?![\w(])", flag, message)
     return message
@@ -470,10 +478,11 @@ def _print_plan(
     print(data.report)
     print(f"network      {parameters:,} parameters")
     print(
-        f"state        {parameters * 20 / 2**20:,.0f} MiB for weights, gradients, moments and average, without activations"
+        f"state        {parameters * 20 / 2**20:,.0f} MiB for weights, gradients, moments and average (not activations)"
     )
     print(
-        f"training     {c.num_images:,} images in {steps:,} steps of {c.batch_size}: {c.num_images / len(data):,.1f} times each image"
+        f"training     {c.num_images:,} images in {steps:,} steps of {c.batch_size}: "
+        f"{c.num_images / len(data):,.1f} times each image"
     )
     print(f"would write  {c.output_dir}/checkpoint-*, metrics.jsonl, samples/*.png, loss.png")
     print(json.dumps({"unet": dataclasses.asdict(unet), "diffusion": model.to_dict(), "train": c.to_dict()}, indent=1))
@@ -486,7 +495,8 @@ def _breakdown(result: BitsPerDim) -> str:
     )
     middle = float(result.per_timestep[1:].sum())
     rows = [
-        f"bits per dimension of {result.num_images:,} images with {result.levels} grey levels, {each} ({result.network_calls:,} network calls, {result.seconds:,.0f} s)",
+        f"bits per dimension of {result.num_images:,} images with {result.levels} grey levels, {each} "
+        f"({result.network_calls:,} network calls, {result.seconds:,.0f} s)",
         f"  prior            {result.prior:10.6f}",
         f"  t = {steps - 1} .. 1     {middle:10.6f}",
         f"  decoder (t = 0)  {result.decoder:10.6f}",

@@ -68,7 +68,9 @@ def model_log_variance(variance: str, schedule: Schedule) -> tuple[Tensor, Tenso
     if variance == "learned":
         return -torch.ones_like(small), torch.ones_like(small)
     first = small if schedule.first_log_variance == "copy" else large
-    fixed = {"fixed_small": small, "fixed_large": torch.cat([first[:1], large[1:]]), "unit": torch.zeros_like(small)}[variance]
+    fixed = {"fixed_small": small, "fixed_large": torch.cat([first[:1], large[1:]]), "unit": torch.zeros_like(small)}[
+        variance
+    ]
     return fixed, fixed
 
 
@@ -125,8 +127,7 @@ def discretized_gaussian_log_likelihood(x0: Tensor, mean: Tensor, log_variance: 
     """
     if levels < 2:
         raise ValueError(
-            f"discretized_gaussian_log_likelihood: expected levels >= 2, got {levels}; "
-            "images of 8 bits have 256"
+            f"discretized_gaussian_log_likelihood: expected levels >= 2, got {levels}; images of 8 bits have 256"
         )
     half_bin = 1 / (levels - 1)
     inverse_std = torch.exp(-0.5 * log_variance)
@@ -207,13 +208,11 @@ class DiffusionConfig:
                 )
         if not 2 <= self.levels <= 256:
             raise ValueError(
-                f"DiffusionConfig: expected levels in [2, 256], got {self.levels}; "
-                "images of 8 bits have 256"
+                f"DiffusionConfig: expected levels in [2, 256], got {self.levels}; images of 8 bits have 256"
             )
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(
-                f"DiffusionConfig: expected label_dropout in [0, 1], got {self.label_dropout}; "
-                "0.1 is usual"
+                f"DiffusionConfig: expected label_dropout in [0, 1], got {self.label_dropout}; 0.1 is usual"
             )
         for name in ("min_snr_gamma", "p2_gamma"):
             if not getattr(self, name) > 0:
@@ -230,7 +229,8 @@ class DiffusionConfig:
             )
         if self.mu_target == "sample" and (self.prediction != "mu" or self.loss == "hybrid"):
             raise ValueError(
-                f"DiffusionConfig: expected prediction 'mu' and another loss than 'hybrid' with mu_target 'sample', got {self.prediction!r} and "
+                f"DiffusionConfig: expected prediction 'mu' and another loss than 'hybrid' with mu_target 'sample', "
+                f"got {self.prediction!r} and "
                 f"{self.loss!r}; the bound's term needs the mean, set mu_target='mean'"
             )
         if self.loss == "vlb" and self.num_timesteps < 2:
@@ -248,11 +248,14 @@ class DiffusionConfig:
     def make_schedule(self) -> Schedule:
         """The schedule that this configuration describes."""
         ends = ("log_snr_max", "log_snr_min") if self.schedule == "log_snr" else ("beta_start", "beta_end")
-        given = {name for name in ("beta_start", "beta_end", "log_snr_max", "log_snr_min") if getattr(self, name) is not None}
+        given = {
+            name for name in ("beta_start", "beta_end", "log_snr_max", "log_snr_min") if getattr(self, name) is not None
+        }
         wrong = given - (set(ends) if self.schedule in ("log_snr", "linear", "quadratic") else set())
         if wrong:
             raise ValueError(
-                f"DiffusionConfig: expected no {', '.join(sorted(wrong))} with schedule {self.schedule!r}, got a value; "
+                f"DiffusionConfig: expected no {', '.join(sorted(wrong))} with schedule {self.schedule!r}, "
+                "got a value; "
                 ""
                 "leave it out"
             )
@@ -316,19 +319,21 @@ class GaussianDiffusion(nn.Module):
         if size is None or count is None:
             missing = "image_size" if size is None else "channels"
             raise ValueError(
-                f"GaussianDiffusion: expected {missing}, got None and a model that does not say; "
-                f"pass {missing}="
+                f"GaussianDiffusion: expected {missing}, got None and a model that does not say; pass {missing}="
             )
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.channels = int(count)
         self.model = model
         if isinstance(model, UNet) and model.learned_variance != self.learned_variance:
             raise ValueError(
-                f"GaussianDiffusion: expected a network with learned_variance={self.learned_variance} for variance {self.config.variance!r}, "
+                f"GaussianDiffusion: expected a network with learned_variance={self.learned_variance} for variance "
+                f"{self.config.variance!r}, "
                 f"got learned_variance={model.learned_variance}; change one of the two"
             )
         self.schedule = self.config.make_schedule()
-        self.timestep_sampler = weighting.LossSecondMoment(self.num_timesteps) if self.config.timestep_sampling == "importance" else None
+        self.timestep_sampler = (
+            weighting.LossSecondMoment(self.num_timesteps) if self.config.timestep_sampling == "importance" else None
+        )
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -496,7 +501,8 @@ class GaussianDiffusion(nn.Module):
         expected = (x_t.shape[0], (1 + self.learned_variance) * x_t.shape[1], *x_t.shape[2:])
         if tuple(out.shape) != expected:
             raise ValueError(
-                f"GaussianDiffusion: expected the network to return {list(expected)} with variance {self.config.variance!r}, "
+                f"GaussianDiffusion: expected the network to return {list(expected)} with variance "
+                f"{self.config.variance!r}, "
                 f"got {list(out.shape)}; "
                 "a learned variance needs twice the channels, any other as many as the image has"
             )
@@ -506,13 +512,19 @@ class GaussianDiffusion(nn.Module):
         """Mean, log-variance and pred_x0 of p_theta(x_{t-1} | x_t), each [B, C, H, W]. See the function of the same
         name."""
         c = self.config
-        return p_mean_variance(self.predict(x_t, t, labels), x_t, t, self.schedule, c.prediction, c.variance, c.clip_denoised)
+        return p_mean_variance(
+            self.predict(x_t, t, labels), x_t, t, self.schedule, c.prediction, c.variance, c.clip_denoised
+        )
 
     def _draw_t(self, draw: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if self.timestep_sampler is not None:
             u = philox.uniform(1, stream=philox.T, **draw).squeeze(1)
             return self.timestep_sampler.sample(u)
-        sampler = weighting.stratified_timesteps if self.config.timestep_sampling == "stratified" else weighting.uniform_timesteps
+        sampler = (
+            weighting.stratified_timesteps
+            if self.config.timestep_sampling == "stratified"
+            else weighting.uniform_timesteps
+        )
         return sampler(self.num_timesteps, **draw), None
 
     def _mu_target(self, x0: Tensor, x_t: Tensor, t: Tensor, draw: dict[str, Any]) -> Tensor:
@@ -522,7 +534,9 @@ class GaussianDiffusion(nn.Module):
         z = philox.normal(tuple(x_t.shape), stream=philox.SAMPLER_NOISE, **draw)
         return mean + variance.sqrt() * z
 
-    def _training_labels(self, labels: Tensor | None, index: Tensor | None, count: int, draw: dict[str, Any]) -> Tensor | None:
+    def _training_labels(
+        self, labels: Tensor | None, index: Tensor | None, count: int, draw: dict[str, Any]
+    ) -> Tensor | None:
         if self.num_classes is None:
             if labels is not None:
                 raise ValueError(
@@ -550,15 +564,15 @@ class GaussianDiffusion(nn.Module):
         expected = (self.channels, *self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"GaussianDiffusion: expected images of shape [B, {', '.join(map(str, expected))}], got {list(images.shape)}; "
+                f"GaussianDiffusion: expected images of shape [B, {', '.join(map(str, expected))}], "
+                f"got {list(images.shape)}; "
                 ""
                 ""
                 "resize them, or make the network for that size"
             )
         if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
             raise TypeError(
-                f"GaussianDiffusion: expected uint8 images or float ones in [0, 1], got {images.dtype}; "
-                "convert them"
+                f"GaussianDiffusion: expected uint8 images or float ones in [0, 1], got {images.dtype}; convert them"
             )
 
     @torch.inference_mode()
@@ -625,10 +639,13 @@ class GaussianDiffusion(nn.Module):
             index = index.to(device)
             options: dict[str, Any] = {}
             if kept is not None:
-                options = dict(known=kept[0][row], mask=kept[1][row], known_table=sampling.blend_table(self.schedule, steps))
+                options = dict(
+                    known=kept[0][row], mask=kept[1][row], known_table=sampling.blend_table(self.schedule, steps)
+                )
             x = sampling.initial_noise((len(index), self.channels, *self.image_size), seed=seed, sample=index)
             return sampling.sample_loop(
-                self._network, x, table, steps, labels=None if classes is None else classes[row], null_label=self.num_classes,
+                self._network, x, table, steps, labels=None if classes is None else classes[row],
+                null_label=self.num_classes,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
                 dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index, callback=callback,
                 progress=progress, **options,
@@ -689,7 +706,8 @@ class GaussianDiffusion(nn.Module):
         coefficients = sampling.ddpm_table(self.schedule, steps, self.config.prediction, self.config.variance)
         with self._evaluating():
             x = sampling.sample_loop(
-                self._network, sampling.lerp(noised(a), noised(b), weight), coefficients, steps, labels=self._sampling_labels(labels, batch, 1.0),
+                self._network, sampling.lerp(noised(a), noised(b), weight), coefficients, steps,
+                labels=self._sampling_labels(labels, batch, 1.0),
                 clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample,
             )  # fmt: skip
         return (x / 2 + 0.5).clamp(0, 1)
@@ -710,17 +728,17 @@ class GaussianDiffusion(nn.Module):
     def _sampler_table(self, sampler: str, num_steps: int | None, eta: float, spacing: str) -> tuple[Tensor, Tensor]:
         if sampler not in SAMPLERS:
             raise ValueError(
-                f"sample: expected sampler to be one of {', '.join(SAMPLERS)}, got {sampler!r}; "
-                "choose one of these"
+                f"sample: expected sampler to be one of {', '.join(SAMPLERS)}, got {sampler!r}; choose one of these"
             )
         if sampler != "ddim" and eta != 0:
             raise ValueError(
-                f"sample: expected eta only with sampler 'ddim', got eta={eta} with {sampler!r}; "
-                "leave eta out"
+                f"sample: expected eta only with sampler 'ddim', got eta={eta} with {sampler!r}; leave eta out"
             )
         c = self.config
         most = {"ddpm": c.num_timesteps, "ddim": 50, "dpmpp_2m": 20}[sampler]
-        steps = sampling.timesteps(c.num_timesteps, min(most, c.num_timesteps) if num_steps is None else num_steps, spacing)
+        steps = sampling.timesteps(
+            c.num_timesteps, min(most, c.num_timesteps) if num_steps is None else num_steps, spacing
+        )
         if sampler == "ddpm":
             return steps, sampling.ddpm_table(self.schedule, steps, c.prediction, c.variance)
         if sampler == "ddim":
@@ -731,14 +749,12 @@ class GaussianDiffusion(nn.Module):
         if self.num_classes is None:
             if labels is not None or guidance_scale != 1:
                 raise ValueError(
-                    "sample: expected no labels or guidance for a network without classes; "
-                    "train one with num_classes="
+                    "sample: expected no labels or guidance for a network without classes; train one with num_classes="
                 )
             return None
         if labels is None and guidance_scale != 1:
             raise ValueError(
-                f"sample: expected labels with guidance_scale={guidance_scale}, got None; "
-                "say which classes to draw"
+                f"sample: expected labels with guidance_scale={guidance_scale}, got None; say which classes to draw"
             )
         given = torch.as_tensor(self.num_classes if labels is None else labels, dtype=torch.int64)
         if given.dim() > 1 or (given.dim() == 1 and len(given) != count):
@@ -759,8 +775,7 @@ class GaussianDiffusion(nn.Module):
             return None
         if known is None or mask is None:
             raise ValueError(
-                "sample: expected known and mask together, got one of them; "
-                "pass the image and where to keep it"
+                "sample: expected known and mask together, got one of them; pass the image and where to keep it"
             )
         self._check_images(known)
         scale, shift = self.pixel_range(known)

@@ -1,0 +1,268 @@
+"""The command line: the whole story on tiny pictures, and a clear error for each way to get it wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastddpm import cli
+from fastddpm.training import checkpoint
+
+TINY = """
+    --base-channels 8 --channel-mult 1,2 --num-res-blocks 1 --attention-resolutions 4 --num-groups 4
+    --schedule log_snr --num-timesteps 8 --variance fixed_small --batch-size 4 --num-images 16 --warmup-images 4
+    --log-every-images 8 --checkpoint-every-images 8 --sample-every-images 16 --num-grid-samples 4 --grid-steps 2
+""".split()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of four pictures, 8 x 8, coloured."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for n in range(4):
+            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional run that is done."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    cache = str(out.parent / "cache")
+    assert cli.main(["train", str(photos), "--out", str(out), "--cache-dir", cache, "--class-conditional", *TINY]) == 0
+    return out
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The one line on stderr of a call that ends with this code."""
+    try:
+        ended = cli.main([str(a) for a in arguments])
+    except SystemExit as stopped:  # argparse ends so
+        ended = int(stopped.code or 0)
+    message = capsys.readouterr().err
+    assert ended == code, message
+    assert "Traceback" not in message
+    return message
+
+
+def test_training_writes_what_it_says(run: Path) -> None:
+    for name in ("metrics.jsonl", "loss.png", "samples/0000000016.png"):
+        assert (run / name).exists(), name
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-0000000008", "checkpoint-0000000016"]
+
+
+def test_sample_is_a_function_of_the_seed(run: Path, tmp_path: Path) -> None:
+    def grid(name: str, *more: str) -> bytes:
+        out = tmp_path / name
+        call = [
+            "sample",
+            str(run),
+            "--out",
+            str(out),
+            "--num-images",
+            "3",
+            "--batch-size",
+            "4",
+            "--labels",
+            "all",
+            *more,
+        ]
+        assert cli.main(call) == 0
+        return out.read_bytes()
+
+    assert grid("a.png") == grid("b.png") != grid("c.png", "--seed", "1")
+    for n, more in enumerate((["--sampler", "ddim", "--num-steps", "4"], ["--sampler", "dpmpp_2m", "--num-steps", "4"],
+                              ["--guidance-scale", "3", "--dynamic-threshold", "0.995"])):  # fmt: skip
+        assert grid(f"{n}.png", *more) != grid("a.png")
+
+
+def test_film_images_inpainting_and_interpolation(run: Path, photos: Path, tmp_path: Path) -> None:
+    picture, other = str(photos / "cat" / "0.png"), str(photos / "dog" / "0.png")
+    call = ["sample", str(run), "--out", str(tmp_path / "g.png"), "--num-images", "3", "--batch-size", "4"]
+    film, folder = tmp_path / "film.gif", tmp_path / "images"
+    assert cli.main([*call, "--film", str(film), "--save-images", str(folder)]) == 0
+    with Image.open(film) as opened:
+        assert opened.n_frames == 8  # one a step
+    assert [p.name for p in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
+
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (0, 0, 4, 8))
+    mask.save(tmp_path / "mask.png")
+    inpainted = tmp_path / "inpainted"
+    assert (
+        cli.main([*call, "--inpaint", picture, "--mask", str(tmp_path / "mask.png"), "--save-images", str(inpainted)])
+        == 0
+    )
+    kept, made = np.asarray(Image.open(picture)), np.asarray(Image.open(inpainted / "000001.png"))
+    assert (kept[:, :4] == made[:, :4]).all()
+    assert (kept[:, 4:] != made[:, 4:]).any()
+    assert cli.main([*call, "--interpolate", picture, other, "--interpolate-at", "4"]) == 0
+
+
+def test_evaluate_prints_and_writes_the_breakdown(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.main(["evaluate", str(run), str(photos), "--out", str(tmp_path), "--histogram-baseline", str(photos)]) == 0
+    )
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "bits_per_dim.json").read_text(encoding="utf-8"))
+    for term in ("prior", "decoder", "total", "histogram"):
+        assert term in printed
+    assert report["num_images"] == 8
+    assert report["total"] == pytest.approx(report["prior"] + sum(report["per_timestep"]), rel=1e-9)
+    assert (tmp_path / "bits_per_dim.png").exists()
+
+
+def test_without_matplotlib_the_rest_works(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["evaluate", str(run), str(photos), "--out", str(tmp_path)]) == 0
+    assert "pip install 'fastddpm[plot]'" in capsys.readouterr().out
+    assert not (tmp_path / "bits_per_dim.png").exists()
+
+
+def test_dry_run_leaves_no_file(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed
+    assert "16 images in 4 steps of 4" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_says_how_it_was_built(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "native code" in printed
+    assert "16 images seen" in printed
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "fastddpm", "train", str(empty), "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastddpm: error: ")
+    assert str(empty) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_corrupt_image_is_named_and_skipped_or_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n in range(4):
+        (folder / f"{n}.png").write_bytes((photos / "cat" / f"{n}.png").read_bytes())
+    (folder / "bad.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    call = ["train", str(folder), "--out", str(tmp_path / "run"), *TINY, "--dry-run"]
+    with pytest.warns(UserWarning, match=r"bad\.png"):
+        assert cli.main(call) == 0
+    capsys.readouterr()
+    assert "bad.png" in error_of(capsys, *call, "--on-corrupt", "raise")
+
+
+def test_a_wrong_image_size(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = tmp_path / "large"
+    for name in ("cat", "dog"):
+        (large / name).mkdir(parents=True)
+        Image.new("RGB", (16, 12)).save(large / name / "0.png")
+    assert "--resize resize" in error_of(capsys, "evaluate", run, large, "--out", tmp_path)
+    assert cli.main(["evaluate", str(run), str(large), "--out", str(tmp_path), "--resize", "resize"]) == 0
+    Image.new("RGB", (8, 8)).save(large / "cat" / "1.png")
+    assert "--image-size" in error_of(capsys, "train", large, "--out", tmp_path / "run", *TINY)
+
+
+def test_a_checkpoint_of_another_configuration(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "train", photos, "--out", run, "--class-conditional", *TINY, "--base-channels", "16")
+    assert "base_channels" in message or "--base-channels" in message
+    assert "16" in message
+
+
+def test_a_half_written_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = tmp_path / "checkpoint-0000000016"
+    half.mkdir()
+    for path in (run / "checkpoint-0000000016").iterdir():
+        content = path.read_bytes()
+        (half / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    assert "safetensors" in error_of(capsys, "sample", half, "--out", tmp_path / "g.png")
+    assert "nothing there" in error_of(capsys, "sample", tmp_path / "missing", "--out", tmp_path / "g.png")
+
+
+def test_a_full_disk(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    message = error_of(capsys, "train", photos, "--out", tmp_path / "run", *TINY, code=1)
+    assert "space" in message
+
+
+def test_an_unknown_option_names_the_nearest(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean --learning-rate" in error_of(capsys, "train", photos, "--learning-rat", "1")
+
+
+def _numbers() -> list[tuple[str, str]]:
+    """Every numeric option of a training, with a number that is out of its range."""
+    found = [
+        ("--" + cli.FLAG_OF.get(field.name, field.name).replace("_", "-"), "-3")
+        for config, _ in cli.PARTS.values()
+        for field in dataclasses.fields(config)
+        if cli._inner(typing.get_type_hints(config)[field.name]) in (int, float)
+        and not field.name.startswith("log_snr")
+    ]
+    return [*found, ("--log-snr-max", "-20"), ("--log-snr-min", "30")]
+
+
+@pytest.mark.parametrize(("flag", "value"), _numbers())
+def test_a_number_out_of_range_names_its_option(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    schedule = ["--schedule", "linear"] if flag.startswith("--beta") else ["--schedule", "log_snr"]
+    message = error_of(capsys, "train", photos, "--out", tmp_path / "run", *TINY, *schedule, f"{flag}={value}")
+    assert flag in message
+    assert value in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--num-images", "0"), ("--num-steps", "9"), ("--eta", "-1"), ("--batch-size", "0"), ("--guidance-scale", "-1"),
+     ("--labels", "7"), ("--labels", "cat"), ("--seed", "-1"), ("--columns", "0")],
+)  # fmt: skip
+def test_sample_refuses_numbers_out_of_range(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    error_of(capsys, "sample", run, "--out", tmp_path / "g.png", f"{flag}={value}")
+    assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "info"])
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"example:\n  fastddpm {command}" in capsys.readouterr().out
