@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resize",
         choices=("resize", "refuse"),
         default="refuse",
-        help="what to do with images of another size; a number of resized images is not one of the data (default: refuse)",
+        help="for images of another size; bits of resized images are not those of the data (default: refuse)",
     )
     _add_data_options(p)
     _add_model_options(p)

@@ -17,11 +17,13 @@ from PIL import Image
 from fastddpm import cli
 from fastddpm.training import checkpoint
 
-TINY = """
-    --base-channels 8 --channel-mult 1,2 --num-res-blocks 1 --attention-resolutions 4 --num-groups 4
-    --schedule log_snr --num-timesteps 8 --variance fixed_small --batch-size 4 --num-images 16 --warmup-images 4
-    --log-every-images 8 --checkpoint-every-images 8 --sample-every-images 16 --num-grid-samples 4 --grid-steps 2
-""".split()
+TINY = [
+    "--base-channels", "8", "--channel-mult", "1,2", "--num-res-blocks", "1", "--attention-resolutions", "4",
+    "--num-groups", "4", "--schedule", "log_snr", "--num-timesteps", "8", "--variance", "fixed_small",
+    "--batch-size", "4", "--num-images", "16", "--warmup-images", "4", "--log-every-images", "8",
+    "--checkpoint-every-images", "8", "--sample-every-images", "16", "--num-grid-samples", "4", "--grid-steps",
+    "2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
