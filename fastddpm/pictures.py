@@ -115,7 +115,7 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter
+        from matplotlib.ticker import MaxNLocator, NullFormatter
     except ImportError as error:
         raise ImportError(
             "plot_loss: expected the package matplotlib, got none; pip install 'fastddpm[plot]'"
@@ -134,6 +134,7 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
         images, [record["loss"] for record in records], color="C0", marker="." if len(records) < 50 else ""
     )
     over_images.set(xlabel="images seen", ylabel="training loss", yscale="log")
+    over_images.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     over_images.xaxis.set_major_formatter("{x:,.0f}")
     for i in sorted({0, len(records) // 2, len(records) - 1}):
         starts, by_t = records[i]["timesteps"], records[i]["loss_by_t"]

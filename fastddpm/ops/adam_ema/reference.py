@@ -50,7 +50,7 @@ def forward(
         m.lerp_(g, weight1)
         v.lerp_(g.square_(), weight2)
         denominator = v.sqrt().div_(root).add_(eps)
-        p.mul_(shrink).sub_(torch.div(m, denominator, out=denominator).mul_(rate))
+        p.mul_(shrink).sub_((m / denominator).mul_(rate))
         if ema is not None:
             assert ema_decay is not None
             ema[i].lerp_(p, (once * (1 - ema_decay)).to(dtype))

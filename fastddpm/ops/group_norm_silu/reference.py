@@ -43,7 +43,7 @@ def forward(
         assert seed is not None and sample is not None and step is not None
         words = philox.integers(y[0].numel(), seed=seed, sample=sample, step=step, stream=philox.DROPOUT + layer)
         keep = (words >= round(dropout * 2**32)).reshape(y.shape)
-        y, saved = y * (keep / (1 - dropout)), (mean, rstd, keep)
+        y, saved = y * (keep.to(y.dtype) / (1 - dropout)), (mean, rstd, keep)
     return _stored(y, x), None if residual is None else _stored(h, x), saved
 
 
@@ -75,7 +75,7 @@ def backward(
     centred = h - mean
     da = torch.zeros_like(h) if dy is None else dy.to(h.dtype)
     if dropout > 0:
-        da = da * (keep[0] / (1 - dropout))
+        da = da * (keep[0].to(da.dtype) / (1 - dropout))
     if activation:
         da = torch.ops.aten.silu_backward(da, torch.addcmul(offset, centred, gain * rstd))
 

@@ -1,0 +1,72 @@
+"""Which implementation runs: forced, explained, refused with its reason."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastddpm
+from fastddpm._dispatch import Op
+from fastddpm.ops.rms_norm_silu.interface import OP
+
+ARGUMENTS = (torch.randn(1, 4, 2, 2), torch.ones(4))
+
+
+def test_a_forced_backend_that_is_not_there_raises_with_its_reason() -> None:
+    with fastddpm.use_backend("triton"), pytest.raises(NotImplementedError, match="no triton implementation"):
+        fastddpm.rms_norm_silu(*ARGUMENTS)
+    assert torch.isfinite(fastddpm.rms_norm_silu(*ARGUMENTS)).all()  # and the block ends
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of native, triton, reference"), fastddpm.use_backend("cuda"):
+        pass
+
+
+def test_explain_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    text = fastddpm.explain(fastddpm.rms_norm_silu, *ARGUMENTS)
+    assert capsys.readouterr().out.strip() == text
+    lines = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert set(lines) == {"native", "triton", "reference"}
+    assert "chosen" in lines["reference"]
+    with fastddpm.use_backend("native"):
+        assert "forced: native" in fastddpm.explain(fastddpm.rms_norm_silu, *ARGUMENTS)
+
+
+def test_explain_wants_an_op() -> None:
+    with pytest.raises(TypeError, match="op of fastddpm"):
+        fastddpm.explain(print)
+    with pytest.raises(TypeError):
+        fastddpm.explain(fastddpm.rms_norm_silu, ARGUMENTS[0])
+
+
+def _planted(reason: str | None) -> Any:
+    """A native implementation that says why not, or doubles the reference."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y, saved = OP.loaded["reference"].forward(*args, **kwargs)
+        return 2 * y, saved
+
+    return SimpleNamespace(unsupported=lambda **_: reason, forward=forward)
+
+
+@pytest.mark.parametrize(("reason", "factor"), [(None, 2), ("too small a picture", 1)])
+def test_the_first_that_can_is_taken(monkeypatch: pytest.MonkeyPatch, reason: str | None, factor: int) -> None:
+    expected = factor * fastddpm.rms_norm_silu(*ARGUMENTS)
+    monkeypatch.setattr(OP, "present", ("reference", "native"))
+    monkeypatch.setitem(OP.loaded, "native", _planted(reason))
+    assert torch.equal(fastddpm.rms_norm_silu(*ARGUMENTS), expected)
+    if reason is not None:
+        assert reason in fastddpm.explain(fastddpm.rms_norm_silu, *ARGUMENTS)
+        with fastddpm.use_backend("native"), pytest.raises(NotImplementedError, match=reason):
+            fastddpm.rms_norm_silu(*ARGUMENTS)
+
+
+def test_an_op_finds_the_implementations_beside_it(tmp_path: Any) -> None:
+    (tmp_path / "triton_impl.py").touch()
+    reference = ModuleType("reference")
+    reference.__file__ = str(tmp_path / "reference.py")
+    assert Op("somewhere.thing", reference).present == ("reference", "triton")
