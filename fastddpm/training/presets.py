@@ -24,10 +24,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             timestep_sampling="stratified", levels=17,
         ),
         "train": dict(
-            num_images=102_400, batch_size=64, learning_rate=2e-3, warmup_images=6_400, lr_decay="cosine",
+            num_images=140_800, batch_size=64, learning_rate=2e-3, warmup_images=6_400, lr_decay="cosine",
             adam_beta2=0.99, ema_decay=0.998, horizontal_flip=False, log_every_images=6_400,
-            checkpoint_every_images=51_200,
-            sample_every_images=51_200, grid_sampler="ddpm", grid_steps=None,
+            checkpoint_every_images=70_400,
+            sample_every_images=70_400, grid_sampler="ddpm", grid_steps=None,
         ),
     },
     # Ho et al. 2020, appendix B: 800,000 steps of 128
