@@ -651,7 +651,7 @@ class GaussianDiffusion(nn.Module):
                 progress=progress, **options,
             )  # fmt: skip
 
-        with self._evaluating():
+        with self.evaluating():
             images = sampling.sample_in_chunks(sample_chunk, num_images, batch_size=batch_size, first_image=first_image)
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -704,7 +704,7 @@ class GaussianDiffusion(nn.Module):
 
         steps = sampling.timesteps(t + 1, t + 1 if num_steps is None else min(num_steps, t + 1), "trailing")
         coefficients = sampling.ddpm_table(self.schedule, steps, self.config.prediction, self.config.variance)
-        with self._evaluating():
+        with self.evaluating():
             x = sampling.sample_loop(
                 self._network, sampling.lerp(noised(a), noised(b), weight), coefficients, steps,
                 labels=self._sampling_labels(labels, batch, 1.0),
@@ -716,14 +716,16 @@ class GaussianDiffusion(nn.Module):
         return self.predict(x, t, labels)
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The network in eval mode (no dropout), and back."""
-        before = self.model.training
-        self.model.eval()
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode (no dropout) and no gradients inside; the mode of each module is put back after."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
         try:
-            yield
+            with torch.inference_mode():
+                yield
         finally:
-            self.model.train(before)
+            for module, training in modes:
+                module.training = training
 
     def _sampler_table(self, sampler: str, num_steps: int | None, eta: float, spacing: str) -> tuple[Tensor, Tensor]:
         if sampler not in SAMPLERS:

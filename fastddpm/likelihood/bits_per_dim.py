@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +150,7 @@ def bits_per_dim(
     prior = torch.empty(count, dtype=torch.float64)
     pending: list[Tensor] = []
     bar = tqdm(total=count * width, desc="bits per dim", unit="call", disable=not progress)
-    with evaluating(diffusion), bar:
+    with diffusion.evaluating(), bar:
         for first in range(0, count * width, batch_size):
             pairs = torch.arange(first, min(first + batch_size, count * width))
             image = pairs // width
@@ -212,19 +211,6 @@ def histogram_bits_per_dim(train_images: Images, test_images: Images, levels: in
         for rows in _blocks("histogram_bits_per_dim", test_images, levels)
     )
     return total / (len(test_images) * places)
-
-
-@contextmanager
-def evaluating(diffusion: GaussianDiffusion) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's mode is put back after."""
-    modes = [(module, module.training) for module in diffusion.modules()]
-    diffusion.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _evaluate(

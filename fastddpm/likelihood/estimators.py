@@ -33,7 +33,6 @@ from ..diffusion import (
 )
 from ..ops import philox
 from ..schedule import Schedule, extract
-from .bits_per_dim import evaluating
 from .bound import vlb_term
 
 
@@ -220,7 +219,7 @@ def estimator_variances(
     def keep(name: str, timesteps: str, value: Tensor) -> None:
         values.setdefault((name, timesteps), []).append(value.double())
 
-    with evaluating(diffusion):
+    with diffusion.evaluating():
         if probabilities is None:
             probabilities = importance_probabilities(diffusion, x0, labels, seed=seed)
         for step in range(draws):
@@ -255,7 +254,7 @@ def importance_probabilities(
     steps = diffusion.num_timesteps
     sample = _sample(x0, None)
     moments = torch.empty(steps, dtype=torch.float64)
-    with evaluating(diffusion):
+    with diffusion.evaluating():
         for i in range(steps):
             noise = philox.normal(tuple(x0.shape), seed=seed, sample=sample, step=i, stream=philox.X_T, dtype=x0.dtype)
             term = vlb_term(diffusion, x0, torch.full_like(sample, i), noise, labels)

@@ -1,7 +1,7 @@
 """The cases of the contract: every op with inputs that reach each of its options.
 
-A case makes its inputs in float64 and NCHW; `Case.inputs` rounds and lays them out. An implementation that stands beside a
-reference is found by itself; a case is an entry of `CASES`.
+A case makes its inputs in float64 and NCHW; `Case.inputs` rounds and lays them out. An implementation that stands beside
+a reference is found by itself; a case is an entry of `CASES`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ HALVED = {
 """Op to the inputs that take the dtype of a test; the other floats are float32, as the weights of mixed precision."""
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+FLOAT = "the dtype of the test"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,12 +81,9 @@ class Case:
         return placed
 
 
-FLOAT = "the dtype of the test"
-
-
 def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same numbers with every float in ``dtype``, for the reference of the tolerance rule."""
-    out: Inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
+    """The same numbers with every float in ``dtype`` and every image in NCHW order, for the reference of the rule."""
+    out: Inputs = tree_map_only(Tensor, lambda x: (x.to(dtype) if x.is_floating_point() else x).contiguous(), inputs)
     if "dtype" in out:
         out["dtype"] = dtype
     if out.get("found_inf") is not None:
@@ -100,11 +98,11 @@ def copied(inputs: Inputs) -> Inputs:
 
 
 def randn(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=g, dtype=torch.float64)
+    return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
 def rand(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.rand(*shape, generator=g, dtype=torch.float64)
+    return torch.rand(shape, generator=g, dtype=torch.float64)
 
 
 def images(g: torch.Generator, *shape: int, levels: int = 256) -> Tensor:
@@ -173,21 +171,15 @@ def optimizer_options(g: torch.Generator, found_inf: float = 0.0) -> Inputs:
     )
 
 
-def overflown(g: torch.Generator) -> Inputs:
-    inputs = optimizer_options(g)
-    inputs["grads"][1][2] = torch.inf
-    inputs["grads"][0][0, 0, 0, 0] = torch.nan
-    return inputs
-
-
 CASES = [
     # q_sample
     Case(
         "q_sample",
         "uint8, index, flip, drawn, v",
         lambda g: dict(
-            x0=images(g, 6, 3, 5, 7), t=torch.tensor([0, 9, 4, 4]), table=signal_sigma(), index=torch.tensor([5, 0, 0, 2]),
-            flip=torch.tensor([True, False, True, False]), returns="v", dtype=FLOAT, **drawn(4, tensors=True),
+            x0=images(g, 6, 3, 5, 7), t=torch.tensor([0, 9, 4, 4]), table=signal_sigma(),
+            index=torch.tensor([5, 0, 0, 2]), flip=torch.tensor([True, False, True, False]), returns="v", dtype=FLOAT,
+            **drawn(4, tensors=True),
         ),
         compiled=True,
     ),
@@ -203,7 +195,8 @@ CASES = [
         "q_sample",
         "one pixel, drawn, noise",
         lambda g: dict(
-            x0=images(g, 2, 1, 1, 1), t=torch.tensor([3, 9]), table=signal_sigma(), returns="noise", dtype=FLOAT, **drawn(2)
+            x0=images(g, 2, 1, 1, 1), t=torch.tensor([3, 9]), table=signal_sigma(), returns="noise", dtype=FLOAT,
+            **drawn(2),
         ),
     ),
     Case(
@@ -340,8 +333,8 @@ CASES = [
         "group_norm_silu",
         "two inputs, residual, no activation",
         lambda g: dict(
-            x=randn(g, 2, 3, 3, 5), x2=randn(g, 2, 7, 3, 5), num_groups=5, residual=randn(g, 2, 10, 3, 5), activation=False,
-            **norm_weights(g, 10),
+            x=randn(g, 2, 3, 3, 5), x2=randn(g, 2, 7, 3, 5), num_groups=5, residual=randn(g, 2, 10, 3, 5),
+            activation=False, **norm_weights(g, 10),
         ),
         gradients=("x", "x2", "weight", "bias", "residual"),
     ),
@@ -368,7 +361,8 @@ CASES = [
         "rms_norm_silu",
         "scale, shift",
         lambda g: dict(
-            x=10 + randn(g, 3, 4, 5, 3), weight=1 + 0.3 * randn(g, 4), scale=0.3 * randn(g, 3, 4), shift=0.3 * randn(g, 3, 4)
+            x=10 + randn(g, 3, 4, 5, 3), weight=1 + 0.3 * randn(g, 4), scale=0.3 * randn(g, 3, 4),
+            shift=0.3 * randn(g, 3, 4),
         ),
         gradients=("x", "weight", "scale", "shift"),
         compiled=True,

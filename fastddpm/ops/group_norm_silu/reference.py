@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def forward(
     saved: Saved = (mean, rstd)
     if dropout > 0:
         assert seed is not None and sample is not None and step is not None
-        words = philox.integers(y[0].numel(), seed=seed, sample=sample, step=step, stream=philox.DROPOUT + layer)
+        size, stream = math.prod(y.shape[1:]), philox.DROPOUT + layer
+        words = philox.integers(size, seed=seed, sample=sample, step=step, stream=stream)
         keep = (words >= round(dropout * 2**32)).reshape(y.shape)
         y, saved = y * (keep.to(y.dtype) / (1 - dropout)), (mean, rstd, keep)
     return _stored(y, x), None if residual is None else _stored(h, x), saved
