@@ -621,7 +621,7 @@ def test_no_sync_on_a_gpu(op: str, backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "backend"), IMPLEMENTATIONS)
 def test_graph_capture(op: str, backend: str) -> None:
-    """Captured once, forward and backward; a replay gives the bits of a direct call, also for inputs written in place."""
+    """Captured once, forward and backward; a replay gives the bits of a direct call, for rewritten inputs too."""
     for case in [c for c in CASES if c.op == op]:
         inputs = on_gpu(case)
         other = tree_map_only(
