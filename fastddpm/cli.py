@@ -28,7 +28,7 @@ from .diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from .likelihood import BitsPerDim, bits_per_dim, histogram_bits_per_dim, plot_bits_per_dim
 from .nn import UNet, UNetConfig
 from .prediction import PREDICTIONS
-from .sampling import SPACINGS, Callback
+from .sampling import SPACINGS, VARIANCES, Callback
 from .schedule import SCHEDULES
 from .training import (
     PRESETS,
@@ -53,7 +53,7 @@ CHOICES = {
     "schedule": tuple(SCHEDULES),
     "first_log_variance": ("copy", "tiny"),
     "prediction": PREDICTIONS,
-    "variance": diffusion.VARIANCES,
+    "variance": VARIANCES,
     "loss": diffusion.LOSSES,
     "mu_target": ("mean", "sample"),
     "timestep_sampling": diffusion.TIMESTEP_SAMPLINGS,
@@ -144,7 +144,7 @@ def sample(args: argparse.Namespace) -> None:
             args.num_images, sampler=args.sampler, num_steps=args.num_steps, eta=args.eta, spacing=args.spacing,
             seed=args.seed, first_image=args.first_image, batch_size=args.batch_size, labels=labels,
             guidance_scale=args.guidance_scale, dynamic_threshold_ratio=args.dynamic_threshold, known=known, mask=mask,
-            callback=_filming(frames, min(args.num_images, args.batch_size)) if args.film else None,
+            callback=_filming(frames, min(args.num_images, args.batch_size or 64)) if args.film else None,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         if args.film:
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=_at_least(0), default=0, help="image n of a seed is always the same (default: 0)")
     p.add_argument("--first-image", type=_at_least(0), default=0, help="index of the first image (default: 0)")
-    p.add_argument("--batch-size", type=_at_least(1), default=64, help="images at a time (default: %(default)s)")
+    p.add_argument("--batch-size", type=_at_least(1), help="images at a time (default: all, at most 64)")
     p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
     p.add_argument(
         "--guidance-scale", type=_number(0), default=1.0, help="of classifier-free guidance; 1 is none (default: 1)"

@@ -19,9 +19,9 @@ from . import ops, sampling, weighting
 from .nn import UNet
 from .ops import philox
 from .prediction import PREDICTIONS, check_prediction, x0_from
+from .sampling import VARIANCES
 from .schedule import SCHEDULES, Schedule, extract, make_schedule
 
-VARIANCES = ("fixed_small", "fixed_large", "unit", "learned", "learned_range")
 LOSSES = ("simple", "vlb", "hybrid", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
@@ -516,6 +516,20 @@ class GaussianDiffusion(nn.Module):
             self.predict(x_t, t, labels), x_t, t, self.schedule, c.prediction, c.variance, c.clip_denoised
         )
 
+    def p_sample(
+        self, x_t: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of ancestral sampling over the full chain (algorithm 2): x_{t-1} = mu + sigma z, z = 0 at t = 0.
+
+        Args:
+            x_t, noise: [B, C, H, W]; noise is z. t: int64 [B] in [0, T). labels: int64 [B], as for `predict`.
+
+        Returns: x_{t-1} and pred_x0, each [B, C, H, W], float32 (float64 for float64 x_t).
+        """
+        mean, log_variance, pred_x0 = self.p_mean_variance(x_t, t, labels)
+        moves = (t > 0).reshape(-1, 1, 1, 1)
+        return mean + torch.where(moves, torch.exp(0.5 * log_variance), 0) * noise, pred_x0
+
     def _draw_t(self, draw: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if self.timestep_sampler is not None:
             u = philox.uniform(1, stream=philox.T, **draw).squeeze(1)
@@ -586,7 +600,7 @@ class GaussianDiffusion(nn.Module):
         spacing: str = "trailing",
         seed: int = 0,
         first_image: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         labels: Tensor | int | None = None,
         guidance_scale: float = 1.0,
         dynamic_threshold_ratio: float | None = None,
@@ -611,7 +625,9 @@ class GaussianDiffusion(nn.Module):
             spacing: which timesteps: "trailing", "leading", "linspace" or "quadratic".
             seed: in [0, 2^64).
             first_image: index of the first image in the run of this seed, >= 0.
-            batch_size: images in one call of the network (twice that with guidance).
+            batch_size: images in one call of the network (twice that with guidance); None is num_images, at most 64.
+                Give
+                it to draw a part of a run: image 4,711 alone, as the whole run drew it, takes the time of its batch.
             labels: int64 [num_images], or one class for all; None is the null class of a network with classes.
             guidance_scale: w of the classifier-free guidance, out = uncond + w (cond - uncond); 1 is none.
             dynamic_threshold_ratio: in (0, 1], see `fastddpm.sampling.dynamic_threshold`; 0.995 is usual with strong
@@ -629,6 +645,7 @@ class GaussianDiffusion(nn.Module):
                 or guidance without them.
         """
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
+        batch_size = max(1, min(64, num_images)) if batch_size is None else batch_size
         device = self.device
         classes = self._sampling_labels(labels, num_images, guidance_scale)
         kept = self._known(known, mask, num_images)

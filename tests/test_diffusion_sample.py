@@ -40,7 +40,9 @@ def test_ddpm_is_algorithm_2(variance: str, kind: str, clip: bool) -> None:
         for i, step in enumerate(reversed(range(6))):
             mean, log_variance, _ = diffusion.p_mean_variance(x, torch.full((3,), step))
             z = philox.normal(shape, seed=9, sample=sample, step=i, stream=philox.SAMPLER_NOISE)
-            x = mean + torch.exp(0.5 * log_variance) * z if step > 0 else mean
+            expected = mean + torch.exp(0.5 * log_variance) * z if step > 0 else mean
+            x, _ = diffusion.p_sample(x, torch.full((3,), step), z)
+            assert torch.equal(x, expected)
     images = diffusion.sample(3, seed=9, first_image=4, batch_size=4)
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
     assert_equal_to_rounding(images, (x / 2 + 0.5).clamp(0, 1), ulps=100, scale=1 + x.abs().max())
@@ -197,3 +199,12 @@ def test_errors_of_interpolate() -> None:
     for wrong in (a[..., :3], a[0]):
         with pytest.raises(ValueError, match=r"expected images of shape \[B, 1, 4, 4\], got"):
             diffusion.interpolate(a, wrong)
+
+
+def test_the_batch_is_as_large_as_what_is_asked_for() -> None:
+    diffusion = small_diffusion()
+    rows: list[int] = []
+    diffusion.model.register_forward_hook(lambda model, inputs, out: rows.append(len(out)))
+    images = diffusion.sample(5, num_steps=1, seed=3)
+    assert rows == [5]
+    assert torch.equal(images, diffusion.sample(5, num_steps=1, seed=3, batch_size=5))

@@ -158,7 +158,7 @@ STATE = ("params", "exp_avg", "exp_avg_sq", "step")
 
 
 def optimizer_options(g: torch.Generator, found_inf: float = 0.0) -> Inputs:
-    inputs = optimizer_state(g, *SHAPES)
+    inputs = optimizer_state(g, *SHAPES[:2])
     params = inputs["params"]
     return inputs | dict(
         weight_decay=0.1,

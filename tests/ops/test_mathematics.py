@@ -287,3 +287,92 @@ def test_float32_ops_are_near_float64_ones() -> None:
     exact = F.silu(F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-6))
     assert isinstance(y, Tensor)
     assert_within(y, exact, exact.float())
+
+
+def test_gradient_of_the_sum_alone_or_of_few_inputs() -> None:
+    """An output that nobody uses and an input that needs no gradient are left out, the others stay right."""
+    p = leaves(x=(2, 4, 3, 3), weight=(4,), bias=(4,), residual=(2, 4, 3, 3))
+    upstream = rand(2, 4, 3, 3, seed=9)
+    _, total = fastddpm.group_norm_silu(**p, num_groups=2)
+    of_sum = torch.autograd.grad(total, list(p.values()), upstream)
+    assert torch.equal(of_sum[0], upstream)
+    assert torch.equal(of_sum[3], upstream)
+    assert not of_sum[1].any()
+    y, _ = fastddpm.group_norm_silu(**p, num_groups=2)
+    expected = torch.autograd.grad(y, [p["x"], p["bias"]], upstream)
+    frozen = p | {name: p[name].detach() for name in ("weight", "residual")}
+    y, _ = fastddpm.group_norm_silu(**frozen, num_groups=2)
+    for a, b in zip(torch.autograd.grad(y, [p["x"], p["bias"]], upstream), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rms_norm_silu_gradient_by_differences() -> None:
+    """Also where eps is the divisor, and so a constant."""
+    p = leaves(x=(2, 4, 2, 3), weight=(4,), scale=(2, 4), shift=(2, 4))
+    for eps in (1e-12, 50.0):
+        assert torch.autograd.gradcheck(
+            lambda x, w, s, b, eps=eps: fastddpm.rms_norm_silu(x, w, scale=s, shift=b, eps=eps), tuple(p.values())
+        )
+    pixel = torch.zeros(1, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    y = fastddpm.rms_norm_silu(pixel, p["weight"], activation=False)
+    assert not y.any()
+    (gradient,) = torch.autograd.grad(y.sum(), pixel)
+    assert_equal_to_rounding(gradient.flatten(), 2e12 * p["weight"])
+
+
+def test_the_gradient_of_the_loss_survives_half_precision() -> None:
+    """At 128 CIFAR-10 images 1 / n is 2.5e-6, where float16 has 5 bits left; with a gradient scale no more are lost.
+
+    What is kept is the gradient of 2^k loss, 2^k > n; the upstream gradient multiplies in float32, then all is rounded.
+    """
+    t = torch.zeros(128, dtype=torch.int64)
+    for dtype in (torch.float16, torch.bfloat16):
+        pred, target = rand(128, 3, 32, 32).to(dtype).requires_grad_(), rand(128, 3, 32, 32, seed=1).float()
+        loss, _ = fastddpm.diffusion_loss(pred, t, target=target)
+        (of_scaled,) = torch.autograd.grad(loss * 2**16, pred, retain_graph=True)
+        exact = 2**17 * (pred.detach().double() - target.double()) / pred.numel()
+        assert_within(of_scaled, exact, exact.float())
+        (kept,) = torch.autograd.grad(loss * 2**19, pred, retain_graph=True)
+        (of_other,) = torch.autograd.grad(loss, pred, torch.tensor(0.7 * 2**16))
+        assert torch.equal(of_other, (kept.float() * torch.tensor(0.7 * 2**16 / 2**19)).to(dtype))
+
+
+def test_the_loss_is_the_same_without_a_gradient() -> None:
+    pred, t = rand(2, 4, 3, 3).float(), torch.tensor([0, 1])
+    given: dict[str, Any] = dict(
+        target=rand(2, 2, 3, 3, seed=1), x0=torch.zeros(2, 2, 3, 3, dtype=torch.uint8), vlb=torch.zeros(2, 4),
+        vlb_weight=1.0,
+    )  # fmt: skip
+    plain = fastddpm.diffusion_loss(pred, t, **given)
+    with_gradient = fastddpm.diffusion_loss(pred.clone().requires_grad_(), t, **given)
+    assert all(torch.equal(a, b) for a, b in zip(plain, with_gradient, strict=True))
+    assert not plain[0].requires_grad
+
+
+def test_an_impossible_pixel_counts_as_the_least_probability() -> None:
+    """The decoder's probability is bounded below, and there its gradient is 0: no inf, no nan."""
+    pred = torch.tensor([60.0, 0.0]).reshape(1, 2, 1, 1).requires_grad_()
+    vlb = torch.tensor([[1.0, -9.0, -8.0, -9.0]])
+    zero = torch.zeros(1, 1, 1, 1)
+    for t, bits in ((0, -math.log2(1e-12)), (1, None)):
+        loss, _ = fastddpm.diffusion_loss(
+            pred, torch.tensor([t]), target=zero, x0=zero, pixel_scale=1.0, pixel_shift=0.0, weight=torch.zeros(1),
+            vlb=vlb.repeat(2, 1), vlb_weight=1.0,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, pred)
+        assert torch.isfinite(gradient).all()
+        if bits is not None:
+            assert_equal_to_rounding(loss, torch.tensor(bits))
+            assert not gradient.any()
+
+
+def test_adam_ema_takes_either_stride_of_a_single_element() -> None:
+    """A 1x1 convolution has two stride patterns for one memory order, and both are taken."""
+    p = torch.empty_strided((4, 3, 1, 1), (3, 1, 3, 3), dtype=torch.float64).copy_(rand(4, 3, 1, 1))
+    g = rand(4, 3, 1, 1, seed=1)
+    assert p.stride() != g.stride()
+    state = [torch.zeros(4, 3, 1, 1, dtype=torch.float64) for _ in range(2)]
+    before = p.clone()
+    norm = fastddpm.adam_ema([p], [g], state[:1], state[1:], step=torch.tensor(0), lr=0.1)
+    assert_equal_to_rounding(norm, g.norm())
+    assert_equal_to_rounding(p, before - 0.1 * g.sign(), ulps=2**30)  # the first step is lr sign(g), but for eps
