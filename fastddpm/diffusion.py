@@ -626,8 +626,7 @@ class GaussianDiffusion(nn.Module):
             seed: in [0, 2^64).
             first_image: index of the first image in the run of this seed, >= 0.
             batch_size: images in one call of the network (twice that with guidance); None is num_images, at most 64.
-                Give
-                it to draw a part of a run: image 4,711 alone, as the whole run drew it, takes the time of its batch.
+                Give it to draw a part of a run: image 4,711 alone, as the whole run drew it, takes the time of a batch.
             labels: int64 [num_images], or one class for all; None is the null class of a network with classes.
             guidance_scale: w of the classifier-free guidance, out = uncond + w (cond - uncond); 1 is none.
             dynamic_threshold_ratio: in (0, 1], see `fastddpm.sampling.dynamic_threshold`; 0.995 is usual with strong
