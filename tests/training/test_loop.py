@@ -265,7 +265,11 @@ def test_signal_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
     assert_same_bits(weights(whole), weights(resumed))
 
 
-def test_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+def test_second_ctrl_c_does_not_wait(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # a shell starts what it runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)  # in this thread and at once: two that wait may become one
         signal.raise_signal(signal.SIGINT)
