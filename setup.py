@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,12 @@ REASON_FILE = "_native_reason.txt"  # in the installed package; fastddpm/_native
 
 # No -march: the module must load on every machine of this architecture.
 COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Kernels (<op>_cpu.cpp) are compiled once for each instruction set, and chosen at run time.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+KERNEL_SETS = {"baseline": []} | (
+    {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {}
+)
 # Only torch's stable headers, as of torch 2.11: what is built runs with that torch and every later one.
 TORCH_DEFINES = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
@@ -72,9 +79,11 @@ def build(sources: list[str], target: Path, temp: Path) -> None:
     if not (python_include / "Python.h").exists():
         raise NoNativeError(f"no Python.h in {python_include}; install Python's development headers (python3-dev)")
     torch_include = find_torch_include()
+    torch_lib = torch_include.parent / "lib"
     includes = [python_include, find_pybind11_include(torch_include), torch_include]
-    flags = [*COMPILE_FLAGS, *TORCH_DEFINES, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    link_flags = [*LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    defines = [*TORCH_DEFINES, *(["-DFASTDDPM_X86"] if X86 else [])]
+    flags = [*COMPILE_FLAGS, *defines, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    link_flags = [*LINK_FLAGS, f"-L{torch_lib}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     temp, target = temp.resolve(), target.resolve()
     temp.mkdir(parents=True, exist_ok=True)
@@ -82,7 +91,7 @@ def build(sources: list[str], target: Path, temp: Path) -> None:
     write_if_changed(temp / "fastddpm_build.h", f"#define FASTDDPM_COMPILE_FLAGS {json.dumps(shlex.join(flags))}\n")
     lines = [
         "rule cxx",
-        f"  command = {shlex.join([*cxx, *flags])} $includes -MMD -MF $out.d -c $in -o $out",
+        f"  command = {shlex.join([*cxx, *flags])} $set $includes -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -91,8 +100,13 @@ def build(sources: list[str], target: Path, temp: Path) -> None:
     ]
     objects = []
     for source in sources:
-        objects.append(str(Path(source).relative_to(CSRC).with_suffix(".o")))
-        lines.append(f"build {escape(objects[-1])}: cxx {escape(str(Path(source).resolve()))}")
+        kernel = source.endswith("_cpu.cpp")
+        for name, set_flags in KERNEL_SETS.items() if kernel else {"": []}.items():
+            suffix = f".{name}.o" if kernel else ".o"
+            objects.append(str(Path(source).relative_to(CSRC).with_suffix(suffix)))
+            lines.append(f"build {escape(objects[-1])}: cxx {escape(str(Path(source).resolve()))}")
+            if kernel:
+                lines.append(f"  set = {shlex.join([*KERNEL_FLAGS, *set_flags, f'-DFASTDDPM_ISA={name}'])}")
     lines.append(f"build {escape(str(target))}: link {' '.join(map(escape, objects))}")
     write_if_changed(temp / "build.ninja", "\n".join(lines) + "\n")
 

@@ -8,6 +8,7 @@
 
 #include <torch/headeronly/version.h>
 
+#include "common/isa.h"
 #include "fastddpm_build.h"  // written by setup.py: the flags of this build
 
 #if TORCH_ABI_VERSION < TORCH_TARGET_VERSION
@@ -69,6 +70,30 @@ std::vector<std::string> cpu_instruction_sets() {
     return sets;
 }
 
+// The sets that kernels were compiled for, the slowest first.
+const std::vector<std::pair<std::string, fastddpm::Isa>> KERNELS = {
+    {"baseline", fastddpm::Isa::baseline},
+#if defined(FASTDDPM_X86)
+    {"avx2", fastddpm::Isa::avx2},
+    {"avx512", fastddpm::Isa::avx512},
+#endif
+};
+
+std::string instruction_set() {
+    for (const auto& [name, isa] : KERNELS)
+        if (isa == fastddpm::isa()) return name;
+    return "unknown";
+}
+
+void use_instruction_set(const std::string& wanted) {
+    for (const auto& [name, isa] : KERNELS)
+        if (name == wanted) {
+            if (fastddpm::use_isa(isa)) return;
+            throw pybind11::value_error("this processor lacks " + wanted);
+        }
+    throw pybind11::value_error("no kernels were built for " + wanted);
+}
+
 pybind11::dict build_info() {
     pybind11::dict info;
     info["compiler"] = compiler();
@@ -77,6 +102,10 @@ pybind11::dict build_info() {
     info["torch_headers"] = TORCH_VERSION;
     info["baseline_instruction_sets"] = baseline_instruction_sets();
     info["cpu_instruction_sets"] = cpu_instruction_sets();
+    std::vector<std::string> kernels;
+    for (const auto& [name, isa] : KERNELS) kernels.push_back(name);
+    info["kernel_instruction_sets"] = kernels;
+    info["instruction_set"] = instruction_set();
     info["cuda_architectures"] = std::vector<std::string>{};  // no CUDA source is compiled into this module
     return info;
 }
@@ -86,4 +115,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "The native part of fastddpm.";
     module.def("build_info", &build_info, "How this module was built, and the instruction sets of the processor at hand.");
+    module.def("instruction_set", &instruction_set, "The set that the kernels run with.");
+    module.def("use_instruction_set", &use_instruction_set,
+               "Run the kernels with another set from now on, for tests and timings: baseline, avx2 or avx512.");
 }

@@ -39,6 +39,7 @@ def build_info() -> dict[str, Any]:
         - ``compiler``, ``cxx_standard`` (the value of __cplusplus), ``flags``;
         - ``torch_headers``: the version of the headers it was compiled with;
         - ``baseline_instruction_sets``: what the module needs; ``cpu_instruction_sets``: what this processor has;
+        - ``kernel_instruction_sets``: what the kernels were compiled for; ``instruction_set``: what they run with;
         - ``cuda_architectures``: empty, since no CUDA source was compiled.
     """
     module, why = _load()
@@ -61,6 +62,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             return None, _REASON_FILE.read_text(encoding="utf-8").strip()
         return None, "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
     try:
+        importlib.import_module("torch")  # whose library the module is linked with
         return importlib.import_module("fastddpm._C"), None
     except ImportError as error:
         return None, f"it was built for another Python or system: {error}"

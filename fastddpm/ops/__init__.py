@@ -3,8 +3,9 @@
 from .adam_ema import adam_ema
 from .diffusion_loss import diffusion_loss
 from .group_norm_silu import group_norm_silu
+from .normal import normal
 from .q_sample import q_sample
 from .rms_norm_silu import rms_norm_silu
 from .solver_step import solver_step
 
-__all__ = ["adam_ema", "diffusion_loss", "group_norm_silu", "q_sample", "rms_norm_silu", "solver_step"]
+__all__ = ["adam_ema", "diffusion_loss", "group_norm_silu", "normal", "q_sample", "rms_norm_silu", "solver_step"]

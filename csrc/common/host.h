@@ -1,0 +1,114 @@
+// What the host code of every op shares: tensors as the plain data of kernels, outputs, threads.
+//
+// Python has checked all arguments (fastddpm/ops/<op>/interface.py); nothing is checked again here.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/data.h"
+#include "common/isa.h"
+
+namespace fastddpm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline DType dtype(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Double: return DType::f64;
+        case ScalarType::BFloat16: return DType::bf16;
+        case ScalarType::Half: return DType::f16;
+        case ScalarType::Byte: case ScalarType::Bool: return DType::u8;
+        default: return DType::f32;
+    }
+}
+
+// The shape of a dense image, in the order that it lies in.
+inline Shape shape(const Tensor& t) {
+    return {t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+// A dense image, or a mask of which any size may be 1, read in the order of ``s``.
+inline Image image(const Tensor& t, const Shape& s) {
+    const int64_t channels = t.size(1), pixels = t.size(2) * t.size(3);
+    const bool nhwc = !t.is_contiguous();
+    Image a{t.data_ptr(), dtype(t), channels * pixels, nhwc ? 1 : pixels, nhwc ? channels : 1, false};
+    a.in_order = channels == s.channels && (nhwc == s.nhwc || channels == 1 || pixels == 1);
+    if (channels == 1) a.channel_stride = 0;
+    if (t.size(0) == 1 && s.batch != 1) a.sample_stride = 0;
+    return a;
+}
+inline Image image(const MaybeTensor& t, const Shape& s) { return t ? image(*t, s) : Image{}; }
+
+// [C], [B, C], [B] or []: row b starts at b * row_stride.
+inline Values values(const Tensor& t, int64_t row_stride) { return {t.data_ptr(), dtype(t), row_stride}; }
+inline Values values(const MaybeTensor& t, int64_t row_stride) { return t ? values(*t, row_stride) : Values{}; }
+
+inline int64_t integer(int64_t number, const MaybeTensor& tensor) {
+    return tensor ? *static_cast<const int64_t*>(tensor->data_ptr()) : number;
+}
+
+// Numbers, or tensors [] that take their place; no sample: nothing is drawn.
+inline Draw drawing(int64_t seed, const MaybeTensor& seed_tensor, const MaybeTensor& sample, int64_t step,
+                    const MaybeTensor& step_tensor, uint32_t stream) {
+    const void* rows = sample ? sample->data_ptr() : nullptr;
+    return {static_cast<uint64_t>(integer(seed, seed_tensor)), static_cast<const int64_t*>(rows),
+            static_cast<uint32_t>(integer(step, step_tensor)), stream};
+}
+
+// A new image of this shape, in its order.
+inline Tensor new_image(const Shape& s, ScalarType type) {
+    const int64_t sizes[] = {s.batch, s.channels, s.height, s.width};
+    using torch::headeronly::MemoryFormat;
+    return torch::stable::empty({sizes, 4}, type, std::nullopt, std::nullopt, std::nullopt,
+                                s.nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::empty({sizes.begin(), sizes.size()}, type);
+}
+
+constexpr int64_t TILE = 2048;       // elements: a few tiles of floats fit in the first cache
+
+// Tiles of whole pixels in NHWC order; otherwise of a multiple of four elements.
+inline Tiling tiling(const Shape& s) {
+    const int64_t elements = s.channels * s.height * s.width;
+    const int64_t unit = s.nhwc ? s.channels : 4;
+    const int64_t size = std::max<int64_t>(unit, std::min(TILE, elements) / unit * unit);
+    return {size, elements == 0 ? 0 : (elements + size - 1) / size};
+}
+
+// Floats that one buffer for a tile takes, and what noise may write behind it.
+inline int64_t tile_buffer(const Tiling& t) { return (t.size + 64 + 15) / 16 * 16; }
+
+// Floats that drawing noise in NHWC order takes beside the tile.
+inline int64_t draw_scratch(const Shape& s, const Tiling& t) { return 4 * (t.size / std::max<int64_t>(1, s.channels) + 128); }
+
+// Memory that a thread keeps from call to call.
+inline float* scratch(int64_t floats) {
+    static thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+    return memory.data();
+}
+
+// f(begin, end) over work items, on torch's threads where there is work for several: ``cost`` counts elements an item.
+template <class F>
+void parallel(int64_t items, int64_t cost, const F& f) {
+    constexpr int64_t WORTH_A_THREAD = 16384;
+    const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, cost));
+    if (items <= grain) {
+        if (items > 0) f(int64_t(0), items);
+        return;
+    }
+    torch::stable::parallel_for(0, items, grain, f);
+}
+
+}  // namespace fastddpm

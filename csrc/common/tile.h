@@ -1,0 +1,87 @@
+// Reading and writing a tile of an image as floats, whatever its dtype and memory order. Included by kernels alone.
+#pragma once
+
+#include "common/vec.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+namespace {
+
+INLINE Tile tile(const Shape& s, const Tiling& tiling, int64_t item) {
+    int64_t begin = item % tiling.per_sample * tiling.size, rest = s.channels * s.height * s.width - begin;
+    return {item / tiling.per_sample, begin, rest < tiling.size ? rest : tiling.size};
+}
+
+// Call f(i, channel, pixel, n, step): elements i .. i + n - 1 of the tile lie in one image row (of W pixels) of one
+// channel, or in one pixel; ``step`` is 1 where they are neighbouring pixels, 0 where they are neighbouring channels.
+template <class F>
+INLINE void for_runs(const Shape& s, const Tile& t, F f) {
+    const int64_t pixels = s.height * s.width;
+    if (s.nhwc) {
+        for (int64_t i = 0; i < t.size; i += s.channels) f(i, int64_t(0), (t.begin + i) / s.channels, s.channels, 0);
+        return;
+    }
+    for (int64_t i = 0; i < t.size;) {
+        int64_t element = t.begin + i, left_of_row = s.width - element % s.width;
+        int64_t n = left_of_row < t.size - i ? left_of_row : t.size - i;
+        f(i, element / pixels, element % pixels, n, 1);
+        i += n;
+    }
+}
+
+// Elements of a row of the source (a sample) that neither lie in the order of the tile nor start where it does.
+template <class T>
+INLINE void gather(const T* source, const Image& a, const Shape& s, const Tile& t, bool flip, float* out) {
+    for_runs(s, t, [&](int64_t i, int64_t channel, int64_t pixel, int64_t n, int64_t along_pixels) {
+        int64_t step = along_pixels ? a.pixel_stride : a.channel_stride;
+        if (flip) {
+            int64_t column = pixel % s.width;
+            pixel += s.width - 1 - 2 * column;
+            if (along_pixels) step = -step;
+        }
+        const T* p = source + channel * a.channel_stride + pixel * a.pixel_stride;
+        for (int64_t j = 0; j < n; ++j) out[i + j] = load(p + j * step, 1)[0];
+    });
+}
+
+// The tile of row ``row`` of an image, as floats: where they lie, or in ``buffer``. flip mirrors it left to right.
+INLINE const float* load(const Image& a, const Shape& s, const Tile& t, int64_t row, bool flip, float* buffer) {
+    int64_t offset = row * a.sample_stride;
+    if (a.in_order && !flip && a.dtype == DType::f32) return static_cast<const float*>(a.data) + offset + t.begin;
+    with_type(a.dtype, a.data, [&](const auto* p) {
+        p += offset;
+        if (a.in_order && !flip)
+            for_vectors(t.size, [&](int64_t i, int64_t n) { store(buffer + i, load(p + t.begin + i, n)); });
+        else
+            gather(p, a, s, t, flip, buffer);
+    });
+    return buffer;
+}
+INLINE const float* load(const Image& a, const Shape& s, const Tile& t, float* buffer) {
+    return load(a, s, t, t.sample, false, buffer);
+}
+
+// Where to compute the tile of an output that lies in the order of the Shape: in it, or in ``buffer``.
+INLINE float* target(const Image& a, const Tile& t, float* buffer) {
+    bool direct = a.dtype == DType::f32 && a.in_order;
+    return direct ? static_cast<float*>(a.data) + t.sample * a.sample_stride + t.begin : buffer;
+}
+
+// Round a tile computed in ``buffer`` (see target) into its place.
+INLINE void commit(const Image& a, const Shape& s, const Tile& t, const float* buffer) {
+    if (a.dtype == DType::f32 && a.in_order) return;
+    with_output_type(a.dtype, a.data, [&](auto* p) {
+        p += t.sample * a.sample_stride;
+        if (a.in_order) {
+            for_vectors(t.size, [&](int64_t i, int64_t n) { store(p + t.begin + i, load(buffer + i, n), n); });
+            return;
+        }
+        for_runs(s, t, [&](int64_t i, int64_t channel, int64_t pixel, int64_t n, int64_t along_pixels) {
+            int64_t step = along_pixels ? a.pixel_stride : a.channel_stride;
+            auto* to = p + channel * a.channel_stride + pixel * a.pixel_stride;
+            for (int64_t j = 0; j < n; ++j) store(to + j * step, splat(buffer[i + j]), 1);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace fastddpm::FASTDDPM_ISA

@@ -1,0 +1,239 @@
+// Vectors of the width at hand, their arithmetic, and conversions. Included by kernels alone (<op>_cpu.cpp).
+//
+// GCC's vector extensions, which Clang shares, give the operators; an intrinsic stands where a compiler misses the one
+// instruction. Everything has internal linkage: what is compiled for AVX-512 must not be linked into another set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "common/data.h"
+
+#ifndef FASTDDPM_ISA
+#define FASTDDPM_ISA baseline
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FASTDDPM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTDDPM_VECTOR_BYTES 32
+#else
+#define FASTDDPM_VECTOR_BYTES 16
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace fastddpm::FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t W = FASTDDPM_VECTOR_BYTES / 4;  // floats in a vector
+
+typedef float VF __attribute__((vector_size(FASTDDPM_VECTOR_BYTES)));
+typedef int32_t VI __attribute__((vector_size(FASTDDPM_VECTOR_BYTES)));
+typedef uint32_t VU __attribute__((vector_size(FASTDDPM_VECTOR_BYTES)));
+typedef uint64_t VL __attribute__((vector_size(FASTDDPM_VECTOR_BYTES)));  // W / 2 lanes
+typedef uint16_t VH __attribute__((vector_size(FASTDDPM_VECTOR_BYTES / 2)));
+typedef uint8_t VB __attribute__((vector_size(FASTDDPM_VECTOR_BYTES / 4)));
+
+INLINE VF splat(float x) { return VF{} + x; }
+INLINE VF select(VI mask, VF a, VF b) { return mask ? a : b; }
+INLINE VF min(VF a, VF b) { return select(a < b, a, b); }  // b where one is NaN
+INLINE VF max(VF a, VF b) { return select(a > b, a, b); }
+
+INLINE VF abs(VF x) { return (VF)((VU)x & 0x7fffffffu); }
+
+INLINE VF sqrt(VF x) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VF)_mm512_sqrt_ps((__m512)x);
+#elif FASTDDPM_VECTOR_BYTES == 32
+    return (VF)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (VF)_mm_sqrt_ps((__m128)x);
+#else
+    for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+INLINE float sum(VF x) {
+    float total = 0;
+    for (int64_t i = 0; i < W; ++i) total += x[i];
+    return total;
+}
+
+// e^x to about one rounding, for every float: 0 and infinity beyond the range, NaN for NaN.
+INLINE VF exp(VF x) {
+    x = select(x < 88.8f, x, select(x != x, x, splat(88.8f)));
+    x = select(x < -104.0f, splat(-104.0f), x);
+    VF rounded = x * 1.44269504f + 12582912.0f;  // the low bits are the nearest integer n
+    VI n = (VI)rounded - 0x4b400000;
+    rounded = rounded - 12582912.0f;
+    VF r = x - rounded * 0.693359375f + rounded * 2.12194440e-4f;
+    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    VI half = n >> 1;  // 2^n in two factors: each is a normal number
+    return p * (VF)((half + 127) << 23) * (VF)((n - half + 127) << 23);
+}
+
+// ln x for a normal number x > 0.
+INLINE VF log(VF x) {
+    VU b = (VU)x - 0x3f3504f3u;  // x = 2^e (1 + m), 1 + m in [sqrt(1/2), sqrt(2))
+    VF e = __builtin_convertvector((VI)b >> 23, VF);
+    VF m = (VF)((b & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+    VF z = m * m;
+    VF p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    return e * 0.693359375f + (m + ((m * z * p - 0.5f * z) + e * -2.12194440e-4f));
+}
+
+// sin and cos of 2 pi u, u in [0, 1]. The quarter turns are taken off exactly.
+INLINE void sincos_turns(VF u, VF& sin, VF& cos) {
+    VF q = u * 4.0f + 12582912.0f;
+    VU k = (VU)q;
+    VF a = (u - (q - 12582912.0f) * 0.25f) * 6.283185307179586f;  // in [-pi / 4, pi / 4]
+    VF z = a * a;
+    VF s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
+    VF c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+    VI odd = (VI)(k & 1u) != 0;
+    sin = (VF)((VU)select(odd, c, s) ^ ((k & 2u) << 30));
+    cos = (VF)((VU)select(odd, s, c) ^ (((k + 1u) & 2u) << 30));
+}
+
+// 1 / (1 + e^-x)
+INLINE VF sigmoid(VF x) { return 1.0f / (exp(-x) + 1.0f); }
+
+// Elements of memory by type. The first n <= W of a vector are read (the others are 0) or written.
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class V, class T>
+INLINE V read_lanes(const T* p, int64_t n) {
+    V v{};
+    if (n == W)
+        memcpy(&v, p, sizeof v);
+    else
+        memcpy(&v, p, n * sizeof(T));
+    return v;
+}
+
+template <class V, class T>
+INLINE void write_lanes(T* p, int64_t n, V v) {
+    if (n == W)
+        memcpy(p, &v, sizeof v);
+    else
+        memcpy(p, &v, n * sizeof(T));
+}
+
+INLINE VF load(const float* p, int64_t n = W) { return read_lanes<VF>(p, n); }
+INLINE void store(float* p, VF x, int64_t n = W) { write_lanes(p, n, x); }
+
+INLINE VF load(const bf16* p, int64_t n = W) {
+    return (VF)(__builtin_convertvector(read_lanes<VH>(p, n), VU) << 16);
+}
+INLINE void store(bf16* p, VF x, int64_t n = W) {  // to nearest, ties to even; NaN stays NaN
+    VU b = (VU)x;
+    VU rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    VI nan = x != x;
+    rounded = nan ? (VU{} + 0x7fc0u) : rounded;
+    write_lanes(p, n, __builtin_convertvector(rounded, VH));
+}
+
+INLINE VF load(const f16* p, int64_t n = W) {
+    VH h = read_lanes<VH>(p, n);
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VF)_mm512_cvtph_ps((__m256i)h);
+#elif FASTDDPM_VECTOR_BYTES == 32 && defined(__F16C__)
+    return (VF)_mm256_cvtph_ps((__m128i)h);
+#else
+    VU b = __builtin_convertvector(h, VU);
+    VF magnitude = (VF)((b & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormal numbers too
+    VU bits = (VU)magnitude;
+    VI special = (VI)(b & 0x7fffu) >= 0x7c00;
+    bits = special ? (bits | 0x7f800000u) : bits;
+    return (VF)(bits | ((b & 0x8000u) << 16));
+#endif
+}
+INLINE void store(f16* p, VF x, int64_t n = W) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    write_lanes(p, n, (VH)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif FASTDDPM_VECTOR_BYTES == 32 && defined(__F16C__)
+    write_lanes(p, n, (VH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    VU b = (VU)x & 0x7fffffffu, sign = ((VU)x >> 16) & 0x8000u;
+    VU normal = (b + 0xfffu + ((b >> 13) & 1u) - (112u << 23)) >> 13;
+    VU subnormal = (VU)((VF)b + 0.5f) - 0x3f000000u;  // 2^-24 is the last bit of a float near 1/2
+    VU result = (VI)b < 0x38800000 ? subnormal : normal;
+    result = (VI)result > 0x7c00 || (VI)b >= 0x47800000 ? (VU{} + 0x7c00u) : result;
+    result = (VI)b > 0x7f800000 ? (VU{} + 0x7e00u) : result;
+    write_lanes(p, n, __builtin_convertvector(result | sign, VH));
+#endif
+}
+
+INLINE VF load(const uint8_t* p, int64_t n = W) {
+    return __builtin_convertvector(__builtin_convertvector(read_lanes<VB>(p, n), VI), VF);
+}
+
+INLINE VF load(const double* p, int64_t n = W) {
+    VF v{};
+    for (int64_t i = 0; i < n; ++i) v[i] = static_cast<float>(p[i]);
+    return v;
+}
+
+// f(i, n) for i = 0, W, 2W ..: n = W, but for a last and shorter one.
+template <class F>
+INLINE void for_vectors(int64_t size, F f) {
+    int64_t i = 0;
+    for (; i + W <= size; i += W) f(i, W);
+    if (i < size) f(i, size - i);
+}
+
+// Call f with a typed pointer.
+template <class F>
+INLINE void with_type(DType dtype, const void* data, F f) {
+    switch (dtype) {
+        case DType::f32: f(static_cast<const float*>(data)); break;
+        case DType::f64: f(static_cast<const double*>(data)); break;
+        case DType::bf16: f(static_cast<const bf16*>(data)); break;
+        case DType::f16: f(static_cast<const f16*>(data)); break;
+        case DType::u8: f(static_cast<const uint8_t*>(data)); break;
+    }
+}
+
+// The same for what is written: float32, bfloat16 or float16.
+template <class F>
+INLINE void with_output_type(DType dtype, void* data, F f) {
+    switch (dtype) {
+        case DType::bf16: f(static_cast<bf16*>(data)); break;
+        case DType::f16: f(static_cast<f16*>(data)); break;
+        default: f(static_cast<float*>(data)); break;
+    }
+}
+
+// One number of any dtype.
+INLINE float read(DType dtype, const void* data, int64_t i) {
+    float x = 0;
+    with_type(dtype, data, [&](const auto* p) { x = load(p + i, 1)[0]; });
+    return x;
+}
+
+}  // namespace
+}  // namespace fastddpm::FASTDDPM_ISA

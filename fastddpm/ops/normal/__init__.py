@@ -1,0 +1,3 @@
+from .interface import normal
+
+__all__ = ["normal"]
