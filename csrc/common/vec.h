@@ -60,9 +60,11 @@ INLINE VF sqrt(VF x) {
 }
 
 INLINE float sum(VF x) {
-    float total = 0;
-    for (int64_t i = 0; i < W; ++i) total += x[i];
-    return total;
+    float t[W];
+    memcpy(t, &x, sizeof x);
+    for (int64_t half = W / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
+    return t[0];
 }
 
 // e^x to about one rounding, for every float: 0 and infinity beyond the range, NaN for NaN.
@@ -113,8 +115,39 @@ INLINE void sincos_turns(VF u, VF& sin, VF& cos) {
     cos = (VF)((VU)select(odd, s, c) ^ (((k + 1u) & 2u) << 30));
 }
 
-// 1 / (1 + e^-x)
-INLINE VF sigmoid(VF x) { return 1.0f / (exp(-x) + 1.0f); }
+// 1 / x to about one rounding, for 2^-126 <= x <= 2^126. (The division unit is the slow one with wide vectors.)
+INLINE VF reciprocal(VF x) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    VF r = (VF)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + e^-x); beyond |x| = 87 that of 87, which float32 cannot tell from 0 or 1 where it is multiplied by x.
+INLINE VF sigmoid(VF x) {
+    VF y = -x;  // NaN stays NaN
+    y = select(y > 87.0f, splat(87.0f), y);
+    y = select(y < -87.0f, splat(-87.0f), y);
+    VF rounded = y * 1.44269504f + 12582912.0f;  // the low bits are the nearest integer n
+    VI power = (VI)rounded << 23;
+    rounded = rounded - 12582912.0f;
+    VF r = y - rounded * 0.693359375f + rounded * 2.12194440e-4f;
+    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return reciprocal((VF)((VI)p + power) + 1.0f);
+}
+
+// The first n lanes, 0 in the others.
+INLINE VF first_lanes(VF x, int64_t n) {
+    for (int64_t i = n; i < W; ++i) x[i] = 0;
+    return x;
+}
 
 // Elements of memory by type. The first n <= W of a vector are read (the others are 0) or written.
 

@@ -13,6 +13,7 @@ from ..._dispatch import Op
 from . import reference
 
 OP = Op(__package__, reference)
+DRAWN = ("seed", "sample", "step")  # where dropout draws: numbers or tensors
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -33,18 +34,22 @@ class _GroupNormSiLU(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
         ctx.implementation = OP.choose(x=x, weight=weight, bias=bias, **inputs, **options)
-        ctx.options = {name: options[name] for name in ("num_groups", "dropout", "activation")}
         y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
-        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *saved)
+        drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
+        ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
+        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *drawn, *saved)
         ctx.set_materialize_grads(False)
         return y if h is None else (y, h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, channel_bias, scale, shift, residual, x2, *saved = ctx.saved_tensors
+        x, weight, bias, channel_bias, scale, shift, residual, x2, *others = ctx.saved_tensors
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-        return None, *ctx.implementation.backward(dy, dh, tuple(saved), x, weight, bias, **inputs, **ctx.options)
+        drawn = dict(zip(DRAWN, others, strict=False))
+        options = drawn | ctx.options
+        saved = tuple(others[len(DRAWN) :])
+        return None, *ctx.implementation.backward(dy, dh, saved, x, weight, bias, **inputs, **options)
 
 
 def group_norm_silu(

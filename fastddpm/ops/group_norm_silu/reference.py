@@ -65,6 +65,10 @@ def backward(
     residual: Tensor | None,
     x2: Tensor | None,
     dropout: float,
+    seed: Tensor | int | None,
+    sample: Tensor | None,
+    step: Tensor | int | None,
+    layer: int,
     activation: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2, from those of y and h.

@@ -1,0 +1,193 @@
+// fastddpm::group_norm_silu and its backward: schemas and host code. What they compute:
+// fastddpm/ops/group_norm_silu/reference.py.
+
+#include "group_norm_silu/group_norm_silu.h"
+
+#include "common/host.h"
+
+namespace fastddpm {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a sample is cut depends on its shape alone, and so do the bits of the result.
+void plan(GroupNorm& a) {
+    const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
+    if (a.shape.nhwc) {
+        a.block = std::clamp<int64_t>(8192 / std::max<int64_t>(1, channels), 64, 1024);
+        const int64_t blocks = std::max<int64_t>(1, ceil_div(pixels, a.block));
+        const int64_t spans = std::clamp<int64_t>(pixels * channels / 131072, 1, 32);
+        a.span_pixels = ceil_div(blocks, spans) * a.block;
+        a.spans = std::max<int64_t>(1, ceil_div(pixels, a.span_pixels));
+    } else {
+        a.block = std::clamp<int64_t>(8192 / std::max<int64_t>(1, channels / a.groups), 256, 2048);
+        a.span_pixels = pixels;
+        a.spans = a.groups;
+    }
+    a.block = std::min(a.block, std::max<int64_t>(1, pixels));
+    const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + 128;
+    a.draw_scratch = a.draw.sample ? 4 * (a.block + 256) : 0;
+    a.scratch = 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
+}
+
+// Three passes over the samples: each thread takes whole samples, which then stay in its cache, or, where there are too
+// few, parts of one.
+template <class First, class Middle, class Last>
+void passes(const GroupNorm& a, First first, Middle middle, Last last) {
+    const int64_t batch = a.shape.batch, elements = a.shape.channels * a.shape.height * a.shape.width;
+    if (batch >= torch::stable::get_num_threads() || batch * elements < 65536) {
+        parallel(batch, 2 * elements, [&](int64_t begin, int64_t end) {
+            float* memory = scratch(a.scratch);
+            for (int64_t b = begin; b < end; ++b) {
+                first(a, b * a.spans, (b + 1) * a.spans, memory);
+                middle(a, b, b + 1, memory);
+                last(a, b * a.spans, (b + 1) * a.spans, memory);
+            }
+        });
+        return;
+    }
+    const auto spans = [&](auto kernel) {
+        parallel(batch * a.spans, elements / a.spans,
+                 [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(a.scratch)); });
+    };
+    spans(first);
+    middle(a, int64_t(0), batch, scratch(a.scratch));
+    spans(last);
+}
+
+GroupNorm arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
+                    const MaybeTensor& channel_bias, const MaybeTensor& scale, const MaybeTensor& shift,
+                    const MaybeTensor& residual, const MaybeTensor& x2, double dropout, int64_t seed,
+                    const MaybeTensor& seed_tensor, const MaybeTensor& sample, int64_t step,
+                    const MaybeTensor& step_tensor, int64_t layer, bool activation) {
+    GroupNorm a{};
+    a.shape = shape(x);
+    a.x = image(x, a.shape);
+    if (x2) {
+        a.channels2 = x2->size(1);
+        a.shape.channels += a.channels2;
+        a.x2 = image(*x2, a.shape);
+    }
+    a.residual = image(residual, a.shape);
+    a.groups = groups;
+    a.weight = values(weight, 0), a.bias = values(bias, 0);
+    if (channel_bias) a.channel_bias = values(*channel_bias, channel_bias->dim() == 2 ? a.shape.channels : 0);
+    a.scale = values(scale, a.shape.channels), a.shift = values(shift, a.shape.channels);
+    a.eps = static_cast<float>(eps);
+    a.activation = activation;
+    if (dropout > 0) {
+        a.draw = drawing(seed, seed_tensor, sample, step, step_tensor, DROPOUT + static_cast<uint32_t>(layer));
+        a.drop_below = static_cast<uint64_t>(std::nearbyint(dropout * 4294967296.0));
+        a.keep_scale = static_cast<float>(1 / (1 - dropout));
+    }
+    plan(a);
+    return a;
+}
+
+// y, mean and rstd [B, G]; with a residual h, too.
+std::vector<Tensor> group_norm_silu(
+    const Tensor x, const Tensor weight, const Tensor bias, int64_t groups, double eps, const MaybeTensor channel_bias,
+    const MaybeTensor scale, const MaybeTensor shift, const MaybeTensor residual, const MaybeTensor x2, double dropout,
+    int64_t seed, const MaybeTensor seed_tensor, const MaybeTensor sample, int64_t step, const MaybeTensor step_tensor,
+    int64_t layer, bool activation) {
+    GroupNorm a = arguments(x, weight, bias, groups, eps, channel_bias, scale, shift, residual, x2, dropout, seed,
+                            seed_tensor, sample, step, step_tensor, layer, activation);
+    std::vector<Tensor> outputs{new_image(a.shape, x.scalar_type())};
+    for (int i = 0; i < 2; ++i) outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Float));
+    if (residual) outputs.push_back(new_image(a.shape, x.scalar_type()));
+    a.y = image(outputs[0], a.shape);
+    a.mean = static_cast<float*>(outputs[1].data_ptr()), a.rstd = static_cast<float*>(outputs[2].data_ptr());
+    if (residual) a.h = image(outputs[3], a.shape);
+    std::vector<Moments> moments(a.shape.batch * (a.shape.nhwc ? a.spans : 1) * groups);
+    a.moments = moments.data();
+    passes(a, FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish),
+           FASTDDPM_KERNEL(group_norm_apply));
+    return outputs;
+}
+
+// A small gradient, summed in double, in the dtype of what it is of.
+Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
+    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
+    std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr()));
+    return torch::stable::to(out, like.scalar_type());
+}
+
+// Gradients of x, weight and bias, and of those of channel_bias, scale, shift, residual and x2 that are given, in order.
+std::vector<Tensor> group_norm_silu_backward(
+    const Tensor dy, const MaybeTensor dh, const Tensor mean, const Tensor rstd, const Tensor x, const Tensor weight,
+    const Tensor bias, int64_t groups, const MaybeTensor channel_bias, const MaybeTensor scale, const MaybeTensor shift,
+    const MaybeTensor residual, const MaybeTensor x2, double dropout, int64_t seed, const MaybeTensor seed_tensor,
+    const MaybeTensor sample, int64_t step, const MaybeTensor step_tensor, int64_t layer, bool activation) {
+    GroupNorm a = arguments(x, weight, bias, groups, 1.0, channel_bias, scale, shift, residual, x2, dropout, seed,
+                            seed_tensor, sample, step, step_tensor, layer, activation);
+    const int64_t batch = a.shape.batch, channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
+    Shape of_x = shape(x);
+    Tensor dx = new_image(of_x, x.scalar_type());
+    MaybeTensor dresidual, dx2;
+    if (residual) dresidual = new_image(shape(*residual), residual->scalar_type());
+    if (x2) dx2 = new_image(shape(*x2), x2->scalar_type());
+    a.dy = image(dy, a.shape), a.dh = image(dh, a.shape), a.dx = image(dx, a.shape);
+    a.dresidual = image(dresidual, a.shape), a.dx2 = image(dx2, a.shape);
+    a.mean = static_cast<float*>(mean.data_ptr()), a.rstd = static_cast<float*>(rstd.data_ptr());
+    const int64_t spans = a.shape.nhwc ? a.spans : 1;
+    std::vector<ChannelSums> sums(batch * spans * channels);
+    std::vector<float> coefficients(2 * batch * channels);
+    a.sums = sums.data(), a.coefficients = coefficients.data();
+    passes(a, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
+           FASTDDPM_KERNEL(group_norm_backward_apply));
+
+    // The parameters need the sums alone.
+    const auto number = [&](const MaybeTensor& t, int64_t i) -> double {
+        switch (dtype(*t)) {
+            case DType::f64: return static_cast<const double*>(t->data_ptr())[i];
+            case DType::bf16: return static_cast<const torch::headeronly::BFloat16*>(t->data_ptr())[i];
+            case DType::f16: return static_cast<const torch::headeronly::Half*>(t->data_ptr())[i];
+            default: return static_cast<const float*>(t->data_ptr())[i];
+        }
+    };
+    std::vector<double> dweight(channels), dbias(channels), dscale(scale ? batch * channels : 0), dshift(shift ? batch * channels : 0);
+    const bool per_sample = channel_bias && channel_bias->dim() == 2;
+    std::vector<double> dchannel_bias(!channel_bias ? 0 : per_sample ? batch * channels : channels);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t c = 0; c < channels; ++c) {
+            const int64_t i = b * channels + c;
+            const ChannelSums& s = sums[b * spans * channels + c];
+            const double rstd_c = a.rstd[b * groups + c / (channels / groups)], da_n = s.da_centred * rstd_c;
+            const double factor = scale ? 1 + number(scale, i) : 1.0;
+            dweight[c] += factor * da_n, dbias[c] += factor * s.da;
+            if (scale) dscale[i] = number(weight, c) * da_n + number(bias, c) * s.da;
+            if (shift) dshift[i] = s.da;
+            if (channel_bias)  // the sum of dx over the pixels
+                dchannel_bias[per_sample ? i : c] += number(weight, c) * factor * rstd_c * s.da +
+                                                     coefficients[2 * b * channels + c] * s.centred +
+                                                     coefficients[(2 * b + 1) * channels + c] * double(pixels) + s.dh;
+        }
+    std::vector<Tensor> gradients{dx, rounded(dweight, weight), rounded(dbias, bias)};
+    if (channel_bias) gradients.push_back(rounded(dchannel_bias, *channel_bias));
+    if (scale) gradients.push_back(rounded(dscale, *scale));
+    if (shift) gradients.push_back(rounded(dshift, *shift));
+    if (residual) gradients.push_back(*dresidual);
+    if (x2) gradients.push_back(*dx2);
+    return gradients;
+}
+
+}  // namespace
+}  // namespace fastddpm
+
+#define OPTIONS                                                                                               \
+    "float dropout, int seed, Tensor? seed_tensor, Tensor? sample, int step, Tensor? step_tensor, int layer, " \
+    "bool activation) -> Tensor[]"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
+    m.def(
+        "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? channel_bias, "
+        "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? x2, " OPTIONS);
+    m.def(
+        "group_norm_silu_backward(Tensor dy, Tensor? dh, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias, "
+        "int num_groups, Tensor? channel_bias, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? x2, " OPTIONS);
+}
+STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) {
+    m.impl("group_norm_silu", TORCH_BOX(&fastddpm::group_norm_silu));
+    m.impl("group_norm_silu_backward", TORCH_BOX(&fastddpm::group_norm_silu_backward));
+}

@@ -1,0 +1,46 @@
+#pragma once
+
+#include "common/data.h"
+#include "common/isa.h"
+
+namespace fastddpm {
+
+// What is summed over the pixels of a channel in backward.
+struct ChannelSums {
+    double da, da_centred, centred, dh;
+};
+
+// Moments of the elements of one group in one span.
+struct Moments {
+    double count, mean, squares;  // squares: of the deviations from the mean
+};
+
+// A work item is (sample, span). In NHWC order a span is a range of pixels with all their channels; in NCHW order it is
+// a group of channels. It is walked in blocks that stay in the cache: ``block`` pixels of it.
+struct GroupNorm {
+    Shape shape;        // C counts the channels of x and x2
+    int64_t channels2;  // of x2
+    int64_t groups, spans, span_pixels, block;
+    Image x, x2, residual, y, h;                      // forward
+    Image dy, dh, dx, dx2, dresidual;                 // backward
+    Values weight, bias, channel_bias, scale, shift;  // [C] or [B, C]
+    float eps, keep_scale;                            // keep_scale: 1 / (1 - dropout)
+    bool activation;
+    Draw draw;              // of dropout; no sample: none
+    uint64_t drop_below;    // words below it drop their element
+    float *mean, *rstd;     // [B, G]
+    Moments* moments;       // [B, spans, G], in NCHW order [B, G]
+    ChannelSums* sums;      // [B, spans, C], in NCHW order [B, C]; finish leaves the totals in span 0
+    float* coefficients;    // [B, C, 2], of dx: finish_backward makes them
+    int64_t scratch;        // floats that a call needs, and of these
+    int64_t draw_scratch;   // for drawing dropout
+};
+
+FASTDDPM_DECLARE(group_norm_statistics, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(group_norm_finish, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(group_norm_apply, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(group_norm_backward_sums, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(group_norm_backward_finish, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(group_norm_backward_apply, const GroupNorm& a, int64_t begin, int64_t end, float* scratch)
+
+}  // namespace fastddpm

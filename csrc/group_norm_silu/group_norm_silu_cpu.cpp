@@ -1,0 +1,615 @@
+// h = [x, x2] + channel_bias + residual;  y = drop(silu((h - mean) rstd gain + offset)), gain = weight (1 + scale),
+// offset = bias (1 + scale) + shift; mean and variance over each group of channels (Wu and He 2018, eq. 1-2).
+//
+// Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken in two sweeps
+// while it lies in the cache, about its own mean, and merged after Chan et al. (1983): nothing cancels.
+// Backward: per channel the sums of da, da (h - mean) and (h - mean) over the pixels, which give every gradient but
+// dx; then dx. The activation is computed again in both passes.
+//
+// Bytes an element, float32: 8 forward (x is read twice, the second time from the cache where a sample fits), 12
+// backward. What limits it out of the cache is memory, in it the exponential: about 20 instructions a vector.
+
+#include "group_norm_silu/group_norm_silu.h"
+
+#include "common/noise.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+namespace {
+
+// A block: ``rows`` rows of ``cols`` neighbouring elements, ``stride`` elements apart, first element (channel, pixel).
+// In NHWC order a row is a pixel and a column a channel; in NCHW order a row is a channel and a column a pixel.
+struct Block {
+    int64_t sample, channel, pixel, rows, cols, stride;
+};
+
+// The number that belongs to a channel, for each lane.
+template <bool NHWC>
+INLINE VF of_channel(const float* p, int64_t channel, int64_t n) {
+    return NHWC ? load(p + channel, n) : splat(p[channel]);
+}
+
+template <bool NHWC>
+INLINE void add_to_channel(float* p, int64_t channel, VF x, int64_t n) {
+    if (NHWC)
+        store(p + channel, load(p + channel, n) + x, n);
+    else
+        p[channel] += sum(first_lanes(x, n));
+}
+
+template <int N>
+struct Strip {
+    static constexpr int K = N;
+};
+using Four = Strip<4>;
+using One = Strip<1>;
+
+// Cut a block in strips, of which the channels stay in registers: call f<K>(channel, offset, count, step, n) for
+// K vectors of n lanes at offset, offset + step ..; channels count from that of the block.
+template <bool NHWC, class F>
+INLINE void for_strips(const Block& b, F f) {
+    if (NHWC) {
+        int64_t c = 0;
+        for (; c + 4 * W <= b.cols; c += 4 * W) f(Four{}, c, c, b.rows, b.stride, W);
+        for (; c < b.cols; c += W) f(One{}, c, c, b.rows, b.stride, b.cols - c < W ? b.cols - c : W);
+        return;
+    }
+    for (int64_t r = 0; r < b.rows; ++r) {
+        const int64_t fours = b.cols / (4 * W), ones = b.cols / W - 4 * fours, rest = b.cols % W;
+        const int64_t row = r * b.stride;
+        if (fours) f(Four{}, r, row, fours, 4 * W, W);
+        if (ones) f(One{}, r, row + 4 * W * fours, ones, W, W);
+        if (rest) f(One{}, r, row + b.cols - rest, 1, 0, rest);
+    }
+}
+
+// Sums over the pixels of a block, added to one float for each channel.
+template <bool NHWC, class T>
+INLINE void sum_pixels(const Block& b, const T* x, float* out) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        VF total[K]{};
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) total[k] += load(x + at + i * step + k * W, n);
+        for (int k = 0; k < K; ++k) add_to_channel<NHWC>(out, NHWC ? c + k * W : c, total[k], n);
+    });
+}
+
+template <bool NHWC, class T>
+INLINE void sum_centred_squares(const Block& b, const T* x, const float* centre, float* out) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        VF total[K]{}, mid[K];
+        for (int k = 0; k < K; ++k) mid[k] = of_channel<NHWC>(centre, NHWC ? c + k * W : c, n);
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) {
+                VF d = load(x + at + i * step + k * W, n) - mid[k];
+                total[k] += d * d;
+            }
+        for (int k = 0; k < K; ++k) add_to_channel<NHWC>(out, NHWC ? c + k * W : c, total[k], n);
+    });
+}
+
+// Per channel of the block: h - mean = x - centre, before the activation a = (x - centre) gain + offset.
+struct Affine {
+    const float *centre, *gain, *offset;
+};
+
+template <bool NHWC, class T>
+INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        VF centre[K], gain[K], offset[K];
+        for (int k = 0; k < K; ++k) {
+            const int64_t channel = NHWC ? c + k * W : c;
+            centre[k] = of_channel<NHWC>(p.centre, channel, n);
+            gain[k] = of_channel<NHWC>(p.gain, channel, n);
+            offset[k] = of_channel<NHWC>(p.offset, channel, n);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) {
+                const int64_t e = at + i * step + k * W;
+                VF a = (load(x + e, n) - centre[k]) * gain[k] + offset[k];
+                if (activation) a = a * sigmoid(a);
+                if (factor) a = a * load(factor + e, n);
+                store(y + e, a, n);
+            }
+    });
+}
+
+// da = dy through dropout and the activation.
+INLINE VF before_activation(VF dy, VF a, bool activation) {
+    if (!activation) return dy;
+    VF s = sigmoid(a);
+    return dy * (s * (1.0f + a * (1.0f - s)));
+}
+
+// What is summed in backward, one float for each channel of the block.
+struct BlockSums {
+    float *da, *da_centred, *centred, *dh;
+};
+
+template <bool NHWC, class T>
+INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
+                          const float* factor, const BlockSums& out) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        VF da_sum[K]{}, da_centred_sum[K]{}, centred_sum[K]{}, centre[K], gain[K], offset[K];
+        for (int k = 0; k < K; ++k) {
+            const int64_t channel = NHWC ? c + k * W : c;
+            centre[k] = of_channel<NHWC>(p.centre, channel, n);
+            gain[k] = of_channel<NHWC>(p.gain, channel, n);
+            offset[k] = of_channel<NHWC>(p.offset, channel, n);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) {
+                const int64_t e = at + i * step + k * W;
+                VF centred = load(x + e, n) - centre[k], g = load(dy + e, n);
+                if (factor) g = g * load(factor + e, n);
+                VF da = before_activation(g, centred * gain[k] + offset[k], activation);
+                da_sum[k] += da;
+                da_centred_sum[k] += da * centred;
+                centred_sum[k] += centred;
+            }
+        for (int k = 0; k < K; ++k) {
+            const int64_t channel = NHWC ? c + k * W : c;
+            add_to_channel<NHWC>(out.da, channel, da_sum[k], n);
+            add_to_channel<NHWC>(out.da_centred, channel, da_centred_sum[k], n);
+            add_to_channel<NHWC>(out.centred, channel, centred_sum[k], n);
+        }
+    });
+}
+
+// dx = da gain + (h - mean) slope + level + dh, the gain with rstd in it.
+template <bool NHWC, class T>
+INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
+                          const float* level, bool activation, const float* factor, T* dx) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        VF centre[K], gain[K], offset[K], k1[K], k0[K];
+        for (int k = 0; k < K; ++k) {
+            const int64_t channel = NHWC ? c + k * W : c;
+            centre[k] = of_channel<NHWC>(p.centre, channel, n);
+            gain[k] = of_channel<NHWC>(p.gain, channel, n);
+            offset[k] = of_channel<NHWC>(p.offset, channel, n);
+            k1[k] = of_channel<NHWC>(slope, channel, n);
+            k0[k] = of_channel<NHWC>(level, channel, n);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) {
+                const int64_t e = at + i * step + k * W;
+                VF centred = load(x + e, n) - centre[k], g = load(dy + e, n);
+                if (factor) g = g * load(factor + e, n);
+                VF da = before_activation(g, centred * gain[k] + offset[k], activation);
+                VF d = da * gain[k] + (centred * k1[k] + k0[k]);
+                if (dh) d += load(dh + e, n);
+                store(dx + e, d, n);
+            }
+    });
+}
+
+template <bool NHWC>
+INLINE void add_channels(const Block& b, const float* bias, float* x) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+        constexpr int K = decltype(strip)::K;
+        for (int64_t i = 0; i < count; ++i)
+            for (int k = 0; k < K; ++k) {
+                float* e = x + at + i * step + k * W;
+                store(e, load(e, n) + of_channel<NHWC>(bias, NHWC ? c + k * W : c, n), n);
+            }
+    });
+}
+
+// Rows of a block and memory of any order and dtype.
+
+// One row of a block in the tensor ``a``, whose first channel is number ``channel_0`` of the block's tensor.
+struct Row {
+    int64_t offset, step, n;
+};
+INLINE Row row_of(const GroupNorm& a, const Image& t, const Block& b, int64_t r, int64_t channel, int64_t n) {
+    const int64_t pixel = a.shape.nhwc ? b.pixel + r : b.pixel;
+    return {b.sample * t.sample_stride + channel * t.channel_stride + pixel * t.pixel_stride,
+            a.shape.nhwc ? t.channel_stride : t.pixel_stride, n};
+}
+
+INLINE void read_row(const Image& t, const Row& row, bool add, float* out) {
+    with_type(t.dtype, t.data, [&](const auto* p) {
+        p += row.offset;
+        if (row.step == 1)
+            for_vectors(row.n, [&](int64_t i, int64_t n) {
+                VF x = load(p + i, n);
+                store(out + i, add ? load(out + i, n) + x : x, n);
+            });
+        else
+            for (int64_t i = 0; i < row.n; ++i) out[i] = load(p + i * row.step, 1)[0] + (add ? out[i] : 0.0f);
+    });
+}
+
+INLINE void write_row(const Image& t, const Row& row, const float* in) {
+    with_output_type(t.dtype, t.data, [&](auto* p) {
+        p += row.offset;
+        if (row.step == 1)
+            for_vectors(row.n, [&](int64_t i, int64_t n) { store(p + i, load(in + i, n), n); });
+        else
+            for (int64_t i = 0; i < row.n; ++i) store(p + i * row.step, splat(in[i]), 1);
+    });
+}
+
+// f(tensor, row, column) for the rows of a block in a tensor that may be continued by a second one along the channels.
+template <class F>
+INLINE void for_rows(const GroupNorm& a, const Image& t, const Image& t2, int64_t channels, const Block& b, F f) {
+    for (int64_t r = 0; r < b.rows; ++r) {
+        if (a.shape.nhwc) {
+            f(t, row_of(a, t, b, r, 0, channels), r * b.cols);
+            if (t2.data) f(t2, row_of(a, t2, b, r, 0, b.cols - channels), r * b.cols + channels);
+        } else {
+            const int64_t c = b.channel + r;
+            if (c < channels) f(t, row_of(a, t, b, r, c, b.cols), r * b.cols);
+            else f(t2, row_of(a, t2, b, r, c - channels, b.cols), r * b.cols);
+        }
+    }
+}
+
+// The block as floats in ``out``, rows ``cols`` apart.
+INLINE void gather_block(const GroupNorm& a, const Image& t, const Image& t2, int64_t channels, const Block& b,
+                         bool add, float* out) {
+    for_rows(a, t, t2, channels, b, [&](const Image& s, const Row& row, int64_t at) { read_row(s, row, add, out + at); });
+}
+INLINE void scatter_block(const GroupNorm& a, const Image& t, const Image& t2, int64_t channels, const Block& b,
+                          const float* in) {
+    for_rows(a, t, t2, channels, b, [&](const Image& s, const Row& row, int64_t at) { write_row(s, row, in + at); });
+}
+
+// Channels of x alone.
+INLINE int64_t first_channels(const GroupNorm& a) {
+    return a.x2.data ? a.shape.channels - a.channels2 : a.shape.channels;
+}
+
+// Whether a block is worked on where it lies in x; otherwise it is gathered as floats, its rows side by side.
+INLINE bool in_place(const GroupNorm& a) {
+    return !a.x2.data && !a.residual.data && (a.shape.nhwc || !a.draw.sample);
+}
+
+// 1 / (1 - p) where an element is kept, else 0, for each of a dense block.
+INLINE void dropout_factors(const GroupNorm& a, const Block& b, float* out, float* scratch) {
+    const int64_t pixels = a.shape.height * a.shape.width;
+    if (a.shape.nhwc) {
+        const Tile t{b.sample, b.pixel * b.cols, b.rows * b.cols};
+        draw<Words>(a.draw, a.shape, t, out, scratch);
+    } else {
+        const Stream noise = stream(a.draw, b.sample);
+        for (int64_t r = 0; r < b.rows; ++r) {
+            const int64_t element = (b.channel + r) * pixels + b.pixel, before = element % 4;
+            Words::fill(noise, static_cast<uint32_t>(element / 4), before + b.cols, scratch);
+            memcpy(out + r * b.cols, scratch + before, 4 * b.cols);
+        }
+    }
+    const bool none = a.drop_below > 0xffffffffull;
+    const uint32_t threshold = static_cast<uint32_t>(a.drop_below);
+    for_vectors(b.rows * b.cols, [&](int64_t i, int64_t n) {
+        VI kept = (VI)((VU)load(out + i, n) >= (VU{} + threshold));
+        store(out + i, none ? VF{} : select(kept, splat(a.keep_scale), VF{}), n);
+    });
+}
+
+// Numbers of every channel, as floats.
+INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, float* out) {
+    with_type(v.dtype, v.data, [&](const auto* p) {
+        p += sample * v.row_stride;
+        for_vectors(channels, [&](int64_t i, int64_t n) { store(out + i, load(p + i, n), n); });
+    });
+}
+
+// Memory of one call, handed out in pieces.
+struct Scratch {
+    float* next;
+    float* take(int64_t floats) {
+        float* taken = next;
+        next += (floats + 15) / 16 * 16;
+        return taken;
+    }
+};
+
+INLINE void channel_biases(const GroupNorm& a, int64_t sample, float* out) {
+    if (a.channel_bias.data)
+        read_channels(a.channel_bias, sample, a.shape.channels, out);
+    else
+        memset(out, 0, 4 * a.shape.channels);
+}
+
+// centre = mean - channel_bias, gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift. ``t``: two rows.
+INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* gain, float* offset, float* t) {
+    const int64_t channels = a.shape.channels, of_group = channels / a.groups;
+    float *bias = t, *factor = t + (channels + 15) / 16 * 16;
+    channel_biases(a, sample, bias);
+    read_channels(a.weight, sample, channels, gain);
+    read_channels(a.bias, sample, channels, offset);
+    if (a.scale.data) {
+        read_channels(a.scale, sample, channels, factor);
+        for (int64_t c = 0; c < channels; ++c) gain[c] *= 1 + factor[c], offset[c] *= 1 + factor[c];
+    }
+    if (a.shift.data) {
+        read_channels(a.shift, sample, channels, factor);
+        for (int64_t c = 0; c < channels; ++c) offset[c] += factor[c];
+    }
+    for (int64_t g = 0; g < a.groups; ++g) {
+        const float mean = a.mean[sample * a.groups + g], rstd = a.rstd[sample * a.groups + g];
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = mean - bias[c], gain[c] *= rstd;
+    }
+}
+
+// f(block) over a work item.
+template <bool NHWC, class F>
+INLINE void for_blocks(const GroupNorm& a, int64_t item, F f) {
+    const int64_t pixels = a.shape.height * a.shape.width, of_group = a.shape.channels / a.groups;
+    const int64_t sample = item / a.spans, span = item % a.spans;
+    const int64_t first = NHWC ? span * a.span_pixels : 0;
+    const int64_t end = NHWC && first + a.span_pixels < pixels ? first + a.span_pixels : pixels;
+    for (int64_t p = first; p < end; p += a.block) {
+        const int64_t n = end - p < a.block ? end - p : a.block;
+        if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels});
+        else f(Block{sample, span * of_group, p, of_group, n, pixels});
+    }
+}
+
+// Where a block starts in a tensor that lies in the order of x.
+INLINE int64_t offset_of(const Image& t, const Block& b) {
+    return b.sample * t.sample_stride + b.channel * t.channel_stride + b.pixel * t.pixel_stride;
+}
+
+INLINE Block dense(Block b) {
+    b.stride = b.cols;
+    return b;
+}
+
+// A gradient of an output, which nobody may have asked for.
+INLINE void gather_gradient(const GroupNorm& a, const Image& t, const Block& b, float* out) {
+    if (t.data) gather_block(a, t, Image{}, a.shape.channels, b, false, out);
+    else memset(out, 0, 4 * b.rows * b.cols);
+}
+
+// [x, x2] + residual of a block, as floats.
+INLINE void gather_input(const GroupNorm& a, const Block& b, float* out) {
+    gather_block(a, a.x, a.x2, first_channels(a), b, false, out);
+    if (a.residual.data) gather_block(a, a.residual, Image{}, a.shape.channels, b, true, out);
+}
+
+INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 1983
+    const double count = a.count + b.count, difference = b.mean - a.mean;
+    if (count == 0) return;
+    a.mean += difference * (b.count / count);
+    a.squares += b.squares + difference * difference * (a.count * b.count / count);
+    a.count = count;
+}
+
+// Moments of the groups of a block; ``bias`` is added to each channel. ``centre`` and ``sums``: room for the channels.
+template <bool NHWC, class T>
+INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
+                          float* centre, float* sums, double* means, Moments* moments) {
+    const int64_t pixels = NHWC ? b.rows : b.cols;
+    const double count = double(of_group) * pixels;
+    memset(sums, 0, 4 * groups * of_group);
+    sum_pixels<NHWC>(b, x, sums);
+    for (int64_t g = 0; g < groups; ++g) {
+        double total = 0;
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) total += double(sums[c]) + double(bias[c]) * pixels;
+        means[g] = total / count;
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g]) - bias[c];
+    }
+    memset(sums, 0, 4 * groups * of_group);
+    sum_centred_squares<NHWC>(b, x, centre, sums);
+    for (int64_t g = 0; g < groups; ++g) {
+        double squares = 0;
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) squares += sums[c];
+        merge(moments[g], {count, means[g], squares});
+    }
+}
+
+template <bool NHWC>
+void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels, of_group = channels / a.groups;
+    const int64_t groups = NHWC ? a.groups : 1;  // of a span
+    Scratch s{scratch};
+    float *bias = s.take(channels), *centre = s.take(channels), *sums = s.take(channels), *buffer;
+    double* means = reinterpret_cast<double*>(s.take(2 * groups));
+    buffer = s.next;
+    for (int64_t item = begin; item < end; ++item) {
+        Moments* moments = a.moments + item * groups;
+        for (int64_t g = 0; g < groups; ++g) moments[g] = {};
+        channel_biases(a, item / a.spans, bias);
+        for_blocks<NHWC>(a, item, [&](const Block& b) {
+            const float* of_block = bias + b.channel;
+            if (in_place(a)) {
+                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
+                    block_moments<NHWC>(b, x + offset_of(a.x, b), groups, of_group, of_block, centre, sums, means, moments);
+                });
+            } else {
+                gather_input(a, b, buffer);
+                block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, centre, sums, means, moments);
+            }
+        });
+    }
+}
+
+template <bool NHWC>
+void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
+    Scratch s{scratch};
+    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
+    float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
+    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *input = s.take(size), *out = s.take(size);
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        if (item / a.spans != last) {
+            last = item / a.spans;
+            affine_of(a, last, centre, gain, offset, rows);
+            if (a.h.data) channel_biases(a, last, bias);
+        }
+        for_blocks<NHWC>(a, item, [&](const Block& b) {
+            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
+            if (factors) dropout_factors(a, dense(b), factors, words);
+            if (in_place(a)) {
+                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
+                    auto* y = static_cast<decltype(x)>(a.y.data);  // which has the dtype of x
+                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b));
+                });
+                return;
+            }
+            gather_input(a, b, input);
+            normalise<NHWC>(dense(b), input, p, a.activation, factors, out);
+            scatter_block(a, a.y, Image{}, channels, b, out);
+            if (!a.h.data) return;
+            add_channels<NHWC>(dense(b), bias + b.channel, input);
+            scatter_block(a, a.h, Image{}, channels, b, input);
+        });
+    }
+}
+
+template <bool NHWC>
+void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
+    Scratch s{scratch};
+    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
+    float *rows = s.take(2 * channels + 16), *sums = s.take(4 * channels);
+    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *input = s.take(size), *gradient = s.take(size);
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
+        last = item / a.spans;
+        ChannelSums* total = a.sums + (NHWC ? item : last) * channels;
+        const int64_t first = NHWC ? 0 : item % a.spans * (channels / a.groups);
+        const int64_t here = NHWC ? channels : channels / a.groups;
+        for (int64_t c = first; c < first + here; ++c) total[c] = {};
+        for_blocks<NHWC>(a, item, [&](const Block& b) {
+            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
+            const BlockSums of_block{sums, sums + here, sums + 2 * here, sums + 3 * here};
+            memset(sums, 0, 16 * here);
+            if (factors) dropout_factors(a, dense(b), factors, words);
+            if (in_place(a)) {
+                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
+                    const auto* dy = static_cast<decltype(x)>(a.dy.data);
+                    sum_gradients<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), p, a.activation, factors,
+                                        of_block);
+                });
+            } else {
+                gather_input(a, b, input);
+                gather_gradient(a, a.dy, b, gradient);
+                sum_gradients<NHWC>(dense(b), input, gradient, p, a.activation, factors, of_block);
+                if (a.dh.data) {
+                    gather_gradient(a, a.dh, b, gradient);
+                    sum_pixels<NHWC>(dense(b), gradient, of_block.dh);
+                }
+            }
+            for (int64_t c = 0; c < here; ++c) {
+                total[first + c].da += of_block.da[c];
+                total[first + c].da_centred += of_block.da_centred[c];
+                total[first + c].centred += of_block.centred[c];
+                total[first + c].dh += of_block.dh[c];
+            }
+        });
+    }
+}
+
+template <bool NHWC>
+void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
+    Scratch s{scratch};
+    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
+    float* rows = s.take(2 * channels + 16);
+    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *input = s.take(size), *gradient = s.take(size), *of_sum = s.take(size), *out = s.take(size);
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
+        last = item / a.spans;
+        const float *slope = a.coefficients + 2 * last * channels, *level = slope + channels;
+        for_blocks<NHWC>(a, item, [&](const Block& b) {
+            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
+            const float *k1 = slope + b.channel, *k0 = level + b.channel;
+            if (factors) dropout_factors(a, dense(b), factors, words);
+            if (in_place(a)) {
+                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
+                    using T = decltype(x);
+                    const T dy = static_cast<T>(a.dy.data), none = nullptr;
+                    differentiate<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), none, p, k1, k0,
+                                        a.activation, factors, static_cast<T>(a.dx.data) + offset_of(a.dx, b));
+                });
+                return;
+            }
+            gather_input(a, b, input);
+            gather_gradient(a, a.dy, b, gradient);
+            if (a.dh.data) gather_gradient(a, a.dh, b, of_sum);
+            differentiate<NHWC>(dense(b), input, gradient, a.dh.data ? of_sum : nullptr, p, k1, k0, a.activation, factors,
+                                out);
+            scatter_block(a, a.dx, a.dx2, first_channels(a), b, out);
+            if (a.dresidual.data) scatter_block(a, a.dresidual, Image{}, channels, b, out);
+        });
+    }
+}
+
+// Moments of the spans of samples begin .. end - 1, merged: mean and 1 / std of each group.
+template <bool NHWC>
+void finish(const GroupNorm& a, int64_t begin, int64_t end) {
+    for (int64_t i = begin * a.groups; i < end * a.groups; ++i) {
+        const int64_t sample = i / a.groups, g = i % a.groups, spans = NHWC ? a.spans : 1;
+        Moments all{};
+        for (int64_t k = 0; k < spans; ++k) merge(all, a.moments[(sample * spans + k) * a.groups + g]);
+        a.mean[i] = static_cast<float>(all.mean);
+        a.rstd[i] = static_cast<float>(1 / __builtin_sqrt(all.squares / all.count + a.eps));
+    }
+}
+
+// Totals of the sums of samples begin .. end - 1 in span 0, and what dx is made with:
+// dx = rstd (dn - mean(dn) - n mean(dn n)), dn = da gain, n = (h - mean) rstd, the means over the group.
+template <bool NHWC>
+void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels, of_group = channels / a.groups, spans = NHWC ? a.spans : 1;
+    const double count = double(of_group) * a.shape.height * a.shape.width;
+    Scratch s{scratch};
+    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
+    float* rows = s.take(2 * channels + 16);
+    for (int64_t sample = begin; sample < end; ++sample) {
+        ChannelSums* total = a.sums + sample * spans * channels;
+        for (int64_t k = 1; k < spans; ++k)
+            for (int64_t c = 0; c < channels; ++c) {
+                const ChannelSums& more = total[k * channels + c];
+                total[c].da += more.da, total[c].da_centred += more.da_centred;
+                total[c].centred += more.centred, total[c].dh += more.dh;
+            }
+        affine_of(a, sample, centre, gain, offset, rows);  // the gain with rstd in it
+        float *slope = a.coefficients + 2 * sample * channels, *level = slope + channels;
+        for (int64_t g = 0; g < a.groups; ++g) {
+            const double rstd = a.rstd[sample * a.groups + g];
+            double dn = 0, dn_centred = 0;  // rstd times their sums
+            for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
+                dn += gain[c] * total[c].da;
+                dn_centred += gain[c] * total[c].da_centred;
+            }
+            for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
+                slope[c] = static_cast<float>(-rstd * rstd * dn_centred / count);
+                level[c] = static_cast<float>(-dn / count);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define FOR_ORDER(f) (a.shape.nhwc ? f<true> : f<false>)
+
+void group_norm_statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(statistics)(a, begin, end, scratch);
+}
+void group_norm_finish(const GroupNorm& a, int64_t begin, int64_t end, float*) { FOR_ORDER(finish)(a, begin, end); }
+void group_norm_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(apply)(a, begin, end, scratch);
+}
+void group_norm_backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(backward_sums)(a, begin, end, scratch);
+}
+void group_norm_backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(backward_finish)(a, begin, end, scratch);
+}
+void group_norm_backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(backward_apply)(a, begin, end, scratch);
+}
+
+}  // namespace fastddpm::FASTDDPM_ISA

@@ -1,0 +1,99 @@
+"""group_norm_silu by the kernels of csrc/group_norm_silu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native_common import dense_like, drawing, like_in_order, reason_against, register_fake
+
+Saved = tuple[Tensor, ...]
+
+
+def unsupported(*, x: Tensor, **_: Any) -> str | None:
+    """Why these kernels cannot run, or None."""
+    return reason_against(x)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    eps: float,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    dropout: float,
+    seed: Tensor | int | None,
+    sample: Tensor | None,
+    step: Tensor | int | None,
+    layer: int,
+    activation: bool,
+) -> tuple[Tensor, Tensor | None, Saved]:
+    """Returns y, h where a residual is given, and what backward wants beside the inputs: mean and 1 / std."""
+    y, mean, rstd, *h = torch.ops.fastddpm.group_norm_silu(
+        x, weight.contiguous(), bias.contiguous(), num_groups, eps, *_contiguous(channel_bias, scale, shift), residual,
+        x2, dropout, *drawing(seed, sample, step), layer, activation,
+    )  # fmt: skip
+    return y, h[0] if h else None, (mean, rstd)
+
+
+def backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    saved: Saved,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    *,
+    channel_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    x2: Tensor | None,
+    dropout: float,
+    seed: Tensor | int | None,
+    sample: Tensor | None,
+    step: Tensor | int | None,
+    layer: int,
+    activation: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2; dropout is drawn again."""
+    if dy is None:
+        shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
+        dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
+    dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward(
+        dense_like(x, dy), None if dh is None else dense_like(x, dh), *saved, x, weight.contiguous(), bias.contiguous(),
+        num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
+        dropout, *drawing(seed, sample, step), layer, activation,
+    )  # fmt: skip
+    given = [p is not None for p in (channel_bias, scale, shift, residual, x2)]
+    gradients = iter(others)
+    return dx, dweight, dbias, *(next(gradients) if there else None for there in given)
+
+
+def _contiguous(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(p if p is None else p.contiguous() for p in parameters)
+
+
+@register_fake("group_norm_silu")
+def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *args: Any) -> list[Tensor]:
+    residual = args[4]
+    y = like_in_order(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    statistics = [x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2)]
+    return [y, *statistics, *([] if residual is None else [torch.empty_like(y)])]
+
+
+@register_fake("group_norm_silu_backward")
+def _(*args: Any) -> list[Tensor]:
+    x, weight, bias = args[4:7]
+    small = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in args[8:11] if p is not None]
+    images = [like_in_order(p) for p in args[11:13] if p is not None]
+    return [like_in_order(x), torch.empty_like(weight), torch.empty_like(bias), *small, *images]
