@@ -33,8 +33,9 @@ COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "
 # Kernels (<op>_cpu.cpp) are compiled once for each instruction set, and chosen at run time.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 KERNEL_SETS = {"baseline": []} | (
-    {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {}
+    {"avx2": ["-march=x86-64-v3"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]} if X86 else {}
 )
 # Only torch's stable headers, as of torch 2.11: what is built runs with that torch and every later one.
 TORCH_DEFINES = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

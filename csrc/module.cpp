@@ -64,6 +64,7 @@ std::vector<std::string> cpu_instruction_sets() {
     if (__builtin_cpu_supports("avx512bw")) sets.emplace_back("avx512bw");
     if (__builtin_cpu_supports("avx512dq")) sets.emplace_back("avx512dq");
     if (__builtin_cpu_supports("avx512vl")) sets.emplace_back("avx512vl");
+    if (__builtin_cpu_supports("avx512bf16")) sets.emplace_back("avx512bf16");
 #elif defined(__ARM_NEON)
     sets.emplace_back("neon");
 #endif
@@ -76,6 +77,7 @@ const std::vector<std::pair<std::string, fastddpm::Isa>> KERNELS = {
 #if defined(FASTDDPM_X86)
     {"avx2", fastddpm::Isa::avx2},
     {"avx512", fastddpm::Isa::avx512},
+    {"avx512_bf16", fastddpm::Isa::avx512_bf16},
 #endif
 };
 
@@ -117,5 +119,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info, "How this module was built, and the instruction sets of the processor at hand.");
     module.def("instruction_set", &instruction_set, "The set that the kernels run with.");
     module.def("use_instruction_set", &use_instruction_set,
-               "Run the kernels with another set from now on, for tests and timings: baseline, avx2 or avx512.");
+               "Run the kernels with another set from now on, for tests and timings: baseline, avx2, avx512 or avx512_bf16.");
 }

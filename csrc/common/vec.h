@@ -125,22 +125,49 @@ INLINE VF reciprocal(VF x) {
 #endif
 }
 
+// x no smaller than low and no larger than high; NaN stays NaN.
+INLINE VF clamp(VF x, float low, float high) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VF)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#elif FASTDDPM_VECTOR_BYTES == 32
+    return (VF)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
+#else
+    x = select(x < low, splat(low), x);
+    return select(x > high, splat(high), x);
+#endif
+}
+
 // 1 / (1 + e^-x); beyond |x| = 87 that of 87, which float32 cannot tell from 0 or 1 where it is multiplied by x.
 INLINE VF sigmoid(VF x) {
-    VF y = -x;  // NaN stays NaN
-    y = select(y > 87.0f, splat(87.0f), y);
-    y = select(y < -87.0f, splat(-87.0f), y);
-    VF rounded = y * 1.44269504f + 12582912.0f;  // the low bits are the nearest integer n
+    x = clamp(x, -87.0f, 87.0f);
+    VF rounded = x * -1.44269504f + 12582912.0f;  // the low bits are the nearest integer n; e^-x = 2^(n + f)
     VI power = (VI)rounded << 23;
-    rounded = rounded - 12582912.0f;
-    VF r = y - rounded * 0.693359375f + rounded * 2.12194440e-4f;
-    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    VF f = x * -1.44269504f - (rounded - 12582912.0f);
+    f = x * -1.925963033e-8f + f;
+    VF p = f * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * f + 9.618437358e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472029e-1f;
+    p = p * f + 1.0f;
     return reciprocal((VF)((VI)p + power) + 1.0f);
+}
+
+// The same to 1e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
+INLINE VF coarse_sigmoid(VF x) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    x = clamp(x, -87.0f, 87.0f);
+    VF rounded = x * -1.44269504f + 12582912.0f;
+    VI power = (VI)rounded << 23;
+    VF f = x * -1.44269504f - (rounded - 12582912.0f);
+    VF p = f * 9.5701000e-3f + 5.5917860e-2f;
+    p = p * f + 2.4024745e-1f;
+    p = p * f + 6.9312181e-1f;
+    p = p * f + 9.9999926e-1f;
+    return (VF)_mm512_rcp14_ps((__m512)((VF)((VI)p + power) + 1.0f));
+#else
+    return sigmoid(x);
+#endif
 }
 
 // The first n lanes, 0 in the others.
@@ -179,15 +206,32 @@ INLINE void write_lanes(T* p, int64_t n, V v) {
 INLINE VF load(const float* p, int64_t n = W) { return read_lanes<VF>(p, n); }
 INLINE void store(float* p, VF x, int64_t n = W) { write_lanes(p, n, x); }
 
-INLINE VF load(const bf16* p, int64_t n = W) {
-    return (VF)(__builtin_convertvector(read_lanes<VH>(p, n), VU) << 16);
+INLINE VU widen(VH h) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VU)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+    return __builtin_convertvector(h, VU);
+#endif
 }
+INLINE VH narrow(VU u) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VH)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+    return __builtin_convertvector(u, VH);
+#endif
+}
+
+INLINE VF load(const bf16* p, int64_t n = W) { return (VF)(widen(read_lanes<VH>(p, n)) << 16); }
 INLINE void store(bf16* p, VF x, int64_t n = W) {  // to nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__)
+    write_lanes(p, n, (VH)_mm512_cvtneps_pbh((__m512)x));
+#else
     VU b = (VU)x;
     VU rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     VI nan = x != x;
     rounded = nan ? (VU{} + 0x7fc0u) : rounded;
-    write_lanes(p, n, __builtin_convertvector(rounded, VH));
+    write_lanes(p, n, narrow(rounded));
+#endif
 }
 
 INLINE VF load(const f16* p, int64_t n = W) {
@@ -197,7 +241,7 @@ INLINE VF load(const f16* p, int64_t n = W) {
 #elif FASTDDPM_VECTOR_BYTES == 32 && defined(__F16C__)
     return (VF)_mm256_cvtph_ps((__m128i)h);
 #else
-    VU b = __builtin_convertvector(h, VU);
+    VU b = widen(h);
     VF magnitude = (VF)((b & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormal numbers too
     VU bits = (VU)magnitude;
     VI special = (VI)(b & 0x7fffu) >= 0x7c00;
@@ -217,12 +261,19 @@ INLINE void store(f16* p, VF x, int64_t n = W) {
     VU result = (VI)b < 0x38800000 ? subnormal : normal;
     result = (VI)result > 0x7c00 || (VI)b >= 0x47800000 ? (VU{} + 0x7c00u) : result;
     result = (VI)b > 0x7f800000 ? (VU{} + 0x7e00u) : result;
-    write_lanes(p, n, __builtin_convertvector(result | sign, VH));
+    write_lanes(p, n, narrow(result | sign));
 #endif
 }
 
 INLINE VF load(const uint8_t* p, int64_t n = W) {
-    return __builtin_convertvector(__builtin_convertvector(read_lanes<VB>(p, n), VI), VF);
+    VB b = read_lanes<VB>(p, n);
+#if FASTDDPM_VECTOR_BYTES == 64
+    return __builtin_convertvector((VI)_mm512_cvtepu8_epi32((__m128i)b), VF);
+#elif FASTDDPM_VECTOR_BYTES == 32
+    return __builtin_convertvector((VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&b)), VF);
+#else
+    return __builtin_convertvector(__builtin_convertvector(b, VI), VF);
+#endif
 }
 
 INLINE VF load(const double* p, int64_t n = W) {

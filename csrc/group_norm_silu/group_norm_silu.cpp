@@ -27,21 +27,27 @@ void plan(GroupNorm& a) {
     a.block = std::min(a.block, std::max<int64_t>(1, pixels));
     const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + 128;
     a.draw_scratch = a.draw.sample ? 4 * (a.block + 256) : 0;
-    a.scratch = 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
+    a.scratch = 16 * 16 + 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
 }
+
+constexpr int64_t MOST_KEPT = 1 << 19;  // elements: 2 MB, which fit in the cache of a core
 
 // Three passes over the samples: each thread takes whole samples, which then stay in its cache, or, where there are too
 // few, parts of one.
+// ``keep``: backward; each thread then has memory for what one sample keeps from the first pass to the last.
 template <class First, class Middle, class Last>
-void passes(const GroupNorm& a, First first, Middle middle, Last last) {
+void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last) {
     const int64_t batch = a.shape.batch, elements = a.shape.channels * a.shape.height * a.shape.width;
     if (batch >= torch::stable::get_num_threads() || batch * elements < 65536) {
         parallel(batch, 2 * elements, [&](int64_t begin, int64_t end) {
-            float* memory = scratch(a.scratch);
+            const bool own = keep && !a.keep_in_dx && elements <= MOST_KEPT;
+            float* memory = scratch(a.scratch + (own ? elements : 0));
+            GroupNorm mine = a;
+            mine.kept = own ? memory + a.scratch : nullptr;
             for (int64_t b = begin; b < end; ++b) {
-                first(a, b * a.spans, (b + 1) * a.spans, memory);
-                middle(a, b, b + 1, memory);
-                last(a, b * a.spans, (b + 1) * a.spans, memory);
+                first(mine, b * a.spans, (b + 1) * a.spans, memory);
+                middle(mine, b, b + 1, memory);
+                last(mine, b * a.spans, (b + 1) * a.spans, memory);
             }
         });
         return;
@@ -100,7 +106,7 @@ std::vector<Tensor> group_norm_silu(
     if (residual) a.h = image(outputs[3], a.shape);
     std::vector<Moments> moments(a.shape.batch * (a.shape.nhwc ? a.spans : 1) * groups);
     a.moments = moments.data();
-    passes(a, FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish),
+    passes(a, false, FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish),
            FASTDDPM_KERNEL(group_norm_apply));
     return outputs;
 }
@@ -134,7 +140,8 @@ std::vector<Tensor> group_norm_silu_backward(
     std::vector<ChannelSums> sums(batch * spans * channels);
     std::vector<float> coefficients(2 * batch * channels);
     a.sums = sums.data(), a.coefficients = coefficients.data();
-    passes(a, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
+    a.keep_in_dx = a.dx.dtype == DType::f32 && !x2 && !residual && (a.shape.nhwc || !a.draw.sample);
+    passes(a, true, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
            FASTDDPM_KERNEL(group_norm_backward_apply));
 
     // The parameters need the sums alone.

@@ -43,49 +43,62 @@ struct Strip {
 using Four = Strip<4>;
 using One = Strip<1>;
 
-// Cut a block in strips, of which the channels stay in registers: call f<K>(channel, offset, count, step, n) for
-// K vectors of n lanes at offset, offset + step ..; channels count from that of the block.
+// Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
+// for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
+// what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
+constexpr int64_t ROWS = 32;
 template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
-        int64_t c = 0;
-        for (; c + 4 * W <= b.cols; c += 4 * W) f(Four{}, c, c, b.rows, b.stride, W);
-        for (; c < b.cols; c += W) f(One{}, c, c, b.rows, b.stride, b.cols - c < W ? b.cols - c : W);
+        int64_t r = 0;
+        while (r + 4 <= b.rows) {
+            const int64_t fours = b.rows - r < ROWS ? (b.rows - r) / 4 : ROWS / 4;
+            for_vectors(b.cols, [&](int64_t c, int64_t n) {
+                f(Four{}, c, r * b.stride + c, b.stride, fours, 4 * b.stride, n);
+            });
+            r += 4 * fours;
+        }
+        for (; r < b.rows; ++r)
+            for_vectors(b.cols, [&](int64_t c, int64_t n) { f(One{}, c, r * b.stride + c, 0, 1, 0, n); });
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t fours = b.cols / (4 * W), ones = b.cols / W - 4 * fours, rest = b.cols % W;
         const int64_t row = r * b.stride;
-        if (fours) f(Four{}, r, row, fours, 4 * W, W);
-        if (ones) f(One{}, r, row + 4 * W * fours, ones, W, W);
-        if (rest) f(One{}, r, row + b.cols - rest, 1, 0, rest);
+        if (fours) f(Four{}, r, row, W, fours, 4 * W, W);
+        if (ones) f(One{}, r, row + 4 * W * fours, 0, ones, W, W);
+        if (rest) f(One{}, r, row + b.cols - rest, 0, 1, 0, rest);
     }
+}
+
+template <int K>
+INLINE VF added(const VF* x) {
+    return K == 4 ? (x[0] + x[1]) + (x[2] + x[3]) : x[0];
 }
 
 // Sums over the pixels of a block, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_pixels(const Block& b, const T* x, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{};
         for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) total[k] += load(x + at + i * step + k * W, n);
-        for (int k = 0; k < K; ++k) add_to_channel<NHWC>(out, NHWC ? c + k * W : c, total[k], n);
+            for (int k = 0; k < K; ++k) total[k] += load(x + at + i * step + k * gap, n);
+        add_to_channel<NHWC>(out, c, added<K>(total), n);
     });
 }
 
 template <bool NHWC, class T>
 INLINE void sum_centred_squares(const Block& b, const T* x, const float* centre, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
-        VF total[K]{}, mid[K];
-        for (int k = 0; k < K; ++k) mid[k] = of_channel<NHWC>(centre, NHWC ? c + k * W : c, n);
+        VF total[K]{}, mid = of_channel<NHWC>(centre, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                VF d = load(x + at + i * step + k * W, n) - mid[k];
+                VF d = load(x + at + i * step + k * gap, n) - mid;
                 total[k] += d * d;
             }
-        for (int k = 0; k < K; ++k) add_to_channel<NHWC>(out, NHWC ? c + k * W : c, total[k], n);
+        add_to_channel<NHWC>(out, c, added<K>(total), n);
     });
 }
 
@@ -96,20 +109,16 @@ struct Affine {
 
 template <bool NHWC, class T>
 INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
-        VF centre[K], gain[K], offset[K];
-        for (int k = 0; k < K; ++k) {
-            const int64_t channel = NHWC ? c + k * W : c;
-            centre[k] = of_channel<NHWC>(p.centre, channel, n);
-            gain[k] = of_channel<NHWC>(p.gain, channel, n);
-            offset[k] = of_channel<NHWC>(p.offset, channel, n);
-        }
+        const VF centre = of_channel<NHWC>(p.centre, c, n);
+        const VF gain = of_channel<NHWC>(p.gain, c, n);
+        const VF offset = of_channel<NHWC>(p.offset, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * W;
-                VF a = (load(x + e, n) - centre[k]) * gain[k] + offset[k];
-                if (activation) a = a * sigmoid(a);
+                const int64_t e = at + i * step + k * gap;
+                VF a = (load(x + e, n) - centre) * gain + offset;
+                if (activation) a = a * (sizeof(T) == 2 ? coarse_sigmoid(a) : sigmoid(a));
                 if (factor) a = a * load(factor + e, n);
                 store(y + e, a, n);
             }
@@ -128,59 +137,56 @@ struct BlockSums {
     float *da, *da_centred, *centred, *dh;
 };
 
+// ``kept``, where it is given, takes da, in the rows of x.
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
-                          const float* factor, const BlockSums& out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+                          const float* factor, const BlockSums& out, float* kept) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
-        VF da_sum[K]{}, da_centred_sum[K]{}, centred_sum[K]{}, centre[K], gain[K], offset[K];
-        for (int k = 0; k < K; ++k) {
-            const int64_t channel = NHWC ? c + k * W : c;
-            centre[k] = of_channel<NHWC>(p.centre, channel, n);
-            gain[k] = of_channel<NHWC>(p.gain, channel, n);
-            offset[k] = of_channel<NHWC>(p.offset, channel, n);
-        }
+        VF da_sum[K]{}, da_centred_sum[K]{}, centred_sum[K]{};
+        const VF centre = of_channel<NHWC>(p.centre, c, n);
+        const VF gain = of_channel<NHWC>(p.gain, c, n);
+        const VF offset = of_channel<NHWC>(p.offset, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * W;
-                VF centred = load(x + e, n) - centre[k], g = load(dy + e, n);
+                const int64_t e = at + i * step + k * gap;
+                VF centred = load(x + e, n) - centre, g = load(dy + e, n);
                 if (factor) g = g * load(factor + e, n);
-                VF da = before_activation(g, centred * gain[k] + offset[k], activation);
+                VF da = before_activation(g, centred * gain + offset, activation);
+                if (kept) store(kept + e, da, n);
                 da_sum[k] += da;
                 da_centred_sum[k] += da * centred;
                 centred_sum[k] += centred;
             }
-        for (int k = 0; k < K; ++k) {
-            const int64_t channel = NHWC ? c + k * W : c;
-            add_to_channel<NHWC>(out.da, channel, da_sum[k], n);
-            add_to_channel<NHWC>(out.da_centred, channel, da_centred_sum[k], n);
-            add_to_channel<NHWC>(out.centred, channel, centred_sum[k], n);
-        }
+        add_to_channel<NHWC>(out.da, c, added<K>(da_sum), n);
+        add_to_channel<NHWC>(out.da_centred, c, added<K>(da_centred_sum), n);
+        add_to_channel<NHWC>(out.centred, c, added<K>(centred_sum), n);
     });
 }
 
-// dx = da gain + (h - mean) slope + level + dh, the gain with rstd in it.
+// dx = da gain + (h - mean) slope + level + dh, the gain with rstd in it; da as kept, or made again from dy.
 template <bool NHWC, class T>
 INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
-                          const float* level, bool activation, const float* factor, T* dx) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+                          const float* level, bool activation, const float* factor, const float* kept, T* dx) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
-        VF centre[K], gain[K], offset[K], k1[K], k0[K];
-        for (int k = 0; k < K; ++k) {
-            const int64_t channel = NHWC ? c + k * W : c;
-            centre[k] = of_channel<NHWC>(p.centre, channel, n);
-            gain[k] = of_channel<NHWC>(p.gain, channel, n);
-            offset[k] = of_channel<NHWC>(p.offset, channel, n);
-            k1[k] = of_channel<NHWC>(slope, channel, n);
-            k0[k] = of_channel<NHWC>(level, channel, n);
-        }
+        const VF centre = of_channel<NHWC>(p.centre, c, n);
+        const VF gain = of_channel<NHWC>(p.gain, c, n);
+        const VF offset = of_channel<NHWC>(p.offset, c, n);
+        const VF k1 = of_channel<NHWC>(slope, c, n);
+        const VF k0 = of_channel<NHWC>(level, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * W;
-                VF centred = load(x + e, n) - centre[k], g = load(dy + e, n);
-                if (factor) g = g * load(factor + e, n);
-                VF da = before_activation(g, centred * gain[k] + offset[k], activation);
-                VF d = da * gain[k] + (centred * k1[k] + k0[k]);
+                const int64_t e = at + i * step + k * gap;
+                VF centred = load(x + e, n) - centre, da;
+                if (kept) {
+                    da = load(kept + e, n);
+                } else {
+                    VF g = load(dy + e, n);
+                    if (factor) g = g * load(factor + e, n);
+                    da = before_activation(g, centred * gain + offset, activation);
+                }
+                VF d = da * gain + (centred * k1 + k0);
                 if (dh) d += load(dh + e, n);
                 store(dx + e, d, n);
             }
@@ -189,12 +195,12 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
 
 template <bool NHWC>
 INLINE void add_channels(const Block& b, const float* bias, float* x) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                float* e = x + at + i * step + k * W;
-                store(e, load(e, n) + of_channel<NHWC>(bias, NHWC ? c + k * W : c, n), n);
+                float* e = x + at + i * step + k * gap;
+                store(e, load(e, n) + of_channel<NHWC>(bias, c, n), n);
             }
     });
 }
@@ -464,6 +470,16 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     }
 }
 
+// Where da of a block is kept from the first pass of backward to the second, if it is: in dx, whose place it takes, or
+// in memory for a sample; in the rows of x, or of a dense block where x is gathered.
+INLINE float* kept_at(const GroupNorm& a, const Block& b) {
+    if (a.keep_in_dx) return static_cast<float*>(a.dx.data) + offset_of(a.dx, b);
+    if (!a.kept) return nullptr;
+    const int64_t pixels = a.shape.height * a.shape.width;
+    if (a.shape.nhwc) return a.kept + b.pixel * b.cols;
+    return a.kept + b.channel * pixels + b.pixel * (in_place(a) ? 1 : b.rows);
+}
+
 template <bool NHWC>
 void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
@@ -488,12 +504,12 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
                     const auto* dy = static_cast<decltype(x)>(a.dy.data);
                     sum_gradients<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), p, a.activation, factors,
-                                        of_block);
+                                        of_block, kept_at(a, b));
                 });
             } else {
                 gather_input(a, b, input);
                 gather_gradient(a, a.dy, b, gradient);
-                sum_gradients<NHWC>(dense(b), input, gradient, p, a.activation, factors, of_block);
+                sum_gradients<NHWC>(dense(b), input, gradient, p, a.activation, factors, of_block, kept_at(a, b));
                 if (a.dh.data) {
                     gather_gradient(a, a.dh, b, gradient);
                     sum_pixels<NHWC>(dense(b), gradient, of_block.dh);
@@ -523,22 +539,22 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
         const float *slope = a.coefficients + 2 * last * channels, *level = slope + channels;
         for_blocks<NHWC>(a, item, [&](const Block& b) {
             const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
-            const float *k1 = slope + b.channel, *k0 = level + b.channel;
-            if (factors) dropout_factors(a, dense(b), factors, words);
+            const float *k1 = slope + b.channel, *k0 = level + b.channel, *kept = kept_at(a, b);
+            if (factors && !kept) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
                     using T = decltype(x);
                     const T dy = static_cast<T>(a.dy.data), none = nullptr;
                     differentiate<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), none, p, k1, k0,
-                                        a.activation, factors, static_cast<T>(a.dx.data) + offset_of(a.dx, b));
+                                        a.activation, factors, kept, static_cast<T>(a.dx.data) + offset_of(a.dx, b));
                 });
                 return;
             }
             gather_input(a, b, input);
-            gather_gradient(a, a.dy, b, gradient);
+            if (!kept) gather_gradient(a, a.dy, b, gradient);
             if (a.dh.data) gather_gradient(a, a.dh, b, of_sum);
             differentiate<NHWC>(dense(b), input, gradient, a.dh.data ? of_sum : nullptr, p, k1, k0, a.activation, factors,
-                                out);
+                                kept, out);
             scatter_block(a, a.dx, a.dx2, first_channels(a), b, out);
             if (a.dresidual.data) scatter_block(a, a.dresidual, Image{}, channels, b, out);
         });
