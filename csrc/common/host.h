@@ -48,9 +48,28 @@ inline Image image(const Tensor& t, const Shape& s) {
 }
 inline Image image(const MaybeTensor& t, const Shape& s) { return t ? image(*t, s) : Image{}; }
 
+// The first or the second C channels of [B, 2C, H, W], read or written in the order of ``s``, which has C.
+inline Image half(const Tensor& t, const Shape& s, int which) {
+    Image a = image(t, s);
+    const int64_t offset = which * s.channels * a.channel_stride;
+    a.data = static_cast<char*>(a.data) + offset * static_cast<int64_t>(t.element_size());
+    a.in_order = !s.nhwc && t.is_contiguous();
+    return a;
+}
+
 // [C], [B, C], [B] or []: row b starts at b * row_stride.
 inline Values values(const Tensor& t, int64_t row_stride) { return {t.data_ptr(), dtype(t), row_stride}; }
 inline Values values(const MaybeTensor& t, int64_t row_stride) { return t ? values(*t, row_stride) : Values{}; }
+
+// Element i of a tensor of any float dtype.
+inline double number(const Tensor& t, int64_t i = 0) {
+    switch (dtype(t)) {
+        case DType::f64: return static_cast<const double*>(t.data_ptr())[i];
+        case DType::bf16: return static_cast<const torch::headeronly::BFloat16*>(t.data_ptr())[i];
+        case DType::f16: return static_cast<const torch::headeronly::Half*>(t.data_ptr())[i];
+        default: return static_cast<const float*>(t.data_ptr())[i];
+    }
+}
 
 inline int64_t integer(int64_t number, const MaybeTensor& tensor) {
     return tensor ? *static_cast<const int64_t*>(tensor->data_ptr()) : number;

@@ -125,6 +125,12 @@ INLINE VF reciprocal(VF x) {
 #endif
 }
 
+// start + weight (end - start), exact at both ends.
+INLINE VF lerp(VF start, VF end, VF weight) {
+    VF d = end - start;
+    return select(weight < 0.5f, start + weight * d, end - d * (1.0f - weight));
+}
+
 // x no smaller than low and no larger than high; NaN stays NaN.
 INLINE VF clamp(VF x, float low, float high) {
 #if FASTDDPM_VECTOR_BYTES == 64

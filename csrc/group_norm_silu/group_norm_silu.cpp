@@ -145,14 +145,6 @@ std::vector<Tensor> group_norm_silu_backward(
            FASTDDPM_KERNEL(group_norm_backward_apply));
 
     // The parameters need the sums alone.
-    const auto number = [&](const MaybeTensor& t, int64_t i) -> double {
-        switch (dtype(*t)) {
-            case DType::f64: return static_cast<const double*>(t->data_ptr())[i];
-            case DType::bf16: return static_cast<const torch::headeronly::BFloat16*>(t->data_ptr())[i];
-            case DType::f16: return static_cast<const torch::headeronly::Half*>(t->data_ptr())[i];
-            default: return static_cast<const float*>(t->data_ptr())[i];
-        }
-    };
     std::vector<double> dweight(channels), dbias(channels), dscale(scale ? batch * channels : 0), dshift(shift ? batch * channels : 0);
     const bool per_sample = channel_bias && channel_bias->dim() == 2;
     std::vector<double> dchannel_bias(!channel_bias ? 0 : per_sample ? batch * channels : channels);
@@ -161,7 +153,7 @@ std::vector<Tensor> group_norm_silu_backward(
             const int64_t i = b * channels + c;
             const ChannelSums& s = sums[b * spans * channels + c];
             const double rstd_c = a.rstd[b * groups + c / (channels / groups)], da_n = s.da_centred * rstd_c;
-            const double factor = scale ? 1 + number(scale, i) : 1.0;
+            const double factor = scale ? 1 + number(*scale, i) : 1.0;
             dweight[c] += factor * da_n, dbias[c] += factor * s.da;
             if (scale) dscale[i] = number(weight, c) * da_n + number(bias, c) * s.da;
             if (shift) dshift[i] = s.da;
