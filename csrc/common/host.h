@@ -95,6 +95,14 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
     return torch::stable::empty({sizes.begin(), sizes.size()}, type);
 }
 
+// A small gradient, summed in double, in the dtype of what it is of.
+inline Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
+    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
+    std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr()));
+    return torch::stable::to(out, like.scalar_type());
+}
+
 constexpr int64_t TILE = 2048;       // elements: a few tiles of floats fit in the first cache
 
 // Tiles of whole pixels in NHWC order; otherwise of a multiple of four elements.

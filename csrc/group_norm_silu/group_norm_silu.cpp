@@ -111,14 +111,6 @@ std::vector<Tensor> group_norm_silu(
     return outputs;
 }
 
-// A small gradient, summed in double, in the dtype of what it is of.
-Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
-    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-    Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
-    std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr()));
-    return torch::stable::to(out, like.scalar_type());
-}
-
 // Gradients of x, weight and bias, and of those of channel_bias, scale, shift, residual and x2 that are given, in order.
 std::vector<Tensor> group_norm_silu_backward(
     const Tensor dy, const MaybeTensor dh, const Tensor mean, const Tensor rstd, const Tensor x, const Tensor weight,

@@ -34,6 +34,11 @@ def number_or_tensor(x: Tensor | int | None) -> tuple[int, Tensor | None]:
     return x - 2**64 if x >= 2**63 else x, None
 
 
+def float_or_tensor(x: Tensor | float | None) -> tuple[float | None, Tensor | None]:
+    """An argument that may be either, as the pair that an operator takes."""
+    return (1.0, x) if isinstance(x, Tensor) else (None if x is None else float(x), None)
+
+
 def drawing(
     seed: Tensor | int | None, sample: Tensor | None, step: Tensor | int | None
 ) -> tuple[int, Tensor | None, Tensor | None, int, Tensor | None]:

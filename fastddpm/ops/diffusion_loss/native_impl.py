@@ -38,13 +38,11 @@ def forward(
     levels: int,
     gradient_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the loss [], that of each sample [B], and d (gradient_scale loss) / d pred unless gradient_scale is None."""
-    t, table, index, flip, weight, vlb = (
-        p if p is None else p.contiguous() for p in (t, table, index, flip, weight, vlb)
-    )
+    """Returns the loss [], that of each sample [B] and, with a gradient_scale, d (gradient_scale loss) / d pred."""
+    table, index, flip, weight, vlb = (p if p is None else p.contiguous() for p in (table, index, flip, weight, vlb))
     weights = (1.0, vlb_weight.contiguous()) if isinstance(vlb_weight, Tensor) else (float(vlb_weight), None)
     loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss(
-        pred.detach(), t, target, OBJECTIVES.index(objective), table, x0, index, flip, pixel_scale, pixel_shift,
+        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), table, x0, index, flip, pixel_scale, pixel_shift,
         *drawing(seed, sample, step), weight, vlb, *weights, levels, gradient_scale,
     )  # fmt: skip
     return loss, per_sample, gradient[0] if gradient else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import drawing, like_in_order, number_or_tensor, reason_against, register_fake
+from ..native_common import drawing, float_or_tensor, like_in_order, number_or_tensor, reason_against, register_fake
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -48,11 +48,6 @@ def forward(
         return x, pred
     x_next, pred = torch.ops.fastddpm.solver_step(x, *where, pred_prev, *options)
     return x_next, pred
-
-
-def float_or_tensor(x: Tensor | float | None) -> tuple[float | None, Tensor | None]:
-    """An argument that may be either, as the pair that an operator takes."""
-    return (1.0, x) if isinstance(x, Tensor) else (None if x is None else float(x), None)
 
 
 @register_fake("solver_step")

@@ -1,0 +1,91 @@
+// g = factor gradient;  m <- m + weight1 (g - m);  v <- v + weight2 (g^2 - v);
+// p <- shrink p - rate m / (sqrt(v) / root + eps);  ema <- ema + ema_weight (p - ema);  mirror <- p, rounded
+// (Loshchilov and Hutter 2019, algorithm 2). The numbers that all parameters share are made in double by the host.
+//
+// Two passes over chunks of all parameters: the squares of the gradients (4 bytes a parameter), then the update (38
+// bytes with the average and a mirror of two bytes). What limits both is memory.
+
+#include "adam_ema/adam_ema.h"
+
+#include "common/vec.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+namespace {
+
+constexpr int64_t RUN = 1024;  // elements summed in float before they are added in double
+
+template <class T>
+INLINE double squares_of(const T* g, int64_t size) {
+    double total = 0;
+    for (int64_t begin = 0; begin < size; begin += RUN) {
+        VF of_run[4]{};
+        const int64_t n = size - begin < RUN ? size - begin : RUN;
+        int64_t i = 0;
+        for (; i + 4 * W <= n; i += 4 * W)
+            for (int k = 0; k < 4; ++k) {
+                VF x = load(g + begin + i + k * W);
+                of_run[k] += x * x;
+            }
+        for (; i < n; i += W) {
+            VF x = load(g + begin + i, n - i < W ? n - i : W);
+            of_run[0] += x * x;
+        }
+        total += double(sum((of_run[0] + of_run[1]) + (of_run[2] + of_run[3])));
+    }
+    return total;
+}
+
+template <class T>
+double exact_squares_of(const T* g, int64_t size) {  // where float overflows
+    double total = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        const double x = load(g + i, 1)[0];
+        total += x * x;
+    }
+    return total;
+}
+
+template <class G>
+INLINE void update(const AdamEma& a, const AdamChunk& c, const G* gradient) {
+    const VF weight1 = splat(a.weight1), weight2 = splat(a.weight2), ema_weight = splat(a.ema_weight);
+    const float inverse_root = 1.0f / a.root;
+    for_vectors(c.size, [&](int64_t i, int64_t n) {
+        VF g = load(gradient + i, n) * a.factor;
+        VF m = lerp(load(c.exp_avg + i, n), g, weight1);
+        VF v = lerp(load(c.exp_avg_sq + i, n), g * g, weight2);
+        VF p = load(c.param + i, n) * a.shrink - m * a.rate / (sqrt(v) * inverse_root + a.eps);
+        store(c.exp_avg + i, m, n);
+        store(c.exp_avg_sq + i, v, n);
+        store(c.param + i, p, n);
+        if (c.ema) store(c.ema + i, lerp(load(c.ema + i, n), p, ema_weight), n);
+    });
+}
+
+}  // namespace
+
+void gradient_squares(const AdamEma& a, int64_t begin, int64_t end, float*) {
+    for (int64_t k = begin; k < end; ++k) {
+        const AdamChunk& c = a.chunks[k];
+        with_type(c.gradient_type, c.gradient, [&](const auto* g) {
+            a.squares[k] = squares_of(g, c.size);
+            if (!(a.squares[k] < 1e38 && a.squares[k] > 1e-30)) a.squares[k] = exact_squares_of(g, c.size);
+        });
+    }
+}
+
+void adam_ema(const AdamEma& a, int64_t begin, int64_t end, float*) {
+    for (int64_t k = begin; k < end; ++k) {
+        const AdamChunk& c = a.chunks[k];
+        with_type(c.gradient_type, c.gradient, [&](const auto* g) { update(a, c, g); });
+        if (!c.mirror) continue;
+        if (c.mirror_type == DType::f64) {
+            for (int64_t i = 0; i < c.size; ++i) static_cast<double*>(c.mirror)[i] = c.param[i];
+            continue;
+        }
+        with_output_type(c.mirror_type, c.mirror, [&](auto* to) {
+            for_vectors(c.size, [&](int64_t i, int64_t n) { store(to + i, load(c.param + i, n), n); });
+        });
+    }
+}
+
+}  // namespace fastddpm::FASTDDPM_ISA

@@ -1,0 +1,81 @@
+// fastddpm::rms_norm_silu and its backward: schemas and host code. What they compute:
+// fastddpm/ops/rms_norm_silu/reference.py.
+
+#include "rms_norm_silu/rms_norm_silu.h"
+
+#include "common/host.h"
+
+namespace fastddpm {
+namespace {
+
+RmsNorm arguments(const Tensor& x, const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& shift, double eps,
+                  bool activation) {
+    RmsNorm a{};
+    a.shape = shape(x);
+    const int64_t channels = std::max<int64_t>(1, a.shape.channels), pixels = a.shape.height * a.shape.width;
+    a.block = std::clamp<int64_t>(8192 / channels, 16, 128);
+    a.per_sample = (pixels + a.block - 1) / a.block;
+    a.x = image(x, a.shape);
+    a.weight = values(weight, 0), a.scale = values(scale, channels), a.shift = values(shift, channels);
+    a.eps = static_cast<float>(eps);
+    a.activation = activation;
+    a.scratch = 16 * 8 + 4 * channels + 3 * (a.block + 16) + channels * (a.shape.nhwc ? 1 : a.block);
+    return a;
+}
+
+template <class Kernel>
+void run(const RmsNorm& a, Kernel kernel) {
+    parallel(a.shape.batch * a.per_sample, a.block * a.shape.channels,
+             [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(a.scratch)); });
+}
+
+Tensor rms_norm_silu(const Tensor x, const Tensor weight, const MaybeTensor scale, const MaybeTensor shift, double eps,
+                     bool activation) {
+    RmsNorm a = arguments(x, weight, scale, shift, eps, activation);
+    Tensor y = new_image(a.shape, x.scalar_type());
+    a.y = image(y, a.shape);
+    run(a, FASTDDPM_KERNEL(rms_norm_forward));
+    return y;
+}
+
+// Gradients of x and weight, and of those of scale and shift that are given, in order.
+std::vector<Tensor> rms_norm_silu_backward(const Tensor dy, const Tensor x, const Tensor weight, const MaybeTensor scale,
+                                           const MaybeTensor shift, double eps, bool activation) {
+    RmsNorm a = arguments(x, weight, scale, shift, eps, activation);
+    const int64_t batch = a.shape.batch, channels = a.shape.channels;
+    Tensor dx = new_image(a.shape, x.scalar_type());
+    a.dx = image(dx, a.shape), a.dy = image(dy, a.shape);
+    std::vector<double> sums(batch * a.per_sample * 2 * channels);
+    a.sums = sums.data();
+    run(a, FASTDDPM_KERNEL(rms_norm_backward));
+
+    std::vector<double> dweight(channels), dscale(scale ? batch * channels : 0), dshift(shift ? batch * channels : 0);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t c = 0; c < channels; ++c) {
+            double da = 0, da_n = 0;
+            for (int64_t k = b * a.per_sample; k < (b + 1) * a.per_sample; ++k)
+                da += sums[2 * k * channels + c], da_n += sums[(2 * k + 1) * channels + c];
+            const int64_t i = b * channels + c;
+            dweight[c] += (scale ? 1 + number(*scale, i) : 1.0) * da_n;
+            if (scale) dscale[i] = number(weight, c) * da_n;
+            if (shift) dshift[i] = da;
+        }
+    std::vector<Tensor> gradients{dx, rounded(dweight, weight)};
+    if (scale) gradients.push_back(rounded(dscale, *scale));
+    if (shift) gradients.push_back(rounded(dshift, *shift));
+    return gradients;
+}
+
+}  // namespace
+}  // namespace fastddpm
+
+#define OPTIONS "Tensor x, Tensor weight, Tensor? scale, Tensor? shift, float eps, bool activation)"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
+    m.def("rms_norm_silu(" OPTIONS " -> Tensor");
+    m.def("rms_norm_silu_backward(Tensor dy, " OPTIONS " -> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) {
+    m.impl("rms_norm_silu", TORCH_BOX(&fastddpm::rms_norm_silu));
+    m.impl("rms_norm_silu_backward", TORCH_BOX(&fastddpm::rms_norm_silu_backward));
+}

@@ -1,0 +1,46 @@
+"""adam_ema by the kernels of csrc/adam_ema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native_common import float_or_tensor, reason_against, register_fake
+
+
+def unsupported(*, params: list[Tensor], **_: Any) -> str | None:
+    """Why these kernels cannot run, or None."""
+    return reason_against(params[0])
+
+
+def forward(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    *,
+    step: Tensor,
+    lr: Tensor | float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    ema: list[Tensor] | None,
+    ema_decay: Tensor | float | None,
+    mirror: list[Tensor] | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    """See the interface."""
+    norm: Tensor = torch.ops.fastddpm.adam_ema_(
+        params, grads, exp_avg, exp_avg_sq, step, *float_or_tensor(lr), *betas, eps, weight_decay, max_grad_norm,
+        ema or [], *float_or_tensor(1.0 if ema_decay is None else ema_decay), mirror or [], grad_scale, found_inf,
+    )  # fmt: skip
+    return norm
+
+
+@register_fake("adam_ema_")
+def _(params: list[Tensor], *args: Any) -> Tensor:
+    return params[0].new_empty(())
