@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in the interpreter, on tensors in the memory of the host; decided when Triton is imported."""
 
+BY_HAND = tl.constexpr(INTERPRETED)  # the interpreter cuts off what it should round
 BLOCK = 1024  # elements of an elementwise program: four for each of 256 threads, and 16 bytes of bfloat16 for half of them
 
 
@@ -88,6 +89,17 @@ def normals(block, sample, step, stream, seed_low, seed_high, APPROX: tl.constex
 
 
 @triton.jit
+def save(pointer, x, mask):  # type: ignore[no-untyped-def]
+    """Store float32 x, rounded once to the dtype of the pointer: to nearest, ties to even."""
+    if BY_HAND and pointer.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        tl.store(pointer, nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, x, mask=mask)
+
+
+@triton.jit
 def offsets(element, pixels, channel_stride, pixel_stride, IN_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where elements, counted in C, H, W order, lie in a sample."""
     if IN_ORDER:
@@ -144,6 +156,11 @@ def number_or_tensor(x: Tensor | int | None) -> tuple[int, Tensor | None]:
         return 0, x
     x = x or 0
     return x - 2**64 if x >= 2**63 else x, None
+
+
+def float_or_tensor(x: Tensor | float | None) -> tuple[float | None, Tensor | None]:
+    """The same for a float, or None for none."""
+    return (None, x) if isinstance(x, Tensor) else (None if x is None else float(x), None)
 
 
 def draw_arguments(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import BLOCK, INTERPRETED, draw_arguments, drawing, launch, normals, number_or_tensor, reason_against
+from ..triton_common import BLOCK, INTERPRETED, draw_arguments, drawing, launch, normals, number_or_tensor, reason_against, save
 
 NUMBERS = ["seed_low", "seed_high", "step", "stream"]  # of any value: not worth a kernel each
 
@@ -30,7 +30,7 @@ def normal_kernel(  # type: ignore[no-untyped-def]
     counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     z = normals(counter.to(tl.uint32), row, step_word, stream.to(tl.uint32), low, high, APPROX)
     element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(out + b.to(tl.int64) * elements + element, z, mask=element < elements)
+    save(out + b.to(tl.int64) * elements + element, z, element < elements)
 
 
 def unsupported(*, sample: Tensor, dtype: torch.dtype, **_: Any) -> str | None:

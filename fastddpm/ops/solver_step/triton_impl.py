@@ -1,0 +1,232 @@
+"""solver_step in Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..philox import SAMPLER_NOISE, TRAINING_NOISE
+from ..triton_common import (
+    BLOCK,
+    INTERPRETED,
+    draw_arguments,
+    drawing,
+    float_or_tensor,
+    in_order,
+    launch,
+    like_in_order,
+    normals,
+    number_or_tensor,
+    offsets,
+    reason_against,
+    save,
+    strides,
+)
+
+NUMBERS = ["seed_low", "seed_high", "step", "guidance_number", "clamp_number"]
+
+
+@triton.jit
+def lerp(start, end, weight):  # type: ignore[no-untyped-def]
+    """start + weight (end - start), exact at both ends."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def solver_step_kernel(  # type: ignore[no-untyped-def]
+    x, out, x_next, pred_out, table, pred_prev, uncond, guidance, guidance_number, clamp, clamp_number, noise, mask, known,
+    known_table, known_noise, sample, seed_tensor, seed_low, seed_high, step_tensor, step,
+    elements, pixels, blocks, mask_sample, mask_channel, mask_pixel,
+    x_channel, x_pixel, out_channel, out_pixel, uncond_channel, uncond_pixel, prev_channel, prev_pixel,
+    noise_channel, noise_pixel, known_channel, known_pixel, eps_channel, eps_pixel, pred_channel, pred_pixel,
+    LEARNED: tl.constexpr, PREV: tl.constexpr, UNCOND: tl.constexpr, GUIDANCE: tl.constexpr, CLAMP: tl.constexpr,
+    NOISE: tl.constexpr, MASK: tl.constexpr, KNOWN_NOISE: tl.constexpr, X_ORDER: tl.constexpr,
+    OUT_ORDER: tl.constexpr, UNCOND_ORDER: tl.constexpr, PREV_ORDER: tl.constexpr, NOISE_ORDER: tl.constexpr,
+    PRED_ORDER: tl.constexpr, STREAM: tl.constexpr, KNOWN_STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr,
+    APPROX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pred = clamp(k0 x + k1 o), x' = k2 pred + k3 x + k4 pred_prev + k5 z + k6 o, and the blend with what is known.
+
+    A program takes BLOCK elements of one sample, in C, H, W order, four from each counter of the noise. The row of the
+    table is read by the step on the device. Bytes an element, float32: 8 read, 8 written. What limits it is memory.
+    """
+    b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+    inside = element < elements
+    base = b.to(tl.int64) * elements
+    row = tl.load(step_tensor) if STEP else step.to(tl.int64)
+    k = table + row * 9
+    k0, k1, k2 = tl.load(k).to(tl.float32), tl.load(k + 1).to(tl.float32), tl.load(k + 2).to(tl.float32)
+    k3, k4, k5 = tl.load(k + 3).to(tl.float32), tl.load(k + 4).to(tl.float32), tl.load(k + 5).to(tl.float32)
+    k6, least, most = tl.load(k + 6).to(tl.float32), tl.load(k + 7).to(tl.float32), tl.load(k + 8).to(tl.float32)
+
+    at_x = base + offsets(element, pixels, x_channel, x_pixel, X_ORDER)
+    of_out = base * 2 if LEARNED else base
+    at_out = of_out + offsets(element, pixels, out_channel, out_pixel, OUT_ORDER)
+    state = tl.load(x + at_x, mask=inside, other=0).to(tl.float32)
+    o = tl.load(out + at_out, mask=inside, other=0).to(tl.float32)
+    if UNCOND:
+        weight = tl.load(guidance).to(tl.float32) if GUIDANCE else guidance_number
+        at = of_out + offsets(element, pixels, uncond_channel, uncond_pixel, UNCOND_ORDER)
+        o = lerp(tl.load(uncond + at, mask=inside, other=0).to(tl.float32), o, weight)
+    pred = k0 * state + k1 * o
+    if CLAMP:
+        bound = tl.load(clamp + b).to(tl.float32) if CLAMP == 2 else clamp_number
+        pred = tl.where(pred < -bound, -bound, pred)
+        pred = tl.where(pred > bound, bound, pred)
+    y = k2 * pred + k3 * state + k6 * o
+    if PREV:
+        at = base + offsets(element, pixels, prev_channel, prev_pixel, PREV_ORDER)
+        y += k4 * tl.load(pred_prev + at, mask=inside, other=0).to(tl.float32)
+
+    if NOISE == 2 or KNOWN_NOISE == 2:
+        low, high, step_word = drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED, STEP)
+        number = (tl.load(sample + b) & 0xFFFFFFFF).to(tl.uint32)
+    if NOISE:
+        if NOISE == 2:
+            z = normals(counter.to(tl.uint32), number, step_word, STREAM, low, high, APPROX)
+        else:
+            at = base + offsets(element, pixels, noise_channel, noise_pixel, NOISE_ORDER)
+            z = tl.load(noise + at, mask=inside, other=0).to(tl.float32)
+        if LEARNED:
+            # the second half of out lies C channels on
+            v = tl.load(out + at_out + elements // pixels * out_channel, mask=inside, other=0).to(tl.float32)
+            f = (v + 1.0) * 0.5
+            y += tl.where(k5 != 0, tl.exp(0.5 * (f * most + (1.0 - f) * least)), k5) * z
+        else:
+            y += k5 * z
+    if MASK:
+        signal = tl.load(known_table + 2 * row).to(tl.float32)
+        sigma = tl.load(known_table + 2 * row + 1).to(tl.float32)
+        at = base + offsets(element, pixels, known_channel, known_pixel, False)
+        x_known = signal * tl.load(known + at, mask=inside, other=0).to(tl.float32)
+        if KNOWN_NOISE == 2:
+            x_known += sigma * normals(counter.to(tl.uint32), number, step_word, KNOWN_STREAM, low, high, APPROX)
+        else:
+            at = base + offsets(element, pixels, eps_channel, eps_pixel, False)
+            x_known += sigma * tl.load(known_noise + at, mask=inside, other=0).to(tl.float32)
+        at = b.to(tl.int64) * mask_sample + offsets(element, pixels, mask_channel, mask_pixel, False)
+        y = lerp(y, x_known, tl.load(mask + at, mask=inside, other=0).to(tl.float32))
+
+    save(x_next + at_x, y, inside)
+    save(pred_out + base + offsets(element, pixels, pred_channel, pred_pixel, PRED_ORDER), pred, inside)
+
+
+def unsupported(*, x: Tensor, **_: Any) -> str | None:
+    """Why this kernel cannot run, or None."""
+    return reason_against(x)
+
+
+def _run(
+    x: Tensor, out: Tensor, table: Tensor, step: int, step_tensor: Tensor | None, pred_prev: Tensor | None,
+    out_uncond: Tensor | None, guidance_scale: float | None, guidance: Tensor | None, clamp_bound: float | None,
+    clamp: Tensor | None, noise: Tensor | None, seed: int, seed_tensor: Tensor | None, sample: Tensor | None,
+    mask: Tensor | None, known: Tensor | None, known_table: Tensor | None, known_noise: Tensor | None,
+    x_next: Tensor, pred: Tensor,
+) -> None:  # fmt: skip
+    """Launch the kernel; x_next may be x, and pred may be pred_prev."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    elements = channels * pixels
+    blocks = triton.cdiv(elements, BLOCK)
+    draw, given = draw_arguments(seed, seed_tensor, step, step_tensor, x)
+    learned = out.shape[1] == 2 * channels
+    images = dict(
+        x=x, out=out, uncond=out_uncond, prev=pred_prev, noise=noise, known=known, eps=known_noise, pred=pred
+    )
+    at = {}
+    for name, image in images.items():
+        at[f"{name}_channel"], at[f"{name}_pixel"] = strides(x if image is None else image)
+    mask_sample, mask_channel, mask_pixel = 0, 0, 1
+    if mask is not None:
+        mask_sample = 0 if mask.shape[0] == 1 else mask.shape[1] * pixels
+        mask_channel = 0 if mask.shape[1] == 1 else pixels
+
+    def order(image: Tensor | None) -> bool:
+        return image is None or in_order(image)
+
+    launch(
+        solver_step_kernel, (batch * blocks,),
+        x=x, out=out, x_next=x_next, pred_out=pred, table=table, pred_prev=x if pred_prev is None else pred_prev,
+        uncond=x if out_uncond is None else out_uncond, guidance=x if guidance is None else guidance,
+        guidance_number=1.0 if guidance_scale is None else guidance_scale, clamp=x if clamp is None else clamp,
+        clamp_number=1.0 if clamp_bound is None else clamp_bound, noise=x if noise is None else noise,
+        mask=x if mask is None else mask, known=x if known is None else known,
+        known_table=table if known_table is None else known_table, known_noise=x if known_noise is None else known_noise,
+        sample=x if sample is None else sample, **draw, elements=elements, pixels=pixels, blocks=blocks,
+        mask_sample=mask_sample, mask_channel=mask_channel, mask_pixel=mask_pixel, **at,
+        LEARNED=learned, PREV=pred_prev is not None, UNCOND=out_uncond is not None, GUIDANCE=guidance is not None,
+        CLAMP=2 if clamp is not None else 1 if clamp_bound is not None else 0,
+        NOISE=1 if noise is not None else 2 if sample is not None else 0, MASK=mask is not None,
+        KNOWN_NOISE=0 if mask is None else 1 if known_noise is not None else 2,
+        X_ORDER=order(x), OUT_ORDER=out.is_contiguous(), UNCOND_ORDER=out_uncond is None or out_uncond.is_contiguous(),
+        PREV_ORDER=order(pred_prev), NOISE_ORDER=order(noise), PRED_ORDER=order(pred),
+        STREAM=SAMPLER_NOISE, KNOWN_STREAM=TRAINING_NOISE, **given, APPROX=not INTERPRETED, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+@torch.library.triton_op("fastddpm::triton_solver_step", mutates_args=())
+def _solver_step(
+    x: Tensor, out: Tensor, table: Tensor, step: int, step_tensor: Tensor | None, pred_prev: Tensor | None,
+    out_uncond: Tensor | None, guidance_scale: float | None, guidance: Tensor | None, clamp_bound: float | None,
+    clamp: Tensor | None, noise: Tensor | None, seed: int, seed_tensor: Tensor | None, sample: Tensor | None,
+    mask: Tensor | None, known: Tensor | None, known_table: Tensor | None, known_noise: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    x_next, pred = like_in_order(x), like_in_order(x)
+    _run(
+        x, out, table, step, step_tensor, pred_prev, out_uncond, guidance_scale, guidance, clamp_bound, clamp, noise,
+        seed, seed_tensor, sample, mask, known, known_table, known_noise, x_next, pred,
+    )  # fmt: skip
+    return [x_next, pred]
+
+
+@torch.library.triton_op("fastddpm::triton_solver_step_", mutates_args=("x", "pred"))
+def _solver_step_(
+    x: Tensor, pred: Tensor, has_prev: bool, out: Tensor, table: Tensor, step: int, step_tensor: Tensor | None,
+    out_uncond: Tensor | None, guidance_scale: float | None, guidance: Tensor | None, clamp_bound: float | None,
+    clamp: Tensor | None, noise: Tensor | None, seed: int, seed_tensor: Tensor | None, sample: Tensor | None,
+    mask: Tensor | None, known: Tensor | None, known_table: Tensor | None, known_noise: Tensor | None,
+) -> None:  # fmt: skip
+    _run(
+        x, out, table, step, step_tensor, pred if has_prev else None, out_uncond, guidance_scale, guidance, clamp_bound,
+        clamp, noise, seed, seed_tensor, sample, mask, known, known_table, known_noise, x, pred,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor | int,
+    *,
+    pred_prev: Tensor | None,
+    out_uncond: Tensor | None,
+    guidance_scale: Tensor | float,
+    clamp: Tensor | float | None,
+    noise: Tensor | None,
+    seed: Tensor | int | None,
+    sample: Tensor | None,
+    mask: Tensor | None,
+    known: Tensor | None,
+    known_table: Tensor | None,
+    known_noise: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """See the interface."""
+    mask, known_table, sample = (p if p is None else p.contiguous() for p in (mask, known_table, sample))
+    where = (table.contiguous(), *number_or_tensor(step))
+    options = (
+        out_uncond, *float_or_tensor(guidance_scale), *float_or_tensor(clamp), noise, *number_or_tensor(seed),
+        None if seed is None else sample, mask, known, known_table, known_noise,
+    )  # fmt: skip
+    if inplace:
+        pred = like_in_order(x) if pred_prev is None else pred_prev
+        _solver_step_(x, pred, pred_prev is not None, out, *where, *options)
+        return x, pred
+    x_next, pred = _solver_step(x, out, *where, pred_prev, *options)
+    return x_next, pred
