@@ -347,7 +347,7 @@ CASES = [
     ),
     Case(
         "group_norm_silu",
-        "one channel, one group",  # the name seeds the numbers: a single sum must not be exact in float32 by luck
+        "one channel, alone",  # the name seeds the numbers: a single sum must not be exact in float32 by luck
         lambda g: dict(x=randn(g, 2, 1, 7, 5), num_groups=1, **norm_weights(g, 1)),
         gradients=("x", "weight", "bias"),
     ),

@@ -9,13 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import float_or_tensor, launch, reason_against, save
+from ..triton_common import float_or_tensor, reason_against, save
 
 CHUNK = 4096  # elements of a program
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # numbered so in the table
 
-# What a chunk is: a row of the table. Addresses, then sizes and dtypes.
-PARAM, EXP_AVG, EXP_AVG_SQ, EMA, GRAD, MIRROR, SIZE, GRAD_TYPE, MIRROR_TYPE, COLUMNS = range(10)
+# Two tables on the device. A row of addresses belongs to a parameter, a row of chunks to a program:
+PARAM, EXP_AVG, EXP_AVG_SQ, EMA, GRAD, MIRROR = range(6)
+# parameter, first element, elements, dtype of its gradient, dtype of its mirror
+ADDRESSES, FIELDS, WRITTEN = 6, 5, 32  # columns of each; addresses that one launch writes
+
+
+@triton.jit(do_not_specialize=[f"a{i}" for i in range(WRITTEN)])
+def write_addresses_kernel(  # type: ignore[no-untyped-def]
+    to, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    """Addresses from arguments to memory: a copy from the host would wait, or not outlive the capture of a graph."""
+    values = (
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+        a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
+    for i in tl.static_range(32):
+        tl.store(to + i, values[i])
 
 
 @triton.jit
@@ -38,12 +54,13 @@ def load_any(address, kind, at, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gradient_squares_kernel(chunks, partial, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gradient_squares_kernel(chunks, addresses, partial, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The sum of the squares of a chunk of gradients, to its place in ``partial``. Bytes an element: 4 read."""
-    row = chunks + tl.program_id(0).to(tl.int64) * 9
-    address, size, kind = tl.load(row + 4), tl.load(row + 6), tl.load(row + 7)
+    row = chunks + tl.program_id(0).to(tl.int64) * 5
+    address, begin = tl.load(addresses + tl.load(row) * 6 + 4), tl.load(row + 1)
+    size, kind = tl.load(row + 2), tl.load(row + 3)
     at = tl.arange(0, CHUNK)
-    g = load_any(address, kind, at, at < size)
+    g = load_any(address, kind, begin + at, at < size)
     tl.store(partial + tl.program_id(0), tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
 
 
@@ -53,21 +70,25 @@ def lerp(start, end, weight):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def adam_ema_kernel(chunks, numbers, EMA: tl.constexpr, MIRROR: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def adam_ema_kernel(  # type: ignore[no-untyped-def]
+    chunks, addresses, numbers, EMA: tl.constexpr, MIRROR: tl.constexpr, CHUNK: tl.constexpr
+):
     """Clip, AdamW, moving average and mirror of a chunk (Loshchilov and Hutter 2019, algorithm 2).
 
     Bytes an element: 4 read of the gradient, 12 read and 12 written of p, m and v, 8 of the average, 2 of a mirror in
     half precision. What limits it is memory.
     """
-    row = chunks + tl.program_id(0).to(tl.int64) * 9
+    row = chunks + tl.program_id(0).to(tl.int64) * 5
+    of = addresses + tl.load(row) * 6
     valid, factor, weight1, weight2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
     rate, shrink, root, eps = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7)
     at = tl.arange(0, CHUNK)
-    inside = (at < tl.load(row + 6)) & (valid != 0)  # nothing is read or written where the step is skipped
-    param = tl.load(row).to(tl.pointer_type(tl.float32)) + at
-    first = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + at
-    second = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + at
-    g = load_any(tl.load(row + 4), tl.load(row + 7), at, inside) * factor
+    inside = at < tl.where(valid > 0.5, tl.load(row + 2), 0)  # nothing is read or written where the step is skipped
+    at = tl.load(row + 1) + at
+    param = tl.load(of).to(tl.pointer_type(tl.float32)) + at
+    first = tl.load(of + 1).to(tl.pointer_type(tl.float32)) + at
+    second = tl.load(of + 2).to(tl.pointer_type(tl.float32)) + at
+    g = load_any(tl.load(of + 4), tl.load(row + 3), at, inside) * factor
     m = lerp(tl.load(first, mask=inside, other=0), g, weight1)
     v = lerp(tl.load(second, mask=inside, other=0), g * g, weight2)
     p = tl.load(param, mask=inside, other=0) * shrink - m / (tl.sqrt(v) / root + eps) * rate
@@ -75,10 +96,10 @@ def adam_ema_kernel(chunks, numbers, EMA: tl.constexpr, MIRROR: tl.constexpr, CH
     tl.store(second, v, mask=inside)
     tl.store(param, p, mask=inside)
     if EMA:
-        average = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + at
+        average = tl.load(of + 3).to(tl.pointer_type(tl.float32)) + at
         tl.store(average, lerp(tl.load(average, mask=inside, other=0), p, tl.load(numbers + 8)), mask=inside)
     if MIRROR:
-        address, kind = tl.load(row + 5), tl.load(row + 8)
+        address, kind = tl.load(of + 5), tl.load(row + 4)
         if kind == 0:
             save(address.to(tl.pointer_type(tl.float32)) + at, p, inside)
         elif kind == 1:
@@ -94,36 +115,51 @@ def unsupported(*, params: list[Tensor], **_: Any) -> str | None:
     return reason_against(params[0])
 
 
-class _Table:
-    """The chunks of all tensors on the device. Made once: in a training loop the addresses stay the same.
+class _Tables:
+    """The tables of one set of parameters, kept from step to step.
 
-    A gradient that was freed and made again has another address; then the table is made again, too.
+    The chunks follow from sizes and dtypes. The addresses are written anew when one has changed, as that of a gradient
+    that was freed and made again.
     """
 
-    def __init__(self) -> None:
-        self.key: tuple[Any, ...] | None = None
-        self.rows: Tensor | None = None
+    def __init__(self, lists: list[list[Tensor]]) -> None:
+        params, device = lists[PARAM], lists[PARAM][0].device
+        rows = [
+            [i, begin, min(CHUNK, p.numel() - begin), *(FLOATS.index(lists[k][i].dtype) for k in (GRAD, MIRROR))]
+            for i, p in enumerate(params)
+            for begin in range(0, p.numel(), CHUNK)
+        ]
+        # the copy does not wait for the device: its source stays, and cannot be paged out
+        self.host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").reshape(-1, FIELDS)
+        self.chunks = self.host.to(device, non_blocking=True)
+        count = -(-len(params) * ADDRESSES // WRITTEN) * WRITTEN
+        self.addresses = torch.zeros(count, dtype=torch.int64, device=device)
+        self.written: list[int] = []
 
-    def of(self, lists: list[list[Tensor]], device: torch.device) -> Tensor:
-        key = (device, *(x.data_ptr() for tensors in lists for x in tensors), *(x.dtype for x in lists[4] + lists[5]))
-        if self.rows is None or key != self.key:
-            self.key, self.rows = key, torch.tensor(_rows(lists), dtype=torch.int64).reshape(-1, 9).to(device)
-        return self.rows
+    def write(self, lists: list[list[Tensor]]) -> None:
+        """Bring the addresses up to date."""
+        addresses = [tensors[i].data_ptr() for i in range(len(lists[PARAM])) for tensors in lists]
+        capturing = self.addresses.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if addresses == self.written and not capturing:
+            return
+        if capturing:  # a graph has a table of its own: the next step outside of it must not change that
+            self.addresses = torch.zeros_like(self.addresses)
+        self.written = [] if capturing else addresses
+        addresses = addresses + [addresses[0]] * (self.addresses.numel() - len(addresses))
+        for begin in range(0, len(addresses), WRITTEN):
+            write_addresses_kernel[(1,)](self.addresses[begin:], *addresses[begin : begin + WRITTEN])
 
 
-def _rows(lists: list[list[Tensor]]) -> list[list[int]]:
-    """A row for each chunk of each parameter."""
-    rows = []
-    for i, p in enumerate(lists[PARAM]):
-        tensors = [tensors[i] if tensors else p for tensors in lists]
-        for begin in range(0, p.numel(), CHUNK):
-            addresses = [x.data_ptr() + begin * x.element_size() for x in tensors]
-            kinds = [FLOATS.index(tensors[k].dtype) for k in (GRAD, MIRROR)]
-            rows.append([*addresses, min(CHUNK, p.numel() - begin), *kinds])
-    return rows
+_tables: dict[tuple[Any, ...], _Tables] = {}
 
 
-_table = _Table()
+def _tables_of(lists: list[list[Tensor]]) -> _Tables:
+    key = (lists[PARAM][0].device, *((x.numel(), x.dtype) for k in (PARAM, GRAD, MIRROR) for x in lists[k]))
+    if key not in _tables:
+        _tables[key] = _Tables(lists)
+    tables = _tables[key]
+    tables.write(lists)
+    return tables
 
 
 @torch.library.custom_op(
@@ -137,11 +173,12 @@ def _adam_ema(
     mirror: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> Tensor:  # fmt: skip
     device = params[0].device
-    chunks = _table.of([params, exp_avg, exp_avg_sq, ema, grads, mirror], device)
+    tables = _tables_of([params, exp_avg, exp_avg_sq, ema or params, grads, mirror or params])
+    chunks, addresses = tables.chunks, tables.addresses
     partial = torch.empty(chunks.shape[0], dtype=torch.float64, device=device)
     grid = (chunks.shape[0],)
     if chunks.shape[0]:
-        gradient_squares_kernel[grid](chunks, partial, CHUNK=CHUNK, num_warps=8)
+        gradient_squares_kernel[grid](chunks, addresses, partial, CHUNK=CHUNK, num_warps=8)
 
     # The numbers that all parameters share, on the device and in double precision.
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -161,7 +198,7 @@ def _adam_ema(
         1 - rate * weight_decay, (1 - beta2**count).sqrt(), one * eps, 1 - decay,
     ]).float()  # fmt: skip
     if chunks.shape[0]:
-        adam_ema_kernel[grid](chunks, numbers, EMA=bool(ema), MIRROR=bool(mirror), CHUNK=CHUNK, num_warps=8)
+        adam_ema_kernel[grid](chunks, addresses, numbers, EMA=bool(ema), MIRROR=bool(mirror), CHUNK=CHUNK, num_warps=8)
     step.add_(valid)
     return norm
 

@@ -42,8 +42,8 @@ def forward(
     table, index, flip, weight, vlb = (p if p is None else p.contiguous() for p in (table, index, flip, weight, vlb))
     weights = (1.0, vlb_weight.contiguous()) if isinstance(vlb_weight, Tensor) else (float(vlb_weight), None)
     loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss(
-        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), table, x0, index, flip, pixel_scale, pixel_shift,
-        *drawing(seed, sample, step), weight, vlb, *weights, levels, gradient_scale,
+        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), table, x0, index, flip,
+        pixel_scale, pixel_shift, *drawing(seed, sample, step), weight, vlb, *weights, levels, gradient_scale,
     )  # fmt: skip
     return loss, per_sample, gradient[0] if gradient else None
 

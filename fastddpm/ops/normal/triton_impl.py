@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import BLOCK, INTERPRETED, draw_arguments, drawing, launch, normals, number_or_tensor, reason_against, save
+from ..triton_common import (
+    BLOCK,
+    INTERPRETED,
+    draw_arguments,
+    drawing,
+    launch,
+    normals,
+    number_or_tensor,
+    reason_against,
+    save,
+)
 
 NUMBERS = ["seed_low", "seed_high", "step", "stream"]  # of any value: not worth a kernel each
 
