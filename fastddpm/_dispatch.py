@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ class Op:
             return f"this version of fastddpm has no {backend} implementation of {self.name}"
         if backend == "reference":
             return None
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
         reason: str | None = self.implementation(backend).unsupported(**arguments)
         return reason
 

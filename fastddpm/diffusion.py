@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import ops, sampling, weighting
 from .nn import UNet
-from .ops import philox
+from .ops import normal, philox
 from .prediction import PREDICTIONS, check_prediction, x0_from
 from .sampling import VARIANCES
 from .schedule import SCHEDULES, Schedule, extract, make_schedule
@@ -545,7 +545,7 @@ class GaussianDiffusion(nn.Module):
         mean, variance, _ = q_posterior(x0, x_t, t, self.schedule)
         if self.config.mu_target == "mean":
             return mean
-        z = philox.normal(tuple(x_t.shape), stream=philox.SAMPLER_NOISE, **draw)
+        z = normal(tuple(x_t.shape), stream=philox.SAMPLER_NOISE, **draw)
         return mean + variance.sqrt() * z
 
     def _training_labels(

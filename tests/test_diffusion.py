@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from fastddpm.likelihood import vlb_term
 from fastddpm.nn import UNet
-from fastddpm.ops import philox
+from fastddpm.ops import normal, philox
 from fastddpm.prediction import value_from_x0
 from tests.tolerance import assert_equal_to_rounding
 
@@ -275,7 +275,7 @@ def test_drawn_noise_is_the_training_stream() -> None:
     diffusion, spy = spied()
     images, sample = images_of(6), torch.arange(6) + 3
     diffusion.losses(images, seed=8, sample=sample, step=5)
-    noise = philox.normal((6, 2, 4, 4), seed=8, sample=sample, step=5, stream=philox.TRAINING_NOISE)
+    noise = normal((6, 2, 4, 4), seed=8, sample=sample, step=5, stream=philox.TRAINING_NOISE)
     drawn = spy.x
     diffusion.losses(images, seed=8, sample=sample, step=5, noise=noise)
     assert (spy.x == drawn).all()

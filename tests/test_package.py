@@ -147,7 +147,7 @@ def test_no_module_imports_an_optional_package() -> None:
         before = set(sys.modules)
         import fastddpm
         for module in pkgutil.walk_packages(fastddpm.__path__, "fastddpm."):
-            if not module.name.endswith("__main__"):
+            if not module.name.endswith(("__main__", "triton_impl", "triton_common")):  # imported on first use
                 importlib.import_module(module.name)
         print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     """)

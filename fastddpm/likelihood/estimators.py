@@ -31,7 +31,7 @@ from ..diffusion import (
     q_posterior,
     q_sample,
 )
-from ..ops import philox
+from ..ops import normal, philox
 from ..schedule import Schedule, extract
 from .bound import vlb_term
 
@@ -82,7 +82,7 @@ def trajectory_estimate(
     for i in range(diffusion.num_timesteps):
         t = torch.full_like(sample, i)
         draw = step * diffusion.num_timesteps + i
-        z = philox.normal(
+        z = normal(
             tuple(x0.shape), seed=seed, sample=sample, step=draw, stream=philox.TRAINING_NOISE, dtype=x0.dtype
         )
         x_t = _one_step(x_prev, t, z, schedule)
@@ -122,7 +122,7 @@ def pair_estimate(
     sample = _sample(x0, sample)
     t, weight = _step(diffusion, x0, probabilities, t, seed, sample, step, "pair_estimate")
     noise, z = (
-        philox.normal(tuple(x0.shape), seed=seed, sample=sample, step=step, stream=stream, dtype=x0.dtype)
+        normal(tuple(x0.shape), seed=seed, sample=sample, step=step, stream=stream, dtype=x0.dtype)
         for stream in (philox.TRAINING_NOISE, philox.SAMPLER_NOISE)
     )
     x_prev = torch.where(_first(t), x0, q_sample(x0, (t - 1).clamp(min=0), noise, schedule))
@@ -148,7 +148,7 @@ def single_estimate(
     """
     sample = _sample(x0, sample)
     t, weight = _step(diffusion, x0, probabilities, t, seed, sample, step, "single_estimate")
-    noise = philox.normal(
+    noise = normal(
         tuple(x0.shape), seed=seed, sample=sample, step=step, stream=philox.TRAINING_NOISE, dtype=x0.dtype
     )
     value = weight * vlb_term(diffusion, x0, t, noise, labels)
@@ -256,7 +256,7 @@ def importance_probabilities(
     moments = torch.empty(steps, dtype=torch.float64)
     with diffusion.evaluating():
         for i in range(steps):
-            noise = philox.normal(tuple(x0.shape), seed=seed, sample=sample, step=i, stream=philox.X_T, dtype=x0.dtype)
+            noise = normal(tuple(x0.shape), seed=seed, sample=sample, step=i, stream=philox.X_T, dtype=x0.dtype)
             term = vlb_term(diffusion, x0, torch.full_like(sample, i), noise, labels)
             moments[i] = term.double().square().mean().sqrt()
         return 0.999 * moments / moments.sum() + 0.001 / steps

@@ -18,11 +18,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in the interpreter, on tensors in the memory of the host; decided when Triton is imported."""
 
 BY_HAND = tl.constexpr(INTERPRETED)  # the interpreter cuts off what it should round
-BLOCK = 1024  # elements of an elementwise program: four for each of 256 threads, and 16 bytes of bfloat16 for half of them
+BLOCK = 1024  # elements of an elementwise program
 
 
 @triton.jit
-def philox_words(block, sample, step, stream, seed_low, seed_high):  # type: ignore[no-untyped-def]
+def philox_words(block, sample, step, stream, seed_low, seed_high):
     """The four words of counter (block, sample, step, stream) under key (seed_low, seed_high): Philox 4x32-10.
 
     Element e of a sample takes lane e % 4 of block e // 4 (see `fastddpm.ops.philox`). All uint32; ``block`` has any
@@ -33,7 +33,7 @@ def philox_words(block, sample, step, stream, seed_low, seed_high):  # type: ign
 
 
 @triton.jit
-def drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED: tl.constexpr, STEP: tl.constexpr):
     """Key and step as uint32: from tensors on the device where there are any, else from the numbers."""
     if SEED:
         seed = tl.load(seed_tensor)
@@ -48,13 +48,13 @@ def drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED: tl.conste
 
 
 @triton.jit
-def unit(word):  # type: ignore[no-untyped-def]
+def unit(word):
     """u = (word + 1/2) 2^-32"""
     return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
-def box_muller(word0, word1, APPROX: tl.constexpr):  # type: ignore[no-untyped-def]
+def box_muller(word0, word1, APPROX: tl.constexpr):
     """z_0 = sqrt(-2 ln u_0) cos(2 pi u_1) and z_1, its sine.
 
     With approximate instructions ln is good to 2^-22 and sine and cosine to 2^-20.5, absolute: their error in z is
@@ -74,14 +74,14 @@ def box_muller(word0, word1, APPROX: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def four_lanes(a, b, c, d):  # type: ignore[no-untyped-def]
-    """[N] each to [N, 4]."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
+def four_lanes(a, b, c, d):
+    """[N] each to [4 N], in turn."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * a.shape[0]])
 
 
 @triton.jit
-def normals(block, sample, step, stream, seed_low, seed_high, APPROX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Standard normal numbers of elements 4 block .. 4 block + 3: [N] to [N, 4]."""
+def normals(block, sample, step, stream, seed_low, seed_high, APPROX: tl.constexpr):
+    """Standard normal numbers of elements 4 block .. 4 block + 3: [N] to [4 N]."""
     w0, w1, w2, w3 = philox_words(block, sample, step, stream, seed_low, seed_high)
     z0, z1 = box_muller(w0, w1, APPROX)
     z2, z3 = box_muller(w2, w3, APPROX)
@@ -89,7 +89,7 @@ def normals(block, sample, step, stream, seed_low, seed_high, APPROX: tl.constex
 
 
 @triton.jit
-def save(pointer, x, mask):  # type: ignore[no-untyped-def]
+def save(pointer, x, mask):
     """Store float32 x, rounded once to the dtype of the pointer: to nearest, ties to even."""
     if BY_HAND and pointer.dtype.element_ty == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -100,7 +100,7 @@ def save(pointer, x, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def offsets(element, pixels, channel_stride, pixel_stride, IN_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+def offsets(element, pixels, channel_stride, pixel_stride, IN_ORDER: tl.constexpr):
     """Where elements, counted in C, H, W order, lie in a sample."""
     if IN_ORDER:
         return element
@@ -109,14 +109,14 @@ def offsets(element, pixels, channel_stride, pixel_stride, IN_ORDER: tl.constexp
 
 
 @triton.jit
-def mirrored(element, width):  # type: ignore[no-untyped-def]
+def mirrored(element, width):
     """The element that takes the place of this one in the picture turned left to right."""
     return element + (width - 1) - 2 * (element % width)
 
 
 def reason_against(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """Why the Triton kernels cannot compute in ``dtype`` (that of x, by default) where x is."""
-    if x.device.type != "cuda" and not INTERPRETED:
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"the Triton kernels are for CUDA, and the tensors are on {x.device}"
     if (dtype or x.dtype) == torch.float64:
         return "the Triton kernels compute in float32; the reference computes in float64"

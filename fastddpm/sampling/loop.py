@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_dtype, check_shape
-from ..ops import philox
+from ..ops import normal, philox
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule
 from .coefficients import blend_table, ddim_table, ddpm_table, dpmpp_2m_table
@@ -52,7 +52,7 @@ def initial_noise(
         ValueError: sample not of shape [B].
     """
     check_shape("initial_noise", "sample", sample, tuple(shape[:1]))
-    return philox.normal(tuple(shape), seed=seed, sample=sample, step=0, stream=philox.X_T, dtype=dtype)
+    return normal(tuple(shape), seed=seed, sample=sample, step=0, stream=philox.X_T, dtype=dtype)
 
 
 def sample_loop(

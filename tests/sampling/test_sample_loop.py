@@ -180,7 +180,7 @@ def test_no_host_sync_in_the_loop(options: dict[str, Any]) -> None:
     with syncs:
         network = armed_from_first_call(syncs, ConvNet(learned_variance=True))
         sample_loop(network, start(), table, STEPS, callback=last, **options)
-        assert syncs.found == [] and syncs.count > 100
+        assert syncs.found == [] and syncs.count > 20
         syncs.armed = True
         start()[0, 0, 0, 0].item()
     assert syncs.found == ["_local_scalar_dense"]  # what is looked for is found

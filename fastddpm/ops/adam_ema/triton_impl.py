@@ -9,19 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import float_or_tensor, reason_against, save
+from ..triton_common import float_or_tensor, launch, reason_against, save
 
-CHUNK = 4096  # elements of a program
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # numbered so in the table
+CHUNK = 2048  # elements of a program
+TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64
+}  # fmt: skip
 
 # Two tables on the device. A row of addresses belongs to a parameter, a row of chunks to a program:
 PARAM, EXP_AVG, EXP_AVG_SQ, EMA, GRAD, MIRROR = range(6)
-# parameter, first element, elements, dtype of its gradient, dtype of its mirror
-ADDRESSES, FIELDS, WRITTEN = 6, 5, 32  # columns of each; addresses that one launch writes
+# parameter, first element, elements
+ADDRESSES, FIELDS, WRITTEN = 6, 3, 32  # columns of each; addresses that one launch writes
 
 
 @triton.jit(do_not_specialize=[f"a{i}" for i in range(WRITTEN)])
-def write_addresses_kernel(  # type: ignore[no-untyped-def]
+def write_addresses_kernel(
     to, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
     a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
 ):  # fmt: skip
@@ -35,97 +37,107 @@ def write_addresses_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_as_float(address, at, inside, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.load(address.to(tl.pointer_type(TYPE)) + at, mask=inside, other=0).to(tl.float32)
-
-
-@triton.jit
-def load_any(address, kind, at, inside):  # type: ignore[no-untyped-def]
-    """Elements of a tensor whose dtype is a number of the table; one branch is taken by the whole program."""
-    if kind == 0:
-        x = load_as_float(address, at, inside, tl.float32)
-    elif kind == 1:
-        x = load_as_float(address, at, inside, tl.bfloat16)
-    elif kind == 2:
-        x = load_as_float(address, at, inside, tl.float16)
+def read(address, at, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Elements of a tensor, as float32; all of them with FULL."""
+    pointer = tl.multiple_of(address, 16).to(tl.pointer_type(TYPE)) + at
+    if FULL:
+        return tl.load(pointer).to(tl.float32)
     else:
-        x = load_as_float(address, at, inside, tl.float64)
-    return x
+        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
-def gradient_squares_kernel(chunks, addresses, partial, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def write(address, at, x, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
+    pointer = tl.multiple_of(address, 16).to(tl.pointer_type(TYPE)) + at
+    if FULL:
+        save(pointer, x, None)
+    else:
+        save(pointer, x, inside)
+
+
+@triton.jit
+def gradient_squares_kernel(chunks, addresses, partial, GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
     """The sum of the squares of a chunk of gradients, to its place in ``partial``. Bytes an element: 4 read."""
-    row = chunks + tl.program_id(0).to(tl.int64) * 5
-    address, begin = tl.load(addresses + tl.load(row) * 6 + 4), tl.load(row + 1)
-    size, kind = tl.load(row + 2), tl.load(row + 3)
-    at = tl.arange(0, CHUNK)
-    g = load_any(address, kind, begin + at, at < size)
+    row = chunks + tl.program_id(0).to(tl.int64) * 3
+    address, begin, size = tl.load(addresses + tl.load(row) * 6 + 4), tl.load(row + 1), tl.load(row + 2)
+    part = tl.arange(0, CHUNK)
+    at = begin + part
+    if ALIGNED and size == CHUNK:
+        g = read(address, tl.multiple_of(begin, 16) + part, part < size, GRAD, True)
+    else:
+        g = read(address, at, part < size, GRAD, False)
     tl.store(partial + tl.program_id(0), tl.sum(g.to(tl.float64) * g.to(tl.float64), axis=0))
 
 
 @triton.jit
-def lerp(start, end, weight):  # type: ignore[no-untyped-def]
+def lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
 
 
 @triton.jit
-def adam_ema_kernel(  # type: ignore[no-untyped-def]
-    chunks, addresses, numbers, EMA: tl.constexpr, MIRROR: tl.constexpr, CHUNK: tl.constexpr
-):
+def update(
+    of, numbers, at, inside, GRAD: tl.constexpr, EMA: tl.constexpr, MIRROR: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    factor, weight1, weight2 = tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    rate, shrink, root, eps = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7)
+    param, first, second = tl.load(of), tl.load(of + 1), tl.load(of + 2)
+    g = read(tl.load(of + 4), at, inside, GRAD, FULL) * factor
+    m = lerp(read(first, at, inside, tl.float32, FULL), g, weight1)
+    v = lerp(read(second, at, inside, tl.float32, FULL), g * g, weight2)
+    p = read(param, at, inside, tl.float32, FULL) * shrink - m / (tl.sqrt(v) / root + eps) * rate
+    write(first, at, m, inside, tl.float32, FULL)
+    write(second, at, v, inside, tl.float32, FULL)
+    write(param, at, p, inside, tl.float32, FULL)
+    if EMA:
+        average = tl.load(of + 3)
+        of_average = lerp(read(average, at, inside, tl.float32, FULL), p, tl.load(numbers + 8))
+        write(average, at, of_average, inside, tl.float32, FULL)
+    if MIRROR is not None:
+        write(tl.load(of + 5), at, p, inside, MIRROR, FULL)
+
+
+@triton.jit
+def adam_ema_kernel(
+    chunks, addresses, numbers, GRAD: tl.constexpr, EMA: tl.constexpr, MIRROR: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     """Clip, AdamW, moving average and mirror of a chunk (Loshchilov and Hutter 2019, algorithm 2).
 
     Bytes an element: 4 read of the gradient, 12 read and 12 written of p, m and v, 8 of the average, 2 of a mirror in
     half precision. What limits it is memory.
     """
-    row = chunks + tl.program_id(0).to(tl.int64) * 5
-    of = addresses + tl.load(row) * 6
-    valid, factor, weight1, weight2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
-    rate, shrink, root, eps = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7)
-    at = tl.arange(0, CHUNK)
-    inside = at < tl.where(valid > 0.5, tl.load(row + 2), 0)  # nothing is read or written where the step is skipped
-    at = tl.load(row + 1) + at
-    param = tl.load(of).to(tl.pointer_type(tl.float32)) + at
-    first = tl.load(of + 1).to(tl.pointer_type(tl.float32)) + at
-    second = tl.load(of + 2).to(tl.pointer_type(tl.float32)) + at
-    g = load_any(tl.load(of + 4), tl.load(row + 3), at, inside) * factor
-    m = lerp(tl.load(first, mask=inside, other=0), g, weight1)
-    v = lerp(tl.load(second, mask=inside, other=0), g * g, weight2)
-    p = tl.load(param, mask=inside, other=0) * shrink - m / (tl.sqrt(v) / root + eps) * rate
-    tl.store(first, m, mask=inside)
-    tl.store(second, v, mask=inside)
-    tl.store(param, p, mask=inside)
-    if EMA:
-        average = tl.load(of + 3).to(tl.pointer_type(tl.float32)) + at
-        tl.store(average, lerp(tl.load(average, mask=inside, other=0), p, tl.load(numbers + 8)), mask=inside)
-    if MIRROR:
-        address, kind = tl.load(of + 5), tl.load(row + 4)
-        if kind == 0:
-            save(address.to(tl.pointer_type(tl.float32)) + at, p, inside)
-        elif kind == 1:
-            save(address.to(tl.pointer_type(tl.bfloat16)) + at, p, inside)
-        elif kind == 2:
-            save(address.to(tl.pointer_type(tl.float16)) + at, p, inside)
-        else:
-            tl.store(address.to(tl.pointer_type(tl.float64)) + at, p.to(tl.float64), mask=inside)
+    row = chunks + tl.program_id(0).to(tl.int64) * 3
+    of, begin = addresses + tl.load(row) * 6, tl.load(row + 1)
+    # nothing is read or written where the step is skipped
+    size = tl.where(tl.load(numbers) > 0.5, tl.load(row + 2), 0)
+    part = tl.arange(0, CHUNK)
+    if ALIGNED and size == CHUNK:
+        update(of, numbers, tl.multiple_of(begin, 16) + part, part < size, GRAD, EMA, MIRROR, True)
+    else:
+        update(of, numbers, begin + part, part < size, GRAD, EMA, MIRROR, False)
 
 
-def unsupported(*, params: list[Tensor], **_: Any) -> str | None:
+def unsupported(
+    *, params: list[Tensor], grads: list[Tensor], mirror: list[Tensor] | None, **_: Any
+) -> str | None:
     """Why these kernels cannot run, or None."""
+    for name, tensors in (("grads", grads), ("mirror", mirror or [])):
+        if len({x.dtype for x in tensors}) > 1:
+            return f"one launch takes {name} of one dtype, and these have several"
     return reason_against(params[0])
 
 
 class _Tables:
     """The tables of one set of parameters, kept from step to step.
 
-    The chunks follow from sizes and dtypes. The addresses are written anew when one has changed, as that of a gradient
+    The chunks follow from the sizes. The addresses are written anew when one has changed, as that of a gradient
     that was freed and made again.
     """
 
     def __init__(self, lists: list[list[Tensor]]) -> None:
         params, device = lists[PARAM], lists[PARAM][0].device
         rows = [
-            [i, begin, min(CHUNK, p.numel() - begin), *(FLOATS.index(lists[k][i].dtype) for k in (GRAD, MIRROR))]
+            [i, begin, min(CHUNK, p.numel() - begin)]
             for i, p in enumerate(params)
             for begin in range(0, p.numel(), CHUNK)
         ]
@@ -135,11 +147,13 @@ class _Tables:
         count = -(-len(params) * ADDRESSES // WRITTEN) * WRITTEN
         self.addresses = torch.zeros(count, dtype=torch.int64, device=device)
         self.written: list[int] = []
+        self.aligned = False  # every address to 16 bytes
 
     def write(self, lists: list[list[Tensor]]) -> None:
         """Bring the addresses up to date."""
         addresses = [tensors[i].data_ptr() for i in range(len(lists[PARAM])) for tensors in lists]
         capturing = self.addresses.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.aligned = all(address % 16 == 0 for address in addresses)
         if addresses == self.written and not capturing:
             return
         if capturing:  # a graph has a table of its own: the next step outside of it must not change that
@@ -147,14 +161,14 @@ class _Tables:
         self.written = [] if capturing else addresses
         addresses = addresses + [addresses[0]] * (self.addresses.numel() - len(addresses))
         for begin in range(0, len(addresses), WRITTEN):
-            write_addresses_kernel[(1,)](self.addresses[begin:], *addresses[begin : begin + WRITTEN])
+            launch(write_addresses_kernel, (1,), self.addresses[begin:], *addresses[begin : begin + WRITTEN])
 
 
 _tables: dict[tuple[Any, ...], _Tables] = {}
 
 
 def _tables_of(lists: list[list[Tensor]]) -> _Tables:
-    key = (lists[PARAM][0].device, *((x.numel(), x.dtype) for k in (PARAM, GRAD, MIRROR) for x in lists[k]))
+    key = (lists[PARAM][0].device, *(p.numel() for p in lists[PARAM]))
     if key not in _tables:
         _tables[key] = _Tables(lists)
     tables = _tables[key]
@@ -177,8 +191,8 @@ def _adam_ema(
     chunks, addresses = tables.chunks, tables.addresses
     partial = torch.empty(chunks.shape[0], dtype=torch.float64, device=device)
     grid = (chunks.shape[0],)
-    if chunks.shape[0]:
-        gradient_squares_kernel[grid](chunks, addresses, partial, CHUNK=CHUNK, num_warps=8)
+    shared = dict(GRAD=TYPES[grads[0].dtype], ALIGNED=tables.aligned, CHUNK=CHUNK, num_warps=8)
+    launch(gradient_squares_kernel, grid, chunks, addresses, partial, **shared)
 
     # The numbers that all parameters share, on the device and in double precision.
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -191,14 +205,14 @@ def _adam_ema(
         valid = valid & (found_inf == 0)
         found_inf.copy_(~valid)
     count = (step + 1).double()
-    rate = one * lr if lr_tensor is None else lr_tensor.double()
+    rate = one * (lr or 0.0) if lr_tensor is None else lr_tensor.double()
     decay = one * (1.0 if ema_decay is None else ema_decay) if ema_decay_tensor is None else ema_decay_tensor.double()
     numbers = torch.stack([
         valid.double(), factor, one * (1 - beta1), one * (1 - beta2), rate / (1 - beta1**count),
         1 - rate * weight_decay, (1 - beta2**count).sqrt(), one * eps, 1 - decay,
     ]).float()  # fmt: skip
-    if chunks.shape[0]:
-        adam_ema_kernel[grid](chunks, addresses, numbers, EMA=bool(ema), MIRROR=bool(mirror), CHUNK=CHUNK, num_warps=8)
+    kind = TYPES[mirror[0].dtype] if mirror else None
+    launch(adam_ema_kernel, grid, chunks, addresses, numbers, EMA=bool(ema), MIRROR=kind, **shared)
     step.add_(valid)
     return norm
 

@@ -64,40 +64,45 @@ def plan(batch: int, channels: int, pixels: int, num_groups: int, tile: int) -> 
     slabs = batch * triton.cdiv(num_groups, one_read)
     if rows * one_read * columns <= tile and (slabs >= FULL or rows * groups * columns <= CHUNK_TILE):
         size = rows * one_read * columns
-        return Plan(one_read, columns, rows, 1, 16 if size > 16384 else 8 if size > 4096 else 4)
+        return Plan(one_read, columns, rows, 1, 16 if size > 8192 else 8 if size > 2048 else 4)
     per_tile = max(1, CHUNK_TILE // (groups * columns))
     return Plan(groups, columns, per_tile, triton.cdiv(pixels, per_tile), 8)
 
 
 @triton.jit
-def slab(program, num_groups, of_group, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Channel of each column of a slab, and whether it is one."""
+def slab(program, channels, of_group, DENSE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Channel of each column of a slab, and whether it is one. DENSE: no group is padded, columns are neighbours."""
     column = tl.arange(0, GROUPS * COLUMNS)
-    group, within = program * GROUPS + column // COLUMNS, column % COLUMNS
-    return group * of_group + within, (group < num_groups) & (within < of_group)
+    if DENSE:
+        channel = program * (GROUPS * COLUMNS) + column
+        return channel, channel < channels
+    else:
+        group, within = program * GROUPS + column // COLUMNS, column % COLUMNS
+        channel = group * of_group + within
+        return channel, (channel < channels) & (within < of_group)
 
 
 @triton.jit
-def of_groups(x, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def of_groups(x, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over the columns of each group, for each column."""
     sums = tl.sum(tl.reshape(x, [GROUPS, COLUMNS]), axis=1)
     return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, COLUMNS]), [GROUPS * COLUMNS])
 
 
 @triton.jit
-def load_image(image, sample, pixel, channel, inside, elements, channel_stride, pixel_stride):  # type: ignore[no-untyped-def]
+def load_image(image, sample, pixel, channel, inside, elements, channel_stride, pixel_stride):
     at = pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
     return tl.load(image + sample * elements + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
-def load_channels(p, sample, channel, real, stride, other):  # type: ignore[no-untyped-def]
+def load_channels(p, sample, channel, real, stride, other):
     """Numbers of each channel, of each sample where stride is not 0."""
     return tl.load(p + sample * stride + channel, mask=real, other=other).to(tl.float32)
 
 
 @triton.jit
-def before_norm(  # type: ignore[no-untyped-def]
+def before_norm(
     x, x2, residual, channel_bias, sample, pixel, channel, inside, real, channels, channels1, pixels,
     x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
@@ -120,7 +125,7 @@ def before_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gain_offset(  # type: ignore[no-untyped-def]
+def gain_offset(
     weight, bias, scale, shift, sample, channel, real, channels, SCALE: tl.constexpr, SHIFT: tl.constexpr
 ):
     """(n weight + bias) (1 + scale) + shift = n gain + offset."""
@@ -135,10 +140,10 @@ def gain_offset(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def kept(  # type: ignore[no-untyped-def]
+def kept(
     sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample, pixel, channel,
-    pixels, first, STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, FOURS: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    pixels, first, STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, FOURS: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """1 / (1 - p) where an element is kept by dropout, else 0: [ROWS, WIDE]; its first pixel is ``first``.
 
@@ -163,13 +168,13 @@ def kept(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def centred_squares(h, mean, inside):  # type: ignore[no-untyped-def]
+def centred_squares(h, mean, inside):
     d = tl.where(inside, h - mean[None, :], 0.0)
     return tl.sum(d * d, axis=0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     x, x2, residual, channel_bias, weight, bias, scale, shift, y, h_out, mean_out, rstd_out, moments, sample_index,
     seed_tensor, seed_low, seed_high, step_tensor, step, eps, drop_below, keep_scale, channels, channels1, pixels,
     num_groups, of_group, chunks, x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel,
@@ -177,7 +182,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     DROP: tl.constexpr, ACTIVATION: tl.constexpr, ONE_READ: tl.constexpr, STREAM: tl.constexpr, SEED: tl.constexpr,
     STEP: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    MERGE: tl.constexpr,
+    MERGE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """y = drop(silu((h - mean) rstd gain + offset)) of a slab, or of a chunk of its pixels (Wu and He 2018, eq. 1-2).
 
@@ -185,7 +190,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     """
     WIDE: tl.constexpr = GROUPS * COLUMNS
     sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), num_groups, of_group, GROUPS, COLUMNS)
+    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
     pixel = chunk * ROWS + tl.arange(0, ROWS)
     inside = (pixel < pixels)[:, None] & real[None, :]
     h = before_norm(
@@ -222,7 +227,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def merged(  # type: ignore[no-untyped-def]
+def merged(
     moments, sample, group, real, num_groups, pixels, of_group, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
@@ -249,15 +254,15 @@ def merged(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def moments_kernel(  # type: ignore[no-untyped-def]
+def moments_kernel(
     x, x2, residual, channel_bias, moments, channels, channels1, pixels, num_groups, of_group, chunks,
     x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Mean, and squares of the deviations from it, of each group in a chunk. Bytes an element in half precision: 2."""
     sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), num_groups, of_group, GROUPS, COLUMNS)
+    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
     pixel = chunk * ROWS + tl.arange(0, ROWS)
     inside = (pixel < pixels)[:, None] & real[None, :]
     h = before_norm(
@@ -274,15 +279,15 @@ def moments_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def backward_kernel(  # type: ignore[no-untyped-def]
-    dy, dh, x, x2, residual, channel_bias, weight, bias, scale, shift, mean_in, rstd_in, sums, dx, dx2, dresidual, small,
-    dscale, dshift, sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale,
+def backward_kernel(
+    dy, dh, x, x2, residual, channel_bias, weight, bias, scale, shift, mean_in, rstd_in, sums, dx, dx2, dresidual,
+    small, dscale, dshift, sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale,
     batch, channels, channels1, pixels, num_groups, of_group, chunks, x_channel, x_pixel, x2_channel, x2_pixel,
     residual_channel, residual_pixel, dy_channel, dy_pixel, dh_channel, dh_pixel, bias_stride,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     DROP: tl.constexpr, ACTIVATION: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr, PASS: tl.constexpr,
     STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, MERGE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, MERGE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (dn - mean(dn) - n mean(dn n)) + dh, dn = da gain, da = dy through dropout and the activation.
 
@@ -292,7 +297,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     """
     WIDE: tl.constexpr = GROUPS * COLUMNS
     sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), num_groups, of_group, GROUPS, COLUMNS)
+    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
     pixel = chunk * ROWS + tl.arange(0, ROWS)
     inside = (pixel < pixels)[:, None] & real[None, :]
     elements = channels * pixels
@@ -309,8 +314,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         da = load_image(dy, sample, pixel, channel, inside, elements, dy_channel, dy_pixel)
         if DROP:
             da *= kept(
-                sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample, pixel,
-                channel, pixels, chunk * ROWS, STREAM, SEED, STEP, FOURS, ROWS, WIDE,
+                sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample,
+                pixel, channel, pixels, chunk * ROWS, STREAM, SEED, STEP, FOURS, ROWS, WIDE,
             )  # fmt: skip
         if ACTIVATION:
             a = n * gain[None, :] + offset[None, :]
@@ -367,7 +372,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         at = sample * channels + channel
         if SCALE:
             factor = 1.0 + load_channels(scale, sample, channel, real, channels, 0.0)
-            w, c = load_channels(weight, sample, channel, real, 0, 0.0), load_channels(bias, sample, channel, real, 0, 0.0)
+            w = load_channels(weight, sample, channel, real, 0, 0.0)
+            c = load_channels(bias, sample, channel, real, 0, 0.0)
             save(dscale + at, w * total_da_n + c * total_da, once)
         if SHIFT:
             save(dshift + at, total_da, once)
@@ -417,6 +423,11 @@ def _options(
     )  # fmt: skip
 
 
+def _tiles(cut: Plan, of_group: int) -> dict[str, Any]:
+    dense = cut.columns == of_group
+    return dict(DENSE=dense, GROUPS=cut.groups, COLUMNS=cut.columns, ROWS=cut.pixels, num_warps=cut.warps)
+
+
 @torch.library.triton_op("fastddpm::triton_group_norm_silu", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, channel_bias: Tensor | None,
@@ -433,14 +444,15 @@ def _forward(
     h = like_in_order(y) if residual is not None else y
     mean, rstd = (x.new_empty((batch, num_groups), dtype=torch.float32) for _ in range(2))
     grid = (batch * cut.chunks, triton.cdiv(num_groups, cut.groups))
-    tiles = dict(GROUPS=cut.groups, COLUMNS=cut.columns, ROWS=cut.pixels, num_warps=cut.warps)
+    tiles = _tiles(cut, channels // num_groups)
     moments = mean
     if cut.chunks > 1:
         moments = x.new_empty((batch, cut.chunks, num_groups, 2), dtype=torch.float32)
         launch(moments_kernel, grid, moments=moments, chunks=cut.chunks, **shared, **tiles)
     options = _options(
-        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation, cut.pixels
-    )
+        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation,
+        cut.pixels,
+    )  # fmt: skip
     y_channel, y_pixel = strides(y)
     launch(
         forward_kernel, grid, y=y, h_out=h, mean_out=mean, rstd_out=rstd, moments=moments, eps=eps, chunks=cut.chunks,
@@ -471,18 +483,20 @@ def _backward(
     if cut.chunks > 1:
         sums = x.new_empty((batch, cut.chunks, 4, channels), dtype=torch.float32)
     options = _options(
-        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation, cut.pixels
-    )
+        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation,
+        cut.pixels,
+    )  # fmt: skip
     at = {}
     for name, gradient in (("dy", dy), ("dh", dh)):
         at[f"{name}_channel"], at[f"{name}_pixel"] = strides(x if gradient is None else gradient)
     for number in (0,) if cut.chunks == 1 else (1, 2):
         launch(
             backward_kernel, (batch * cut.chunks, triton.cdiv(num_groups, cut.groups)),
-            dy=x if dy is None else dy, dh=x if dh is None else dh, mean_in=mean, rstd_in=rstd, sums=sums, dx=dx, dx2=dx2,
-            dresidual=dresidual, small=small, dscale=dscale, dshift=dshift, batch=batch, chunks=cut.chunks, **at,
+            dy=x if dy is None else dy, dh=x if dh is None else dh, mean_in=mean, rstd_in=rstd, sums=sums, dx=dx,
+            dx2=dx2, dresidual=dresidual, small=small, dscale=dscale, dshift=dshift, batch=batch,
+            chunks=cut.chunks, **at,
             DY=dy is not None, DH=dh is not None, PASS=number, MERGE=16, **shared, **options,
-            GROUPS=cut.groups, COLUMNS=cut.columns, ROWS=cut.pixels, num_warps=cut.warps,
+            **_tiles(cut, channels // num_groups),
         )  # fmt: skip
     gradients = [dx, small[0].sum(0).to(weight.dtype), small[1].sum(0).to(bias.dtype)]
     if channel_bias is not None:

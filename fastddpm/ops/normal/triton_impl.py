@@ -26,7 +26,7 @@ NUMBERS = ["seed_low", "seed_high", "step", "stream"]  # of any value: not worth
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def normal_kernel(  # type: ignore[no-untyped-def]
+def normal_kernel(
     out, sample, seed_tensor, seed_low, seed_high, step_tensor, step, stream, elements, blocks,
     SEED: tl.constexpr, STEP: tl.constexpr, APPROX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def normal_kernel(  # type: ignore[no-untyped-def]
     row = (tl.load(sample + b) & 0xFFFFFFFF).to(tl.uint32)
     counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     z = normals(counter.to(tl.uint32), row, step_word, stream.to(tl.uint32), low, high, APPROX)
-    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+    element = part * BLOCK + tl.arange(0, BLOCK)
     save(out + b.to(tl.int64) * elements + element, z, element < elements)
 
 

@@ -32,7 +32,7 @@ NUMBERS = ["seed_low", "seed_high", "step", "pixel_scale", "pixel_shift"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def q_sample_kernel(  # type: ignore[no-untyped-def]
+def q_sample_kernel(
     x0, noise, x_t, second, t, table, index, flip, sample, seed_tensor, seed_low, seed_high, step_tensor, step,
     pixel_scale, pixel_shift, elements, pixels, width, blocks,
     x0_channel, x0_pixel, noise_channel, noise_pixel, out_channel, out_pixel,
@@ -50,7 +50,7 @@ def q_sample_kernel(  # type: ignore[no-untyped-def]
     time = tl.load(t + b)
     signal, sigma = tl.load(table + 2 * time).to(tl.float32), tl.load(table + 2 * time + 1).to(tl.float32)
     counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+    element = part * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     base = b.to(tl.int64) * elements
 
@@ -131,9 +131,9 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See the interface."""
-    t, table, index, flip, sample = (p if p is None else p.contiguous() for p in (t, table, index, flip, sample))  # type: ignore[assignment]
+    index, flip, sample = (p if p is None else p.contiguous() for p in (index, flip, sample))
     outputs = _q_sample(
-        x0, t, table, index, flip, pixel_scale, pixel_shift, noise, *number_or_tensor(seed), sample,
-        *number_or_tensor(step), RETURNS.index(returns), dtype,
+        x0, t.contiguous(), table.contiguous(), index, flip, pixel_scale, pixel_shift, noise, *number_or_tensor(seed),
+        sample, *number_or_tensor(step), RETURNS.index(returns), dtype,
     )  # fmt: skip
     return outputs[0] if returns == "x_t" else (outputs[0], outputs[1])

@@ -31,15 +31,15 @@ NUMBERS = ["seed_low", "seed_high", "step", "guidance_number", "clamp_number"]
 
 
 @triton.jit
-def lerp(start, end, weight):  # type: ignore[no-untyped-def]
+def lerp(start, end, weight):
     """start + weight (end - start), exact at both ends."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1.0 - weight))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def solver_step_kernel(  # type: ignore[no-untyped-def]
-    x, out, x_next, pred_out, table, pred_prev, uncond, guidance, guidance_number, clamp, clamp_number, noise, mask, known,
-    known_table, known_noise, sample, seed_tensor, seed_low, seed_high, step_tensor, step,
+def solver_step_kernel(
+    x, out, x_next, pred_out, table, pred_prev, uncond, guidance, guidance_number, clamp, clamp_number, noise, mask,
+    known, known_table, known_noise, sample, seed_tensor, seed_low, seed_high, step_tensor, step,
     elements, pixels, blocks, mask_sample, mask_channel, mask_pixel,
     x_channel, x_pixel, out_channel, out_pixel, uncond_channel, uncond_pixel, prev_channel, prev_pixel,
     noise_channel, noise_pixel, known_channel, known_pixel, eps_channel, eps_pixel, pred_channel, pred_pixel,
@@ -56,7 +56,7 @@ def solver_step_kernel(  # type: ignore[no-untyped-def]
     """
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+    element = part * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     base = b.to(tl.int64) * elements
     row = tl.load(step_tensor) if STEP else step.to(tl.int64)
@@ -157,7 +157,8 @@ def _run(
         guidance_number=1.0 if guidance_scale is None else guidance_scale, clamp=x if clamp is None else clamp,
         clamp_number=1.0 if clamp_bound is None else clamp_bound, noise=x if noise is None else noise,
         mask=x if mask is None else mask, known=x if known is None else known,
-        known_table=table if known_table is None else known_table, known_noise=x if known_noise is None else known_noise,
+        known_table=table if known_table is None else known_table,
+        known_noise=x if known_noise is None else known_noise,
         sample=x if sample is None else sample, **draw, elements=elements, pixels=pixels, blocks=blocks,
         mask_sample=mask_sample, mask_channel=mask_channel, mask_pixel=mask_pixel, **at,
         LEARNED=learned, PREV=pred_prev is not None, UNCOND=out_uncond is not None, GUIDANCE=guidance is not None,
