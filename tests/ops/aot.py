@@ -175,7 +175,8 @@ def normal(module: Any, shape: tuple[int, ...]) -> None:
 
 def solver_step(module: Any, shape: tuple[int, ...]) -> None:
     unwrapped(module).forward(
-        empty(*shape), empty(*shape, dtype=torch.bfloat16), empty(50, 9), DRAWN["step"], pred_prev=None, out_uncond=None,
+        empty(*shape), empty(*shape, dtype=torch.bfloat16), empty(50, 9), DRAWN["step"],
+        pred_prev=None, out_uncond=None,
         guidance_scale=1.0, clamp=1.0, noise=None, seed=DRAWN["seed"], sample=rows(shape[0]), mask=None, known=None,
         known_table=None, known_noise=None, inplace=False,
     )  # fmt: skip
@@ -183,9 +184,9 @@ def solver_step(module: Any, shape: tuple[int, ...]) -> None:
 
 def diffusion_loss(module: Any, shape: tuple[int, ...]) -> None:
     unwrapped(module).forward(
-        empty(*shape, dtype=torch.bfloat16), rows(shape[0]), target=None, objective="eps", table=None, x0=None, index=None,
-        flip=None, pixel_scale=0.1, pixel_shift=-1.0, sample=rows(shape[0]), weight=empty(shape[0]), vlb=None,
-        vlb_weight=0.0, levels=256, gradient_scale=2.0**20, **DRAWN,
+        empty(*shape, dtype=torch.bfloat16), rows(shape[0]), target=None, objective="eps", table=None, x0=None,
+        index=None, flip=None, pixel_scale=0.1, pixel_shift=-1.0, sample=rows(shape[0]), weight=empty(shape[0]),
+        vlb=None, vlb_weight=0.0, levels=256, gradient_scale=2.0**20, **DRAWN,
     )  # fmt: skip
 
 
@@ -233,9 +234,9 @@ def binaries(op: str, arch: int) -> list[Binary]:
     call, shapes = HOT[op]
     found = []
     for name, shape in shapes.items():
-        for launch in recorded(op, lambda module, shape=shape: call(module, shape)):
-            if launch.kernel.fn.__name__ != "write_addresses_kernel":
-                found.append(inspected(f"{op} {name}", launch, arch))
+        launches = recorded(op, lambda module, shape=shape: call(module, shape))
+        hot = [launch for launch in launches if launch.kernel.fn.__name__ != "write_addresses_kernel"]
+        found += [inspected(f"{op} {name}", launch, arch) for launch in hot]
     return found
 
 
@@ -250,11 +251,13 @@ def table(rows: list[Binary]) -> str:
         "| case | kernel | sm | threads | registers | local | 16 bytes | less |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for b in rows:
-        lines.append(
+    return "\n".join([
+        *lines,
+        *(
             f"| {b.case} | {b.kernel} | {b.arch} | {b.threads} | {b.registers} | {b.local} | {b.wide} | {b.narrow} |"
-        )
-    return "\n".join(lines)
+            for b in rows
+        ),
+    ])
 
 
 def main() -> None:

@@ -39,20 +39,20 @@ def write_addresses_kernel(
 @triton.jit
 def read(address, at, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
     """Elements of a tensor, as float32; all of them with FULL."""
-    pointer = tl.multiple_of(address, 16).to(tl.pointer_type(TYPE)) + at
+    pointer = address.to(tl.pointer_type(TYPE))
     if FULL:
-        return tl.load(pointer).to(tl.float32)
+        return tl.load(tl.multiple_of(pointer, 16) + at).to(tl.float32)
     else:
-        return tl.load(pointer, mask=inside, other=0).to(tl.float32)
+        return tl.load(pointer + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def write(address, at, x, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
-    pointer = tl.multiple_of(address, 16).to(tl.pointer_type(TYPE)) + at
+    pointer = address.to(tl.pointer_type(TYPE))
     if FULL:
-        save(pointer, x, None)
+        save(tl.multiple_of(pointer, 16) + at, x, None)
     else:
-        save(pointer, x, inside)
+        save(pointer + at, x, inside)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ Saved = tuple[Tensor, ...]
 TILE = 32768  # elements of a tile that stays in registers: 64 of 32 bits for each of 512 threads
 BACKWARD_TILE = 16384  # x and dy stay there
 CHUNK_TILE = 8192  # elements of a chunk
-WIDTH = 64  # columns of a slab: 128 bytes of bfloat16 from each pixel, see the memory figures in the design notes
+WIDTH, BACKWARD_WIDTH = 64, 32  # columns of a slab: runs of 128 and 64 bytes of bfloat16 from each pixel
 FULL = 128  # programs that fill a large GPU; with fewer, a slab of more than a tile of chunks is cut
 NUMBERS = ["seed_low", "seed_high", "step", "eps", "drop_below", "keep_scale"]
 
@@ -53,19 +53,22 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(batch: int, channels: int, pixels: int, num_groups: int, tile: int) -> Plan:
+def plan(batch: int, channels: int, pixels: int, num_groups: int, tile: int, width: int) -> Plan:
     """One read where all pixels of one group fit a tile and the slabs fill the GPU; otherwise chunks."""
     columns = triton.next_power_of_2(channels // num_groups)
     rows = triton.next_power_of_2(max(pixels, 1))
-    groups = max(1, min(WIDTH // columns, triton.next_power_of_2(num_groups)))
+    groups = max(1, min(width // columns, triton.next_power_of_2(num_groups)))
     one_read = groups
     while one_read > 1 and rows * one_read * columns > tile:
         one_read //= 2
     slabs = batch * triton.cdiv(num_groups, one_read)
     if rows * one_read * columns <= tile and (slabs >= FULL or rows * groups * columns <= CHUNK_TILE):
         size = rows * one_read * columns
-        return Plan(one_read, columns, rows, 1, 16 if size > 8192 else 8 if size > 2048 else 4)
+        return Plan(one_read, columns, rows, 1, max(1, min(16, size // 1024)))
     per_tile = max(1, CHUNK_TILE // (groups * columns))
+    slabs = batch * triton.cdiv(num_groups, groups)
+    while per_tile > 16 and slabs * triton.cdiv(pixels, per_tile) < FULL:
+        per_tile //= 2
     return Plan(groups, columns, per_tile, triton.cdiv(pixels, per_tile), 8)
 
 
@@ -439,7 +442,7 @@ def _forward(
         x, weight, num_groups, channel_bias, scale, shift, residual, x2, dropout, sample, layer, activation
     )
     batch, channels, pixels = x.shape[0], shared["channels"], shared["pixels"]
-    cut = plan(batch, channels, pixels, num_groups, TILE)
+    cut = plan(batch, channels, pixels, num_groups, TILE, WIDTH)
     y = like_in_order(x, (batch, channels, *x.shape[2:]))
     h = like_in_order(y) if residual is not None else y
     mean, rstd = (x.new_empty((batch, num_groups), dtype=torch.float32) for _ in range(2))
@@ -472,7 +475,7 @@ def _backward(
         x, weight, num_groups, channel_bias, scale, shift, residual, x2, dropout, sample, layer, activation
     )
     batch, channels, pixels = x.shape[0], shared["channels"], shared["pixels"]
-    cut = plan(batch, channels, pixels, num_groups, BACKWARD_TILE)
+    cut = plan(batch, channels, pixels, num_groups, BACKWARD_TILE, BACKWARD_WIDTH)
     dx = like_in_order(x)
     dx2 = dx if x2 is None else like_in_order(x2)
     dresidual = dx if residual is None else like_in_order(residual)

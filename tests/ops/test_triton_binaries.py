@@ -1,0 +1,56 @@
+"""The Triton kernels compiled for GPUs that need not be there: registers, spills, width of the memory accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90, 100)
+
+# Threads times registers that leave room for this many programs on a multiprocessor of 65,536 registers.
+PROGRAMS = {"group_norm_silu": 1, "rms_norm_silu": 2, "adam_ema": 2, "normal": 8, "q_sample": 8, "solver_step": 8,
+            "diffusion_loss": 8}  # fmt: skip
+
+# The narrow accesses of a kernel: numbers of a sample, a channel or a group, and rows of tables; uint8 pixels are 8
+# bytes a thread. Every other access is 16 bytes wide, or 8 for a bfloat16 beside a float32 of the same element.
+NARROW = {
+    "q_sample_kernel": 7, "normal_kernel": 4, "solver_step_kernel": 14, "diffusion_loss_kernel": 10,
+    "moments_kernel": 4, "forward_kernel": 16, "backward_kernel": 28, "gradient_squares_kernel": 16,
+    "adam_ema_kernel": 128,
+}  # fmt: skip
+
+
+def compiled(op: str, arch: int) -> list[dict[str, object]]:
+    """The binaries of an op's hot shapes, from a process in which kernels are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.ops.aot", op, "--arch", str(arch)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.timeout(60)  # ptxas; a process of its own
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_hot_kernels(op: str, arch: int) -> None:
+    """No local memory, registers for the programs planned, 16 bytes an access but for what is narrow by nature."""
+    found = compiled(op, arch)
+    assert found
+    for binary in found:
+        name = f"{binary['case']}: {binary['kernel']}, sm_{arch}: {binary}"
+        # one backward tile, of 32 elements for each of 512 threads, spills two numbers on sm_100 and on no other
+        spills = arch == 100 and binary["case"] == "group_norm_silu 128x128x32x32"
+        assert int(binary["local"]) <= (4 if spills else 0), name
+        assert int(binary["threads"]) * int(binary["registers"]) * PROGRAMS[op] <= 65_536, name
+        assert int(binary["wide"]) >= 1, name
+        assert int(binary["narrow"]) <= NARROW[str(binary["kernel"])], name
