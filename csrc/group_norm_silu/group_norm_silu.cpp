@@ -90,7 +90,7 @@ GroupNorm arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, i
     return a;
 }
 
-// y, mean and rstd [B, G]; with a residual h, too.
+// y, mean and rstd [B, G], the mean in double; with a residual h, too.
 std::vector<Tensor> group_norm_silu(
     const Tensor x, const Tensor weight, const Tensor bias, int64_t groups, double eps, const MaybeTensor channel_bias,
     const MaybeTensor scale, const MaybeTensor shift, const MaybeTensor residual, const MaybeTensor x2, double dropout,
@@ -99,10 +99,11 @@ std::vector<Tensor> group_norm_silu(
     GroupNorm a = arguments(x, weight, bias, groups, eps, channel_bias, scale, shift, residual, x2, dropout, seed,
                             seed_tensor, sample, step, step_tensor, layer, activation);
     std::vector<Tensor> outputs{new_image(a.shape, x.scalar_type())};
-    for (int i = 0; i < 2; ++i) outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Float));
+    outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Double));
+    outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Float));
     if (residual) outputs.push_back(new_image(a.shape, x.scalar_type()));
     a.y = image(outputs[0], a.shape);
-    a.mean = static_cast<float*>(outputs[1].data_ptr()), a.rstd = static_cast<float*>(outputs[2].data_ptr());
+    a.mean = static_cast<double*>(outputs[1].data_ptr()), a.rstd = static_cast<float*>(outputs[2].data_ptr());
     if (residual) a.h = image(outputs[3], a.shape);
     std::vector<Moments> moments(a.shape.batch * (a.shape.nhwc ? a.spans : 1) * groups);
     a.moments = moments.data();
@@ -119,7 +120,7 @@ std::vector<Tensor> group_norm_silu_backward(
     const MaybeTensor sample, int64_t step, const MaybeTensor step_tensor, int64_t layer, bool activation) {
     GroupNorm a = arguments(x, weight, bias, groups, 1.0, channel_bias, scale, shift, residual, x2, dropout, seed,
                             seed_tensor, sample, step, step_tensor, layer, activation);
-    const int64_t batch = a.shape.batch, channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
+    const int64_t batch = a.shape.batch, channels = a.shape.channels;
     Shape of_x = shape(x);
     Tensor dx = new_image(of_x, x.scalar_type());
     MaybeTensor dresidual, dx2;
@@ -127,7 +128,7 @@ std::vector<Tensor> group_norm_silu_backward(
     if (x2) dx2 = new_image(shape(*x2), x2->scalar_type());
     a.dy = image(dy, a.shape), a.dh = image(dh, a.shape), a.dx = image(dx, a.shape);
     a.dresidual = image(dresidual, a.shape), a.dx2 = image(dx2, a.shape);
-    a.mean = static_cast<float*>(mean.data_ptr()), a.rstd = static_cast<float*>(rstd.data_ptr());
+    a.mean = static_cast<double*>(mean.data_ptr()), a.rstd = static_cast<float*>(rstd.data_ptr());
     const int64_t spans = a.shape.nhwc ? a.spans : 1;
     std::vector<ChannelSums> sums(batch * spans * channels);
     std::vector<float> coefficients(2 * batch * channels);
@@ -149,10 +150,7 @@ std::vector<Tensor> group_norm_silu_backward(
             dweight[c] += factor * da_n, dbias[c] += factor * s.da;
             if (scale) dscale[i] = number(weight, c) * da_n + number(bias, c) * s.da;
             if (shift) dshift[i] = s.da;
-            if (channel_bias)  // the sum of dx over the pixels
-                dchannel_bias[per_sample ? i : c] += number(weight, c) * factor * rstd_c * s.da +
-                                                     coefficients[2 * b * channels + c] * s.centred +
-                                                     coefficients[(2 * b + 1) * channels + c] * double(pixels) + s.dh;
+            if (channel_bias) dchannel_bias[per_sample ? i : c] += s.dx;
         }
     std::vector<Tensor> gradients{dx, rounded(dweight, weight), rounded(dbias, bias)};
     if (channel_bias) gradients.push_back(rounded(dchannel_bias, *channel_bias));

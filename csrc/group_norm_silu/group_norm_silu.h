@@ -8,6 +8,7 @@ namespace fastddpm {
 // What is summed over the pixels of a channel in backward.
 struct ChannelSums {
     double da, da_centred, centred, dh;
+    double dx;  // the finish derives it from the others
 };
 
 // Moments of the elements of one group in one span.
@@ -28,7 +29,8 @@ struct GroupNorm {
     bool activation;
     Draw draw;              // of dropout; no sample: none
     uint64_t drop_below;    // words below it drop their element
-    float *mean, *rstd;     // [B, G]
+    double* mean;           // [B, G]
+    float* rstd;            // [B, G]
     Moments* moments;       // [B, spans, G], in NCHW order [B, G]
     ChannelSums* sums;      // [B, spans, C], in NCHW order [B, C]; finish leaves the totals in span 0
     float* coefficients;    // [B, C, 2], of dx: finish_backward makes them

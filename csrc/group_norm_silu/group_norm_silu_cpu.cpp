@@ -88,21 +88,25 @@ INLINE void sum_pixels(const Block& b, const T* x, float* out) {
     });
 }
 
+// Of d = x - centre: the sum, and that of the squares.
 template <bool NHWC, class T>
-INLINE void sum_centred_squares(const Block& b, const T* x, const float* centre, float* out) {
+INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
     for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
-        VF total[K]{}, mid = of_channel<NHWC>(centre, c, n);
+        VF total[K]{}, squares[K]{}, mid = of_channel<NHWC>(centre, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
                 VF d = load(x + at + i * step + k * gap, n) - mid;
-                total[k] += d * d;
+                total[k] += d;
+                squares[k] += d * d;
             }
         add_to_channel<NHWC>(out, c, added<K>(total), n);
+        add_to_channel<NHWC>(out_squares, c, added<K>(squares), n);
     });
 }
 
-// Per channel of the block: h - mean = x - centre, before the activation a = (x - centre) gain + offset.
+// Per channel of the block: a = (x - centre) gain + offset is what goes into the activation. centre is the mean less the
+// channel bias, rounded; what the rounding took away is in the offset, so that a large mean costs no digits.
 struct Affine {
     const float *centre, *gain, *offset;
 };
@@ -322,7 +326,8 @@ INLINE void channel_biases(const GroupNorm& a, int64_t sample, float* out) {
         memset(out, 0, 4 * a.shape.channels);
 }
 
-// centre = mean - channel_bias, gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift. ``t``: two rows.
+// gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift, centre = mean - channel_bias, and ``t``: two rows,
+// of which the first takes what the rounding of centre left.
 INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* gain, float* offset, float* t) {
     const int64_t channels = a.shape.channels, of_group = channels / a.groups;
     float *bias = t, *factor = t + (channels + 15) / 16 * 16;
@@ -338,8 +343,15 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
         for (int64_t c = 0; c < channels; ++c) offset[c] += factor[c];
     }
     for (int64_t g = 0; g < a.groups; ++g) {
-        const float mean = a.mean[sample * a.groups + g], rstd = a.rstd[sample * a.groups + g];
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = mean - bias[c], gain[c] *= rstd;
+        const double mean = a.mean[sample * a.groups + g];
+        const float rstd = a.rstd[sample * a.groups + g];
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
+            const double exact = mean - bias[c];
+            centre[c] = static_cast<float>(exact);
+            bias[c] = static_cast<float>(exact - centre[c]);
+            gain[c] *= rstd;
+            offset[c] -= bias[c] * gain[c];
+        }
     }
 }
 
@@ -387,7 +399,8 @@ INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 19
     a.count = count;
 }
 
-// Moments of the groups of a block; ``bias`` is added to each channel. ``centre`` and ``sums``: room for the channels.
+// Moments of the groups of a block; ``bias`` is added to each channel. The first sweep finds a centre, the second takes
+// the moments about it. ``centre`` and ``sums``: room for the channels, and for twice as many.
 template <bool NHWC, class T>
 INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
                           float* centre, float* sums, double* means, Moments* moments) {
@@ -398,15 +411,20 @@ INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of
     for (int64_t g = 0; g < groups; ++g) {
         double total = 0;
         for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) total += double(sums[c]) + double(bias[c]) * pixels;
-        means[g] = total / count;
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g]) - bias[c];
+        means[g] = float(total / count);
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g] - bias[c]);
     }
-    memset(sums, 0, 4 * groups * of_group);
-    sum_centred_squares<NHWC>(b, x, centre, sums);
+    float* of_squares = sums + groups * of_group;
+    memset(sums, 0, 8 * groups * of_group);
+    sum_centred<NHWC>(b, x, centre, sums, of_squares);
     for (int64_t g = 0; g < groups; ++g) {
-        double squares = 0;
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) squares += sums[c];
-        merge(moments[g], {count, means[g], squares});
+        double first = 0, squares = 0;  // of h - means[g]; e is what the rounding of the centre took from it
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
+            const double e = double(centre[c]) - (means[g] - double(bias[c]));
+            first += sums[c] + pixels * e;
+            squares += of_squares[c] + 2 * e * sums[c] + pixels * e * e;
+        }
+        merge(moments[g], {count, means[g] + first / count, squares - first * first / count});
     }
 }
 
@@ -415,7 +433,7 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
     const int64_t channels = a.shape.channels, of_group = channels / a.groups;
     const int64_t groups = NHWC ? a.groups : 1;  // of a span
     Scratch s{scratch};
-    float *bias = s.take(channels), *centre = s.take(channels), *sums = s.take(channels), *buffer;
+    float *bias = s.take(channels), *centre = s.take(channels), *sums = s.take(2 * channels + 16), *buffer;
     double* means = reinterpret_cast<double*>(s.take(2 * groups));
     buffer = s.next;
     for (int64_t item = begin; item < end; ++item) {
@@ -568,7 +586,7 @@ void finish(const GroupNorm& a, int64_t begin, int64_t end) {
         const int64_t sample = i / a.groups, g = i % a.groups, spans = NHWC ? a.spans : 1;
         Moments all{};
         for (int64_t k = 0; k < spans; ++k) merge(all, a.moments[(sample * spans + k) * a.groups + g]);
-        a.mean[i] = static_cast<float>(all.mean);
+        a.mean[i] = all.mean;
         a.rstd[i] = static_cast<float>(1 / __builtin_sqrt(all.squares / all.count + a.eps));
     }
 }
@@ -596,12 +614,16 @@ void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scra
             const double rstd = a.rstd[sample * a.groups + g];
             double dn = 0, dn_centred = 0;  // rstd times their sums
             for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
+                total[c].da_centred -= rows[c] * total[c].da;  // centred about the mean itself
+                total[c].centred -= rows[c] * double(a.shape.height * a.shape.width);
                 dn += gain[c] * total[c].da;
                 dn_centred += gain[c] * total[c].da_centred;
             }
             for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
                 slope[c] = static_cast<float>(-rstd * rstd * dn_centred / count);
-                level[c] = static_cast<float>(-dn / count);
+                level[c] = static_cast<float>(-dn / count - double(slope[c]) * rows[c]);
+                total[c].dx = gain[c] * total[c].da - dn / count * double(a.shape.height * a.shape.width) -
+                              rstd * rstd * dn_centred / count * total[c].centred + total[c].dh;
             }
         }
     }

@@ -87,7 +87,7 @@ def _contiguous(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
 def _(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, *args: Any) -> list[Tensor]:
     residual = args[4]
     y = like_in_order(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-    statistics = [x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2)]
+    statistics = [x.new_empty((x.shape[0], num_groups), dtype=dtype) for dtype in (torch.float64, torch.float32)]
     return [y, *statistics, *([] if residual is None else [torch.empty_like(y)])]
 
 

@@ -204,18 +204,20 @@ def forward_kernel(
     if ONE_READ:
         count = (pixels * of_group).to(tl.float32)
         mean = of_groups(tl.sum(tl.where(inside, h, 0.0), axis=0), GROUPS, COLUMNS) / count
-        variance = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS) / count
+        rest = of_groups(tl.sum(tl.where(inside, h - mean[None, :], 0.0), axis=0), GROUPS, COLUMNS) / count
+        variance = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS) / count - rest * rest
     else:
-        mean, variance = merged(
+        mean, rest, variance = merged(
             moments, sample, group, real, num_groups, pixels, of_group, chunks, ROWS, WIDE, MERGE
         )
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     first_of_group = real & (channel % of_group + chunk == 0)
-    tl.store(mean_out + sample * num_groups + group, mean, mask=first_of_group)
+    tl.store(mean_out + (sample * num_groups + group) * 2, mean, mask=first_of_group)
+    tl.store(mean_out + (sample * num_groups + group) * 2 + 1, rest, mask=first_of_group)
     tl.store(rstd_out + sample * num_groups + group, rstd, mask=first_of_group)
 
     gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
-    a = (h - mean[None, :]) * (gain * rstd)[None, :] + offset[None, :]
+    a = (h - mean[None, :]) * (gain * rstd)[None, :] + (offset - rest * (gain * rstd))[None, :]
     if ACTIVATION:
         a = a / (1.0 + tl.exp(-a))
     if DROP:
@@ -234,26 +236,32 @@ def merged(
     moments, sample, group, real, num_groups, pixels, of_group, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of each column's group from the means and centred squares of the chunks (Chan et al. 1983)."""
-    at = moments + (sample * chunks) * num_groups * 2 + group * 2
+    """Mean and variance of each column's group from the moments of the chunks (Chan et al. 1983).
+
+    The mean comes in two numbers: one, and what its rounding took away.
+    """
+    at = moments + (sample * chunks) * num_groups * 3 + group * 3
     total = tl.zeros([WIDE], tl.float32)
     for begin in range(0, chunks, MERGE):
         k = begin + tl.arange(0, MERGE)
         size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
         there = (k < chunks)[:, None] & real[None, :]
-        m = tl.load(at[None, :] + k[:, None] * num_groups * 2, mask=there, other=0)
+        m = tl.load(at[None, :] + k[:, None] * num_groups * 3, mask=there, other=0)
         total += tl.sum(tl.where(there, m * size[:, None], 0.0), axis=0)
     mean = total / pixels.to(tl.float32)
-    squares = tl.zeros([WIDE], tl.float32)
+    squares, rest = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
     for begin in range(0, chunks, MERGE):
         k = begin + tl.arange(0, MERGE)
         size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
         there = (k < chunks)[:, None] & real[None, :]
-        m = tl.load(at[None, :] + k[:, None] * num_groups * 2, mask=there, other=0)
-        s = tl.load(at[None, :] + k[:, None] * num_groups * 2 + 1, mask=there, other=0)
-        d = m - mean[None, :]
+        m = tl.load(at[None, :] + k[:, None] * num_groups * 3, mask=there, other=0)
+        r = tl.load(at[None, :] + k[:, None] * num_groups * 3 + 1, mask=there, other=0)
+        s = tl.load(at[None, :] + k[:, None] * num_groups * 3 + 2, mask=there, other=0)
+        d = (m - mean[None, :]) + r
+        rest += tl.sum(tl.where(there, d * size[:, None], 0.0), axis=0)
         squares += tl.sum(tl.where(there, s + d * d * (size * of_group)[:, None], 0.0), axis=0)
-    return mean, squares / (pixels * of_group).to(tl.float32)
+    rest /= pixels.to(tl.float32)
+    return mean, rest, squares / (pixels * of_group).to(tl.float32) - rest * rest
 
 
 @triton.jit
@@ -263,7 +271,7 @@ def moments_kernel(
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and squares of the deviations from it, of each group in a chunk. Bytes an element in half precision: 2."""
+    """Mean (in two numbers) and squares of the deviations of each group in a chunk. Bytes an element in half: 2."""
     sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
     pixel = chunk * ROWS + tl.arange(0, ROWS)
@@ -274,11 +282,13 @@ def moments_kernel(
     )  # fmt: skip
     count = (tl.minimum(ROWS, pixels - chunk * ROWS) * of_group).to(tl.float32)
     mean = of_groups(tl.sum(tl.where(inside, h, 0.0), axis=0), GROUPS, COLUMNS) / count
-    squares = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS)
+    rest = of_groups(tl.sum(tl.where(inside, h - mean[None, :], 0.0), axis=0), GROUPS, COLUMNS) / count
+    squares = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS) - count * rest * rest
     first_of_group = real & (channel % of_group == 0)
-    at = moments + (tl.program_id(0).to(tl.int64) * num_groups + channel // of_group) * 2
+    at = moments + (tl.program_id(0).to(tl.int64) * num_groups + channel // of_group) * 3
     tl.store(at, mean, mask=first_of_group)
-    tl.store(at + 1, squares, mask=first_of_group)
+    tl.store(at + 1, rest, mask=first_of_group)
+    tl.store(at + 2, squares, mask=first_of_group)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -309,10 +319,11 @@ def backward_kernel(
         x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride, X2, RESIDUAL, BIAS,
     )  # fmt: skip
     group = channel // of_group
-    mean = tl.load(mean_in + sample * num_groups + group, mask=real, other=0)
+    mean = tl.load(mean_in + (sample * num_groups + group) * 2, mask=real, other=0)
+    rest = tl.load(mean_in + (sample * num_groups + group) * 2 + 1, mask=real, other=0)
     rstd = tl.load(rstd_in + sample * num_groups + group, mask=real, other=0)
     gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
-    n = tl.where(inside, (h - mean[None, :]) * rstd[None, :], 0.0)
+    n = tl.where(inside, ((h - mean[None, :]) - rest[None, :]) * rstd[None, :], 0.0)
     if DY:
         da = load_image(dy, sample, pixel, channel, inside, elements, dy_channel, dy_pixel)
         if DROP:
@@ -445,12 +456,14 @@ def _forward(
     cut = plan(batch, channels, pixels, num_groups, TILE, WIDTH)
     y = like_in_order(x, (batch, channels, *x.shape[2:]))
     h = like_in_order(y) if residual is not None else y
-    mean, rstd = (x.new_empty((batch, num_groups), dtype=torch.float32) for _ in range(2))
+    # the mean is two numbers: one, and what its rounding took away
+    mean = x.new_empty((batch, num_groups, 2), dtype=torch.float32)
+    rstd = x.new_empty((batch, num_groups), dtype=torch.float32)
     grid = (batch * cut.chunks, triton.cdiv(num_groups, cut.groups))
     tiles = _tiles(cut, channels // num_groups)
     moments = mean
     if cut.chunks > 1:
-        moments = x.new_empty((batch, cut.chunks, num_groups, 2), dtype=torch.float32)
+        moments = x.new_empty((batch, cut.chunks, num_groups, 3), dtype=torch.float32)
         launch(moments_kernel, grid, moments=moments, chunks=cut.chunks, **shared, **tiles)
     options = _options(
         x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation,
