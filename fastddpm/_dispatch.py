@@ -13,13 +13,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
+_copied: Counter[str] = Counter()  # op to the gradients that came with other strides than the kernels take
 
 
 class Op:
@@ -100,6 +105,16 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = before
 
 
+def dense_gradient(op: str, x: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in the memory order of x: itself, or a copy where it has other strides, which `explain` counts."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    if gradient.is_contiguous(memory_format=layout):
+        return gradient
+    if not torch.compiler.is_compiling():
+        _copied[op] += 1
+    return gradient.contiguous(memory_format=layout)
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Print, and return, which implementation of an op would run on these arguments, and why the others would not.
 
@@ -125,6 +140,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     for backend in order:
         note = "chosen" if backend == chosen else "can run" if reasons[backend] is None else reasons[backend]
         lines.append(f"  {backend:<10} {note}")
+    if _copied[holder.name]:
+        lines.append(f"  {_copied[holder.name]} gradients came with other strides, and were copied")
     text = "\n".join(lines)
     print(text)
     return text

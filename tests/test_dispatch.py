@@ -72,3 +72,14 @@ def test_an_op_finds_the_implementations_beside_it(tmp_path: Any) -> None:
     reference = ModuleType("reference")
     reference.__file__ = str(tmp_path / "reference.py")
     assert Op("somewhere.thing", reference).present == ("reference", "triton")
+
+
+def test_explain_counts_copied_gradients() -> None:
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    before = fastddpm.explain(fastddpm.rms_norm_silu, x, ARGUMENTS[1])
+    y = fastddpm.rms_norm_silu(x, ARGUMENTS[1])
+    torch.autograd.grad(y, x, torch.ones(()).expand_as(y), retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    after = fastddpm.explain(fastddpm.rms_norm_silu, x, ARGUMENTS[1])
+    counts = [int(text.split("\n  ")[-1].split()[0]) if "copied" in text else 0 for text in (before, after)]
+    assert counts[1] == counts[0] + 1

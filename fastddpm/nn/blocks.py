@@ -69,11 +69,12 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None, skip: Tensor | None = None) -> Tensor:
         """Apply the block.
 
         Args:
-            x: [B, in_channels, H, W].
+            x: [B, in_channels, H, W]; with ``skip`` the two together have in_channels.
+            skip: joined to x along the channels: an output of the way down.
             e: projection of the time embedding, [B, embedding_width]: a bias, or scale then shift.
             key: where dropout draws; needed in training with dropout > 0.
 
@@ -83,8 +84,10 @@ class ResBlock(nn.Module):
         assert bias is not None
         scale, shift = e.chunk(2, dim=1) if self.scale_shift else (None, None)
         noise = key._asdict() if key is not None else {}
+        if skip is not None and not reads_apart(x):
+            x, skip = torch.cat([x, skip], dim=1), None
 
-        h = F.conv2d(self._resampled(self.norm1(x)), self.conv1.weight, padding=1)
+        h = F.conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
         h = self.norm2(
             h,
             channel_bias=bias if self.scale_shift else bias + e,
@@ -94,9 +97,16 @@ class ResBlock(nn.Module):
             layer=self.layer,
             **noise,
         )
-        x = self._resampled(x)
-        out: Tensor = (x if self.shortcut is None else self.shortcut(x)) + self.conv2(h)
+        out: Tensor = self._shortcut(x, skip) + self.conv2(h)
         return out
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if skip is None:
+            x = self._resampled(x)
+            return x if self.shortcut is None else self.shortcut(x)
+        assert self.shortcut is not None and self.resample is None  # what joins has more channels than it gives
+        first, second = self.shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        return F.conv2d(x, first, self.shortcut.bias) + F.conv2d(skip, second)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -144,6 +154,16 @@ class Upsample(nn.Module):
         """[B, C, H, W] to [B, C, 2H, 2W]."""
         out: Tensor = self.conv(_repeat_pixels(x))
         return out
+
+
+def reads_apart(x: Tensor) -> bool:
+    """Whether a block reads what it joins from two tensors, in place of one that is their copy.
+
+    The norm and the shortcut then read both, and the copy is neither written nor read nor kept for backward: 6 bytes an
+    element in half precision less, on a GPU (not measured). On the CPU it changes the time of a block by less than what
+    two runs differ by, at 8 x (128..512) x (8..32)^2 in bfloat16: there the two are joined.
+    """
+    return x.is_cuda
 
 
 def _repeat_pixels(x: Tensor) -> Tensor:

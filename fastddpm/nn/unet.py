@@ -221,7 +221,8 @@ class UpLevel(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], e: tuple[Tensor, ...], key: DropoutKey | None) -> Tensor:
         """Apply the level; what it joins is taken from the end of ``skips``."""
         for i, block in enumerate(self.blocks):
-            x = _apply(block, torch.cat([x, skips.pop()], dim=1), e, key)
+            assert isinstance(block, ResBlock)
+            x = block(x, e[block.layer], key, skips.pop())
             if self.attentions:
                 x = self.attentions[i](x)
         return x if self.upsample is None else _apply(self.upsample, x, e, key)

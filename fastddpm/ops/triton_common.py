@@ -179,8 +179,3 @@ def like_in_order(like: Tensor, shape: Any = None, dtype: torch.dtype | None = N
     layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
     shape = like.shape if shape is None else shape
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def dense_like(x: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient in the memory order of x: itself, or a copy where it has other strides."""
-    return gradient.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)

@@ -224,7 +224,8 @@ def _group_norm_silu(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
 
     def make(g: torch.Generator) -> Inputs:
         inputs: Inputs = dict(
-            x=choice["mean"] + randn(g, *shape), num_groups=groups, activation=choice["activation"], **norm_weights(g, total)
+            x=choice["mean"] + randn(g, *shape), num_groups=groups, activation=choice["activation"],
+            **norm_weights(g, total)
         )  # fmt: skip
         if choice["x2"]:
             inputs["x2"] = choice["mean"] + randn(g, batch, more, *size)
@@ -321,13 +322,16 @@ def numbered(count: int, first: int = 0) -> list[tuple[str, int]]:
 
 def _mismatches(first: int, count: int, backend: str, most: int) -> list[str]:
     torch.set_num_threads(1)
-    found = []
-    for op, number in numbered(count, first):
-        try:
-            check(op, number, backend, most)
-        except AssertionError as error:
-            found.append(str(error))
-    return found
+    found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first))
+    return [text for text in found if text is not None]
+
+
+def _mismatch(op: str, number: int, backend: str, most: int) -> str | None:
+    try:
+        check(op, number, backend, most)
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
 def run(count: int, backend: str, most: int, processes: int, part: int = 100) -> dict[str, Any]:
@@ -335,7 +339,8 @@ def run(count: int, backend: str, most: int, processes: int, part: int = 100) ->
     begin = time.time()
     firsts = range(0, count, part)
     with ProcessPoolExecutor(processes) as pool:
-        parts = pool.map(_mismatches, firsts, [min(part, count - f) for f in firsts], *([x] * len(firsts) for x in (backend, most)))
+        counts = [min(part, count - first) for first in firsts]
+        parts = pool.map(_mismatches, firsts, counts, [backend] * len(firsts), [most] * len(firsts))
         mismatches = [text for found in parts for text in found]
     native = _native.build_info()
     return {

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import dense_like, drawing, like_in_order, reason_against, register_fake
+from ..._dispatch import dense_gradient
+from ..native_common import drawing, like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
 
@@ -70,7 +71,7 @@ def backward(
         shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
     dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward(
-        dense_like(x, dy), None if dh is None else dense_like(x, dh), *saved, x, weight.contiguous(), bias.contiguous(),
+        dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh), *saved, x, weight.contiguous(), bias.contiguous(),
         num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
         dropout, *drawing(seed, sample, step), layer, activation,
     )  # fmt: skip

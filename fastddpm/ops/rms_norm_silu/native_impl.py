@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import dense_like, like_in_order, reason_against, register_fake
+from ..._dispatch import dense_gradient
+from ..native_common import like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
 
@@ -39,7 +40,7 @@ def backward(
     """Gradients of x, weight, scale and shift from that of y."""
     scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
     dx, dweight, *others = torch.ops.fastddpm.rms_norm_silu_backward(
-        dense_like(x, dy), x, weight.contiguous(), scale, shift, eps, activation
+        dense_gradient("rms_norm_silu", x, dy), x, weight.contiguous(), scale, shift, eps, activation
     )
     gradients = iter(others)
     return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import dense_like, launch, like_in_order, reason_against, save, strides
+from ..._dispatch import dense_gradient
+from ..triton_common import launch, like_in_order, reason_against, save, strides
 
 Saved = tuple[Tensor, ...]
 
@@ -162,6 +163,6 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, scale and shift from that of y."""
     scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
-    dx, dweight, *others = _backward(dense_like(x, dy), x, weight.contiguous(), scale, shift, eps, activation)
+    dx, dweight, *others = _backward(dense_gradient("rms_norm_silu", x, dy), x, weight.contiguous(), scale, shift, eps, activation)
     gradients = iter(others)
     return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))
