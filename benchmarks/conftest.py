@@ -1,66 +1,163 @@
-"""How a timing is taken, and the table that a run ends in: time, bytes, floor, share of the floor reached."""
+"""How contestants are timed, and the table and record that a run ends in."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import os
+import platform
+import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastddpm
 from fastddpm import _native
+
+Call = Callable[[], object]
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One timing: the best time, the bytes that the op must move, and the time to copy as many."""
+    """One contestant of one case: the best time, and the least that the work can take.
 
-    group: str
-    implementation: str
+    ``floor`` is the larger of the time to copy as many bytes, measured in the same turns, and of the time in which the
+    kernel that only draws draws as many normal numbers.
+    """
+
+    case: str
+    dtype: str
+    threads: int
+    contestant: str
     seconds: float
     bytes: int
     floor: float
+    to_eager: float
 
 
 ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bench-threads", type=int, default=1, help="threads that torch computes with (default 1)")
+    group = parser.getgroup("fastddpm")
+    group.addoption("--bench-threads", default=None, help="threads, such as 1,3 (default: 1 and all cores but one)")
+    group.addoption("--bench-seconds", type=float, default=0.7, help="seconds for each case (default 0.7)")
+    group.addoption("--bench-record", type=Path, default=None, help="where the record goes (default: none is written)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    torch.set_num_threads(config.getoption("--bench-threads"))
+
+
+def threads_to_try(config: pytest.Config) -> list[int]:
+    """OpenMP with as many threads as cores stalls when anything else runs: one core is left free."""
+    wanted = config.getoption("--bench-threads")
+    if wanted:
+        return [int(n) for n in wanted.split(",")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted({1, max(1, cores - 1)})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "threads" in metafunc.fixturenames:
+        metafunc.parametrize("threads", threads_to_try(metafunc.config), ids=lambda n: f"{n} threads")
 
 
 @pytest.fixture
-def measure(benchmark: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
-    """Time one implementation of one case; ``size`` is the least number of bytes that the op reads and writes."""
+def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..., None]]:
+    """Time the contestants of a case in turns; "eager" and "fastddpm" are among them."""
+    before = torch.get_num_threads()
 
-    def run(function: Callable[[], object], *, group: str, implementation: str, size: int) -> None:
-        benchmark.group = group
-        benchmark(function)
-        if benchmark.stats is not None:  # None where benchmarks are disabled, and each function only runs once
-            row = Row(group, implementation, benchmark.stats.stats.min, size, copy_seconds(size))
-            benchmark.extra_info.update(bytes=size, floor_seconds=row.floor, threads=torch.get_num_threads())
-            pytestconfig.stash[ROWS].append(row)
+    def run(
+        contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0
+    ) -> None:
+        benchmark.group = f"{case} {dtype}, {threads} thread(s)"
+        if benchmark.disabled:  # each runs once, to see that it runs
+            for call in contestants.values():
+                call()
+            benchmark(lambda: None)
+            return
+        torch.set_num_threads(threads)
+        floors = {"copy": copy_of(size)} | ({"draw": drawing(normals)} if normals else {})
+        best = turns({**contestants, **floors}, pytestconfig.getoption("--bench-seconds"))
+        floor = max(best[name] for name in floors)
+        for name in contestants:
+            ratio = best["eager"] / best[name]
+            pytestconfig.stash[ROWS].append(Row(case, dtype, threads, name, best[name], size, floor, ratio))
+        benchmark.extra_info.update(bytes=size, floor=floor, to_eager=best["eager"] / best["fastddpm"])
+        benchmark.pedantic(contestants["fastddpm"], rounds=3)
 
-    return run
+    yield run
+    torch.set_num_threads(before)
 
 
-def copy_seconds(size: int, repeats: int = 20) -> float:
-    """The best time to read size / 2 bytes and write as many: the floor of an op that moves ``size`` bytes."""
-    source = torch.ones(size // 8, dtype=torch.float32)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - begin)
+def turns(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+    """The best time of each, in turns for so many seconds, at least three."""
+    timed = on_gpu if torch.cuda.is_available() else on_cpu
+    for call in calls.values():
+        call()
+    best = dict.fromkeys(calls, float("inf"))
+    end, count = time.perf_counter() + seconds, 0
+    while count < 3 or time.perf_counter() < end:
+        for name, call in calls.items():
+            best[name] = min(best[name], timed(call))
+        count += 1
     return best
+
+
+def on_cpu(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def on_gpu(call: Call) -> float:
+    """Events around one call, behind enough work that its launch is not waited for."""
+    torch.cuda._sleep(200_000)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def copy_of(size: int) -> Call:
+    """Read size / 2 bytes and write as many; on a GPU, of memory that the cache does not hold."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(max(1, size // 8), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def drawing(normals: int) -> Call:
+    """Draw so many normal numbers, and write them."""
+    sample = torch.arange(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    return lambda: fastddpm.ops.normal((1, normals), seed=0, sample=sample, step=0, stream=1)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure belongs to."""
+    info = _native.build_info()
+    native = info["native"] or {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else info["cpu"],
+        "cpus": info["cpus"],
+        "instruction set": native.get("instruction_set"),
+        "compiler": native.get("compiler"),
+        "packages": {name: version for name, version in info["packages"].items() if version},
+        "python": info["python"],
+        "platform": platform.platform(),
+    }
 
 
 @pytest.hookimpl(trylast=True)
@@ -68,18 +165,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    info = _native.build_info()
-    write = terminalreporter.write_line
-    terminalreporter.section("share of the floor")
-    write(f"{info['cpu']}, {info['cpus']} processors, {torch.get_num_threads()} thread(s), {info['platform']}")
-    write(f"{info['python']}, torch {torch.__version__}, native module: {info['reason'] or 'yes'}")
-    write("times are the best of many; floor: the time to copy as many bytes as the op must move, measured beside it")
-    write("")
-    write(f"{'op and shape':<42}{'implementation':<15}{'ms':>9}{'MB':>8}{'floor ms':>10}{'share':>8}{'to eager':>14}")
-    eager = {row.group: row.seconds for row in rows if row.implementation == "eager"}
-    for row in sorted(rows, key=lambda row: (row.group, row.implementation)):
-        ratio = f"{eager[row.group] / row.seconds:.2f}x" if row.group in eager else "not measured"
-        write(
-            f"{row.group:<42}{row.implementation:<15}{row.seconds * 1e3:>9.3f}{row.bytes / 1e6:>8.2f}"
-            f"{row.floor * 1e3:>10.3f}{row.floor / row.seconds:>8.1%}{ratio:>14}"
-        )
+    from benchmarks.report import lines_of, verdicts
+
+    about = machine()
+    terminalreporter.section("against eager PyTorch")
+    for line in (f"{name}: {value}" for name, value in about.items()):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line("")
+    dicts = [asdict(row) for row in rows]
+    for line in [*lines_of(dicts), "", *verdicts(dicts)]:
+        terminalreporter.write_line(line)
+    record = config.getoption("--bench-record")
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(json.dumps(row) for row in [about, *dicts])
+        record.write_text(text + "\n", encoding="utf-8")
+        terminalreporter.write_line(f"record: {record}")

@@ -51,7 +51,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 YES_NO = (False, True)
 FEW = 8
-"""Of fewer sums than this the gradient is not asked for. The rule compares the norms of two rounding errors, each the sum
+"""Of fewer sums the gradient is not asked for. The rule compares the norms of two rounding errors, each the sum
 of as many random numbers; of one or two, either may be small by luck."""
 COMMON: dict[str, Sequence[Any]] = {"dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "other layout": YES_NO}
 PIXELS: dict[str, Sequence[Any]] = {"stored": ("uint8", "float"), "index": YES_NO, "flip": YES_NO}

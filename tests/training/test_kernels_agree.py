@@ -17,8 +17,8 @@ def trained(backend: str, dtype: torch.dtype, steps: int) -> Tensor:
     """All weights and their averages after the steps, flat."""
     torch.manual_seed(0)
     unet = fastddpm.UNet(
-        image_size=(8, 8), base_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4,
-        dropout=0.1,
+        image_size=(8, 8), base_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+        num_groups=4, dropout=0.1,
     )  # fmt: skip
     for p in unet.parameters():  # a new network gives 0: let it give something
         if p.dim() == 4:

@@ -71,8 +71,9 @@ def backward(
         shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
     dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward(
-        dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh), *saved, x, weight.contiguous(), bias.contiguous(),
-        num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
+        dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh),
+        *saved, x,
+        weight.contiguous(), bias.contiguous(), num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
         dropout, *drawing(seed, sample, step), layer, activation,
     )  # fmt: skip
     given = [p is not None for p in (channel_bias, scale, shift, residual, x2)]

@@ -574,7 +574,8 @@ def backward(
     """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2; dropout is drawn again."""
     parameters = _contiguous(channel_bias, scale, shift)
     dx, dweight, dbias, *others = _backward(
-        None if dy is None else dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh), *saved, x,
+        None if dy is None else dense_gradient("group_norm_silu", x, dy),
+        None if dh is None else dense_gradient("group_norm_silu", x, dh), *saved, x,
         weight.contiguous(), bias.contiguous(), num_groups, *parameters, residual, x2,
         dropout, *number_or_tensor(seed), *_contiguous(sample), *number_or_tensor(step), layer, activation,
     )  # fmt: skip

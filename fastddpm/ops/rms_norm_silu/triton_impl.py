@@ -163,6 +163,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, scale and shift from that of y."""
     scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
-    dx, dweight, *others = _backward(dense_gradient("rms_norm_silu", x, dy), x, weight.contiguous(), scale, shift, eps, activation)
+    dy = dense_gradient("rms_norm_silu", x, dy)
+    dx, dweight, *others = _backward(dy, x, weight.contiguous(), scale, shift, eps, activation)
     gradients = iter(others)
     return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))

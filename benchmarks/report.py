@@ -1,0 +1,152 @@
+"""The table and the plot of a record of the benchmarks.
+
+    python -m benchmarks.report benchmarks/results/RECORD.jsonl --plot docs/benchmarks.png >docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+# What was set out to be reached: case, dtype, least ratio to eager at one thread. At n threads 0.8 n times it where
+# eager uses one thread whatever it is given, as random numbers do.
+BARS = [
+    ("normal 128x3x32x32", "float32", 3.5, True),
+    ("q_sample 128x3x32x32", "float32", 4.0, True),
+    ("solver_step 128x3x32x32", "float32", 3.0, True),
+    ("group_norm_silu 16x128x32x32", "float32", 2.5, False),
+    ("group_norm_silu 1x128x256x256", "float32", 2.5, False),
+    ("group_norm_silu backward 16x128x32x32", "float32", 8.0, False),
+    ("group_norm_silu 16x128x32x32", "bfloat16", 2.0, False),
+    ("group_norm_silu backward 16x128x32x32", "bfloat16", 2.0, False),
+    ("rms_norm_silu 16x128x32x32", "float32", 2.0, False),
+    ("rms_norm_silu backward 16x128x32x32", "float32", 2.0, False),
+    ("rms_norm_silu 16x128x32x32", "bfloat16", 2.0, False),
+    ("rms_norm_silu backward 16x128x32x32", "bfloat16", 2.0, False),
+    ("training step CIFAR-10 U-Net, batch 8", "bfloat16", 1.4, False),
+]
+
+
+def lines_of(rows: Rows) -> list[str]:
+    """A row for each case and number of threads, as text in columns."""
+    head = f"{'case':<40}{'dtype':<10}{'threads':>7}{'MB':>8}{'ms':>10}{'floor ms':>10}{'share':>7}"
+    lines = [head + "".join(f"{'to ' + name:>12}" for name in ("eager", "compile", "native op"))]
+    for case in cases_of(rows):
+        ours = case["fastddpm"]
+        others = "".join(
+            f"{case[name]['seconds'] / ours['seconds']:>11.2f}x" if name in case else f"{'':>12}"
+            for name in ("eager", "compile", "native op")
+        )
+        lines.append(
+            f"{ours['case']:<40}{ours['dtype']:<10}{ours['threads']:>7}{ours['bytes'] / 1e6:>8.2f}"
+            f"{ours['seconds'] * 1e3:>10.3f}{ours['floor'] * 1e3:>10.3f}{ours['floor'] / ours['seconds']:>7.0%}{others}"
+        )
+    return lines
+
+
+def cases_of(rows: Rows) -> list[dict[str, dict[str, Any]]]:
+    """The rows of each case and number of threads, by contestant, in the order of the run."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["case"], row["dtype"], row["threads"]), {})[row["contestant"]] = row
+    return list(cases.values())
+
+
+def verdicts(rows: Rows) -> list[str]:
+    """Each bar, what was reached, and whether that is enough."""
+    found = {(r["case"], r["dtype"], r["threads"]): r["to_eager"] for r in rows if r["contestant"] == "fastddpm"}
+    lines = []
+    for case, dtype, least, scales in BARS:
+        for threads in sorted({key[2] for key in found}):
+            reached = found.get((case, dtype, threads))
+            bar = least * (0.8 * threads if scales and threads > 1 else 1)
+            verdict = "not measured" if reached is None else f"{reached:.2f}x, {'met' if reached >= bar else 'NOT MET'}"
+            lines.append(f"{case} {dtype}, {threads} thread(s): at least {bar:.1f}x to eager: {verdict}")
+    return lines
+
+
+def markdown(about: dict[str, Any], rows: Rows, record: Path) -> str:
+    """The page of the documentation."""
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    lines = [
+        "# Timings of the ops",
+        "",
+        f"{about['device']}, {about['cpus']} processors, instruction set {about['instruction set']}; "
+        f"{about['compiler']}, {packages}, {about['python']}; {about['date']}, commit {about['commit']}. Record: `{record}`.",
+        "",
+        "Contestants take turns and the best time counts. *eager* is the shortest PyTorch that a good user would",
+        "write, *compile* is `torch.compile` of it, *native op* the one ATen operator that does the heart of it. The",
+        "floor is the time to copy as many bytes as the op must move, measured in the same turns, or that to draw as",
+        "many normal numbers where it is longer; a copy that stays in the cache is faster than memory. GPU: not measured.",
+        "",
+        "| case | dtype | threads | MB | ms | floor ms | share | to eager | to compile | to native op |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in cases_of(rows):
+        ours = case["fastddpm"]
+        ratios = (
+            f"{case[name]['seconds'] / ours['seconds']:.2f}x" if name in case else ""
+            for name in ("eager", "compile", "native op")
+        )
+        lines.append(
+            f"| {ours['case']} | {ours['dtype']} | {ours['threads']} | {ours['bytes'] / 1e6:.2f} "
+            f"| {ours['seconds'] * 1e3:.3f} | {ours['floor'] * 1e3:.3f} | {ours['floor'] / ours['seconds']:.0%} "
+            f"| {' | '.join(ratios)} |"
+        )
+    lines += ["", "## Against what was set out", ""]
+    lines += [f"- {line}" for line in verdicts(rows)]
+    return "\n".join(lines)
+
+
+def plot(about: dict[str, Any], rows: Rows, path: Path) -> None:
+    """Bars of the ratio to eager, ours and torch.compile's, one panel for each number of threads."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = cases_of(rows)
+    counts = sorted({case["fastddpm"]["threads"] for case in cases})
+    most = max(sum(case["fastddpm"]["threads"] == n for case in cases) for n in counts)
+    figure, panels = plt.subplots(1, len(counts), figsize=(6.5 * len(counts), 1.6 + 0.3 * most), squeeze=False)
+    for panel, threads in zip(panels[0], counts, strict=True):
+        mine = [case for case in cases if case["fastddpm"]["threads"] == threads][::-1]
+        labels = [f"{case['fastddpm']['case']}, {case['fastddpm']['dtype']}" for case in mine]
+        ours = [case["fastddpm"]["to_eager"] for case in mine]
+        panel.barh(range(len(mine)), ours, height=0.7, color="#1f6f8b", label="fastddpm")
+        theirs = [(i, case["compile"]["to_eager"]) for i, case in enumerate(mine) if "compile" in case]
+        if theirs:
+            panel.scatter(*zip(*[(x, i) for i, x in theirs], strict=True), color="#d1603d", zorder=3, s=22,
+                          label="torch.compile")  # fmt: skip
+        for i, case in enumerate(mine):
+            share = case["fastddpm"]["floor"] / case["fastddpm"]["seconds"]
+            panel.text(ours[i] * 1.03, i, f"{ours[i]:.1f}x  ({share:.0%})", va="center", fontsize=7)
+        panel.axvline(1, color="grey", linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_xlim(0.3, max(ours) * 2.2)
+        panel.set_yticks(range(len(mine)), labels, fontsize=7)
+        panel.set_xlabel("times as fast as eager PyTorch (share of the floor reached)")
+        panel.set_title(f"{threads} thread{'s' if threads > 1 else ''}")
+        panel.legend(fontsize=7, loc="lower right")
+    figure.suptitle(f"{about['device']}, torch {about['packages']['torch']}, {about['date']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    about, *rows = (json.loads(line) for line in options.record.read_text(encoding="utf-8").splitlines())
+    if options.plot:
+        plot(about, rows, options.plot)
+    print(markdown(about, rows, options.record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A training step of the CIFAR-10 U-Net, against the same network on torch's own ops."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastddpm
+from fastddpm.nn import GroupNormSiLU
+from fastddpm.training.optimizer import AdamEMA
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=DEVICE), 0)
+
+
+class StockNorm(nn.Module):
+    """What `GroupNormSiLU` does, by torch's own ops and with the same weights."""
+
+    def __init__(self, norm: GroupNormSiLU) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x2: Tensor | None = None,
+        channel_bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        dropout: float = 0.0,
+        **_: Any,
+    ) -> Tensor:
+        norm = self.norm
+        if x2 is not None:
+            x = torch.cat([x, x2], dim=1)
+        if channel_bias is not None:
+            x = x + channel_bias.reshape(-1, x.shape[1], 1, 1)
+        # autocast would compute in float32, and give it on: a good user keeps bfloat16
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        if scale is not None and shift is not None:
+            y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return F.dropout(F.silu(y) if norm.activation else y, dropout)
+
+
+def on_stock_ops(model: nn.Module) -> nn.Module:
+    """A copy of the network with torch's own ops in place of ours."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, GroupNormSiLU):
+                setattr(module, name, StockNorm(child))
+    return model
+
+
+def stock_step(model: nn.Module, images: Tensor) -> Any:
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=2e-4, weight_decay=0.0, fused=True)
+    average = [p.detach().clone() for p in weights]
+
+    def step() -> Tensor:
+        x0 = images.float() * (2 / 255) - 1
+        t, noise = torch.randint(0, 1000, (len(x0),), device=x0.device), torch.randn_like(x0)
+        abar = ALPHAS_CUMPROD[t][:, None, None, None]
+        with torch.autocast(x0.device.type, torch.bfloat16):
+            pred = model(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t)
+        loss = F.mse_loss(pred.float(), noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1e-4)
+        return loss
+
+    return step
+
+
+def our_step(model: nn.Module, images: Tensor) -> Any:
+    diffusion = fastddpm.GaussianDiffusion(model).train()
+    optimizer = AdamEMA(model, max_grad_norm=1.0)
+    optimizer.learning_rate.fill_(2e-4)
+    optimizer.ema_decay.fill_(0.9999)
+    sample = torch.arange(len(images), device=images.device)
+
+    def step() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss: Tensor = diffusion.losses(images, seed=0, sample=sample, step=optimizer.step).loss
+        loss.backward()
+        optimizer.update(loss)
+        return loss
+
+    return step
+
+
+def network(**overrides: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fastddpm.UNet(**overrides).to(DEVICE).train()
+
+
+def test_the_network_on_stock_ops_is_the_same() -> None:
+    model = network(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, image_size=(8, 8), attention_resolutions=(4,))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    stock = on_stock_ops(model)
+    x, t = torch.randn(2, 3, 8, 8, device=DEVICE), torch.tensor([1, 700], device=DEVICE)
+    expected, found = model(x, t), stock(x, t)
+    assert float((expected - found).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.benchmark(group="training step")
+def test_training_step(threads: int, compare: Any, benchmark: Any) -> None:
+    small = dict(base_channels=32, channel_mult=(1, 2), num_res_blocks=1) if benchmark.disabled else {}
+    model = network(**small)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    contestants = {"eager": stock_step(on_stock_ops(model), images), "fastddpm": our_step(model, images)}
+    size = 2 * 42 * sum(p.numel() for p in model.parameters())
+    compare(contestants, case="training step CIFAR-10 U-Net, batch 8", dtype="bfloat16", threads=threads, size=size)
