@@ -17,7 +17,8 @@ template <class F>
 INLINE void for_runs(const Shape& s, const Tile& t, F f) {
     const int64_t pixels = s.height * s.width;
     if (s.nhwc) {
-        for (int64_t i = 0; i < t.size; i += s.channels) f(i, int64_t(0), (t.begin + i) / s.channels, s.channels, 0);
+        int64_t pixel = t.begin / s.channels;
+        for (int64_t i = 0; i < t.size; i += s.channels) f(i, int64_t(0), pixel++, s.channels, 0);
         return;
     }
     for (int64_t i = 0; i < t.size;) {
@@ -81,6 +82,62 @@ INLINE void commit(const Image& a, const Shape& s, const Tile& t, const float* b
             for (int64_t j = 0; j < n; ++j) store(to + j * step, splat(buffer[i + j]), 1);
         });
     });
+}
+
+// f(Channels) as a constant, for the few channels that images have; returns false for any other number.
+template <class F>
+INLINE bool with_channels(int64_t channels, F f) {
+    switch (channels) {
+        case 1: f.template operator()<1>(); return true;
+        case 2: f.template operator()<2>(); return true;
+        case 3: f.template operator()<3>(); return true;
+        case 4: f.template operator()<4>(); return true;
+        default: return false;
+    }
+}
+
+// As load, and fast where pixels lie apart or channels are repeated: half of [B, 2C, H, W] in NHWC order, or a mask.
+INLINE const float* load_apart(const Image& a, const Shape& s, const Tile& t, float* buffer) {
+    if (a.in_order) return load(a, s, t, buffer);
+    const int64_t pixels = s.height * s.width, offset = t.sample * a.sample_stride;
+    if (s.nhwc) {
+        const int64_t first = t.begin / s.channels, count = t.size / s.channels;
+        if (with_channels(s.channels, [&]<int Channels>() {
+                with_type(a.dtype, a.data, [&](const auto* p) {
+                    p += offset + first * a.pixel_stride;
+                    for (int64_t i = 0; i < count; ++i)
+                        for (int c = 0; c < Channels; ++c)
+                            buffer[i * Channels + c] = load(p + i * a.pixel_stride + c * a.channel_stride, 1)[0];
+                });
+            }))
+            return buffer;
+    } else if (a.pixel_stride == 1) {
+        with_type(a.dtype, a.data, [&](const auto* p) {
+            for (int64_t i = 0; i < t.size;) {
+                const int64_t channel = (t.begin + i) / pixels, pixel = (t.begin + i) % pixels;
+                const int64_t n = pixels - pixel < t.size - i ? pixels - pixel : t.size - i;
+                const auto* row = p + offset + channel * a.channel_stride + pixel;
+                for_vectors(n, [&](int64_t j, int64_t k) { store(buffer + i + j, load(row + j, k), k); });
+                i += n;
+            }
+        });
+        return buffer;
+    }
+    return load(a, s, t, buffer);
+}
+
+// As commit, and fast where pixels lie apart.
+INLINE void commit_apart(const Image& a, const Shape& s, const Tile& t, const float* buffer) {
+    const int64_t first = t.begin / s.channels, count = t.size / s.channels;
+    const bool written = !a.in_order && s.nhwc && with_channels(s.channels, [&]<int Channels>() {
+        with_output_type(a.dtype, a.data, [&](auto* p) {
+            p += t.sample * a.sample_stride + first * a.pixel_stride;
+            for (int64_t i = 0; i < count; ++i)
+                for (int c = 0; c < Channels; ++c)
+                    store(p + i * a.pixel_stride + c * a.channel_stride, splat(buffer[i * Channels + c]), 1);
+        });
+    });
+    if (!written) commit(a, s, t, buffer);
 }
 
 }  // namespace

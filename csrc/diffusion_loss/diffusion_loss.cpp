@@ -23,9 +23,11 @@ std::vector<Tensor> diffusion_loss(const Tensor pred, const Tensor t, const Mayb
     a.pred = vlb ? half(pred, a.shape, 0) : image(pred, a.shape);
     if (vlb) a.variance = half(pred, a.shape, 1);
     a.target = image(target, a.shape);
-    a.x0 = image(x0, a.shape);
-    if (x0) a.x0.sample_stride = elements;  // a single image is not repeated
     a.objective = static_cast<Objective>(objective);
+    if (x0 && (vlb || (!target && a.objective != Objective::eps))) {
+        a.x0 = image(x0, a.shape);
+        a.x0.sample_stride = elements;  // a single image is not repeated
+    }
     a.t = static_cast<const int64_t*>(t.data_ptr());
     a.index = index ? static_cast<const int64_t*>(index->data_ptr()) : nullptr;
     a.flip = flip ? static_cast<const bool*>(flip->data_ptr()) : nullptr;
@@ -46,7 +48,7 @@ std::vector<Tensor> diffusion_loss(const Tensor pred, const Tensor t, const Mayb
     std::vector<double> sums(batch * a.tiling.per_sample);
     a.sums = sums.data();
     a.buffer = tile_buffer(a.tiling);
-    const int64_t floats = 7 * a.buffer + draw_scratch(a.shape, a.tiling);
+    const int64_t floats = 6 * a.buffer + draw_scratch(a.shape, a.tiling);
     const auto kernel = FASTDDPM_KERNEL(diffusion_loss);
     parallel(batch * a.tiling.per_sample, a.tiling.size,
              [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(floats)); });

@@ -20,7 +20,7 @@ struct DiffusionLoss {
     float gradient_scale;  // of the sum of the terms
     Draw draw;
     double* sums;    // of the terms of each work item
-    int64_t buffer;  // floats of a tile; scratch holds seven of them, and what drawing takes
+    int64_t buffer;  // floats of a tile; scratch holds six of them, and what drawing takes
 };
 
 FASTDDPM_DECLARE(diffusion_loss, const DiffusionLoss& a, int64_t begin, int64_t end, float* scratch)

@@ -2,7 +2,8 @@
 // see fastddpm/ops/diffusion_loss/interface.py.
 //
 // A work item is a tile of one sample. The target is made again from the images and the counter of the noise. Bytes an
-// element, float32: 4 read, 4 written. What limits it is the drawing of the noise; with a target, memory.
+// element, float32: 4 read, 4 written. What limits it is the drawing of the noise; with a target, memory. In NCHW order
+// the noise is drawn in pieces, each used at once: so memory is fetched while the next is computed.
 
 #include "diffusion_loss/diffusion_loss.h"
 
@@ -13,6 +14,7 @@
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
+constexpr int64_t PIECE = 256;  // elements, divisible by 4
 constexpr float INVERSE_LN2 = 1.44269504f;
 constexpr double LEAST_PROBABILITY = 1e-12;
 
@@ -43,7 +45,7 @@ double normal_between(double lower, double upper) {  // both tails on the negati
     return 0.5 * (erfc(-b * M_SQRT1_2) - erfc(-a * M_SQRT1_2));
 }
 
-double x_phi(double x) { return isinf(x) ? 0.0 : x * ::exp(-0.5 * x * x) * (M_2_SQRTPI * M_SQRT1_2 / 2); }
+double x_phi(double x) { return __builtin_isinf(x) ? 0.0 : x * ::exp(-0.5 * x * x) * (M_2_SQRTPI * M_SQRT1_2 / 2); }
 
 // -log2 of the discretised decoder at t = 0, and its derivative by v. One sample in T comes here: not vectorised.
 float decoder_bits(float v, float mean_error, float clean, const float* row, int64_t levels, float& slope) {
@@ -55,69 +57,111 @@ float decoder_bits(float v, float mean_error, float clean, const float* row, int
     const double p = normal_between(lower, upper);
     const bool seen = p > LEAST_PROBABILITY;
     slope = seen ? float(0.5 * (x_phi(upper) - x_phi(lower)) / p * (most - least) / 2 / M_LN2) : 0.0f;
-    if (p != p) slope = float(p);
     return float(-::log(p < LEAST_PROBABILITY ? LEAST_PROBABILITY : p) / M_LN2);
+}
+
+// A tile as floats. ``wanted`` is a target, or noise; what is not given is nullptr, but gradients that nobody asked for
+// have room as well.
+struct Floats {
+    const float *pred, *wanted, *x0, *variance;
+    float *gradient, *variance_gradient;
+};
+
+// What is the same for all elements of a sample.
+struct Row {
+    float weight, slope_scale, signal, sigma, pixel_scale, pixel_shift, vlb_weight, vlb_scale, vlb[4];
+    bool first;  // t = 0
+    int64_t levels;
+};
+
+// The sum of the terms of elements begin .. end - 1; their gradients are written. ``Kind`` is eps where pred is compared
+// with ``wanted`` as it is.
+template <Objective Kind, bool Vlb>
+INLINE VF compare(const Floats& in, const Row& q, int64_t begin, int64_t end) {
+    VF total{};
+    for_vectors(end - begin, [&](int64_t j, int64_t n) {
+        const int64_t i = begin + j;
+        VF clean{}, wanted{};
+        if (Vlb || Kind != Objective::eps) clean = load(in.x0 + i, n) * q.pixel_scale + q.pixel_shift;
+        if (Kind != Objective::x0) wanted = load(in.wanted + i, n);
+        if (Kind == Objective::x0) wanted = clean;
+        if (Kind == Objective::v) wanted = wanted * q.signal - clean * q.sigma;
+        const VF difference = load(in.pred + i, n) - wanted;
+        VF term = difference * difference * q.weight;
+        store(in.gradient + i, difference * q.slope_scale, n);
+        if (Vlb) {
+            VF v = load(in.variance + i, n), mean_error = difference * q.vlb[0], bits{}, slope{};
+            if (q.first) {
+                for (int64_t k = 0; k < n; ++k) {
+                    float of_one;
+                    bits[k] = decoder_bits(v[k], mean_error[k], clean[k], q.vlb, q.levels, of_one);
+                    slope[k] = of_one;
+                }
+            } else {
+                bits = kl_bits(v, mean_error, q.vlb, slope);
+            }
+            term += bits * q.vlb_weight;
+            store(in.variance_gradient + i, slope * q.vlb_scale, n);
+        }
+        total += n == W ? term : first_lanes(term, n);
+    });
+    return total;
+}
+
+template <bool Vlb>
+INLINE VF compare(Objective kind, const Floats& in, const Row& q, int64_t begin, int64_t end) {
+    switch (kind) {
+        case Objective::x0: return compare<Objective::x0, Vlb>(in, q, begin, end);
+        case Objective::v: return compare<Objective::v, Vlb>(in, q, begin, end);
+        default: return compare<Objective::eps, Vlb>(in, q, begin, end);
+    }
 }
 
 }  // namespace
 
 void diffusion_loss(const DiffusionLoss& a, int64_t begin, int64_t end, float* scratch) {
     auto buffer = [&](int i) { return scratch + i * a.buffer; };
-    float* rows = buffer(7);
+    float* rows = buffer(6);
+    const Objective kind = a.target.data ? Objective::eps : a.objective;
+    const bool drawn = !a.target.data && kind != Objective::x0;
     for (int64_t item = begin; item < end; ++item) {
         const Tile t = tile(a.shape, a.tiling, item);
         const int64_t b = t.sample;
-        const float weight = a.weight.data ? read(a.weight.dtype, a.weight.data, b) : 1.0f;
-        float signal = 0, sigma = 0, vlb[4]{}, vlb_weight = 0;
-        if (a.table.data && a.objective == Objective::v && !a.target.data) {
-            signal = read(a.table.dtype, a.table.data, 2 * a.t[b]);
-            sigma = read(a.table.dtype, a.table.data, 2 * a.t[b] + 1);
+        Row q{};
+        q.weight = a.weight.data ? read(a.weight.dtype, a.weight.data, b) : 1.0f;
+        q.slope_scale = 2 * q.weight * a.gradient_scale;
+        q.pixel_scale = a.pixel_scale, q.pixel_shift = a.pixel_shift;
+        if (kind == Objective::v) {
+            q.signal = read(a.table.dtype, a.table.data, 2 * a.t[b]);
+            q.sigma = read(a.table.dtype, a.table.data, 2 * a.t[b] + 1);
         }
         if (a.vlb.data) {
-            for (int i = 0; i < 4; ++i) vlb[i] = read(a.vlb.dtype, a.vlb.data, 4 * a.t[b] + i);
-            vlb_weight = read(a.vlb_weight.dtype, a.vlb_weight.data, b * a.vlb_weight.row_stride);
+            for (int i = 0; i < 4; ++i) q.vlb[i] = read(a.vlb.dtype, a.vlb.data, 4 * a.t[b] + i);
+            q.vlb_weight = read(a.vlb_weight.dtype, a.vlb_weight.data, b * a.vlb_weight.row_stride);
+            q.vlb_scale = q.vlb_weight * a.gradient_scale;
+            q.first = a.t[b] == 0, q.levels = a.levels;
         }
-        const float* pred = load(a.pred, a.shape, t, buffer(0));
-        const float* x0 = nullptr;
-        if (a.x0.data) x0 = load(a.x0, a.shape, t, a.index ? a.index[b] : b, a.flip && a.flip[b], buffer(1));
-        const float* target_given = a.target.data ? load(a.target, a.shape, t, buffer(2)) : nullptr;
-        const float* noise = nullptr;
-        if (!target_given && a.objective != Objective::x0) noise = draw<Normals>(a.draw, a.shape, t, buffer(2), rows);
-        const float* variance = a.variance.data ? load(a.variance, a.shape, t, buffer(3)) : nullptr;
-        float* gradient = a.gradient.data ? target(a.gradient, t, buffer(4)) : nullptr;
-        float* variance_gradient = a.variance_gradient.data ? target(a.variance_gradient, t, buffer(5)) : nullptr;
 
-        const float slope_scale = 2 * weight * a.gradient_scale, vlb_scale = vlb_weight * a.gradient_scale;
-        const bool first = a.vlb.data && a.t[b] == 0;
-        VF total{};
-        for_vectors(t.size, [&](int64_t i, int64_t n) {
-            VF clean = x0 ? load(x0 + i, n) * a.pixel_scale + a.pixel_shift : VF{}, wanted;
-            if (target_given) wanted = load(target_given + i, n);
-            else if (a.objective == Objective::x0) wanted = clean;
-            else if (a.objective == Objective::eps) wanted = load(noise + i, n);
-            else wanted = load(noise + i, n) * signal - clean * sigma;
-            VF difference = load(pred + i, n) - wanted;
-            VF term = difference * difference * weight;
-            if (gradient) store(gradient + i, difference * slope_scale, n);
-            if (variance) {
-                VF v = load(variance + i, n), mean_error = difference * vlb[0], bits{}, slope{};
-                if (first) {
-                    for (int64_t k = 0; k < n; ++k) {
-                        float of_one;
-                        bits[k] = decoder_bits(v[k], mean_error[k], clean[k], vlb, a.levels, of_one);
-                        slope[k] = of_one;
-                    }
-                } else {
-                    bits = kl_bits(v, mean_error, vlb, slope);
-                }
-                term += bits * vlb_weight;
-                if (variance_gradient) store(variance_gradient + i, slope * vlb_scale, n);
-            }
-            total += n == W ? term : first_lanes(term, n);
-        });
+        Floats in{};
+        in.pred = load_apart(a.pred, a.shape, t, buffer(0));
+        if (a.x0.data) in.x0 = load(a.x0, a.shape, t, a.index ? a.index[b] : b, a.flip && a.flip[b], buffer(1));
+        if (a.target.data) in.wanted = load_apart(a.target, a.shape, t, buffer(2));
+        if (a.variance.data) in.variance = load_apart(a.variance, a.shape, t, buffer(3));
+        in.gradient = a.gradient.data ? target(a.gradient, t, buffer(4)) : buffer(4);
+        in.variance_gradient = a.variance_gradient.data ? target(a.variance_gradient, t, buffer(5)) : buffer(5);
+        if (drawn) in.wanted = buffer(2);
+        if (drawn && a.shape.nhwc) draw<Normals>(a.draw, a.shape, t, buffer(2), rows);
+
+        VF total{};  // of sums of pieces: fewer roundings than of all terms in turn
+        for (int64_t i = 0; i < t.size; i += PIECE) {
+            const int64_t stop = t.size - i < PIECE ? t.size : i + PIECE;
+            if (drawn && !a.shape.nhwc)
+                Normals::fill(stream(a.draw, b), static_cast<uint32_t>((t.begin + i) / 4), stop - i, buffer(2) + i);
+            total += a.vlb.data ? compare<true>(kind, in, q, i, stop) : compare<false>(kind, in, q, i, stop);
+        }
         a.sums[item] = sum(total);
-        if (gradient) commit(a.gradient, a.shape, t, gradient);
-        if (variance_gradient) commit(a.variance_gradient, a.shape, t, variance_gradient);
+        if (a.gradient.data) commit_apart(a.gradient, a.shape, t, in.gradient);
+        if (a.variance_gradient.data) commit_apart(a.variance_gradient, a.shape, t, in.variance_gradient);
     }
 }
 

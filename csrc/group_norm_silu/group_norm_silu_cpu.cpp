@@ -112,7 +112,8 @@ struct Affine {
 };
 
 template <bool NHWC, class T>
-INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y) {
+INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
+                      int64_t to_next = 0) {
     for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
         constexpr int K = decltype(strip)::K;
         const VF centre = of_channel<NHWC>(p.centre, c, n);
@@ -121,6 +122,7 @@ INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activati
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
                 const int64_t e = at + i * step + k * gap;
+                __builtin_prefetch(x + e + to_next, 0, 2);  // the next sample comes nearer while this one is computed
                 VF a = (load(x + e, n) - centre) * gain + offset;
                 if (activation) a = a * (sizeof(T) == 2 ? coarse_sigmoid(a) : sigmoid(a));
                 if (factor) a = a * load(factor + e, n);
@@ -474,7 +476,8 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
             if (in_place(a)) {
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
                     auto* y = static_cast<decltype(x)>(a.y.data);  // which has the dtype of x
-                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b));
+                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b),
+                                    a.x.sample_stride);
                 });
                 return;
             }

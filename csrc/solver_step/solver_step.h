@@ -13,7 +13,7 @@ struct SolverStep {
     float guidance_scale;
     Values clamp;  // [B], or one number for all; not given: none
     Draw draw, draw_known;
-    int64_t buffer;  // floats of a tile; scratch holds ten of them, and what drawing takes
+    int64_t buffer;  // floats of a tile; scratch holds eleven of them, and what drawing takes
 };
 
 FASTDDPM_DECLARE(solver_step, const SolverStep& a, int64_t begin, int64_t end, float* scratch)

@@ -2,7 +2,8 @@
 // and then the blend with what is known: see fastddpm/ops/solver_step/interface.py.
 //
 // A work item is a tile of one sample, which stays in the first cache. Bytes an element, float32: 8 read, 8 written (x'
-// and pred). What limits it with noise is the drawing of it, without noise memory.
+// and pred). What limits it with noise is the drawing of it, without noise memory. In NCHW order the noise is drawn in
+// pieces, each used at once: so memory is fetched while the next is computed.
 
 #include "solver_step/solver_step.h"
 
@@ -10,6 +11,8 @@
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
+
+constexpr int64_t PIECE = 256;  // elements, divisible by 4
 
 // The tensors of a tile, as floats; those that are not given are nullptr.
 struct Inputs {
@@ -22,12 +25,13 @@ struct Coefficients {
 
 // Everything but x and out is an option; ``Plain`` has none but the noise and the clamp.
 template <bool Plain>
-INLINE void update(const Inputs& in, const Coefficients& q, int64_t size, float* next, float* pred_out) {
-    for_vectors(size, [&](int64_t i, int64_t n) {
+INLINE void update(const Inputs& in, const Coefficients& q, int64_t begin, int64_t end, float* next, float* pred_out) {
+    for_vectors(end - begin, [&](int64_t j, int64_t n) {
+        const int64_t i = begin + j;
         VF x = load(in.x + i, n), o = load(in.out + i, n);
         if (!Plain && in.uncond) o = lerp(load(in.uncond + i, n), o, splat(q.guidance_scale));
         VF pred = x * q.k[0] + o * q.k[1];
-        pred = select(pred < -q.bound, splat(-q.bound), pred);
+        pred = select(pred < -q.bound, splat(-q.bound), pred);  // NaN stays NaN
         pred = select(pred > q.bound, splat(q.bound), pred);
         VF y = pred * q.k[2] + (x * q.k[3] + o * q.k[6]);
         if (!Plain && in.pred_prev) y += load(in.pred_prev + i, n) * q.k[4];
@@ -60,32 +64,45 @@ void solver_step(const SolverStep& a, int64_t begin, int64_t end, float* scratch
     }
     q.guidance_scale = a.guidance_scale;
     q.bound = __builtin_inff();
+    const float k0 = q.k[0];
     for (int64_t item = begin; item < end; ++item) {
         const Tile t = tile(a.shape, a.tiling, item);
-        float* next_buffer = scratch;
+        float* free_buffer = scratch;
+        auto next_buffer = [&] {
+            float* buffer = free_buffer;
+            free_buffer += a.buffer;
+            return buffer;
+        };
         auto get = [&](const Image& image) -> const float* {
-            float* buffer = next_buffer;
-            next_buffer += a.buffer;
-            return image.data ? load(image, a.shape, t, buffer) : nullptr;
+            return image.data ? load_apart(image, a.shape, t, next_buffer()) : nullptr;
         };
-        auto noise = [&](const Image& given, const Draw& d) -> const float* {
-            if (given.data || !d.sample) return get(given);
-            float* buffer = next_buffer;
-            next_buffer += a.buffer;
-            return draw<Normals>(d, a.shape, t, buffer, rows);
-        };
+        Inputs in{get(a.x), get(a.out), get(a.variance), get(a.uncond), get(a.pred_prev), get(a.noise), get(a.mask),
+                  get(a.known), get(a.known_noise)};
+        if (in.mask && !in.known_noise) in.known_noise = draw<Normals>(a.draw_known, a.shape, t, next_buffer(), rows);
+        int64_t piece = t.size;
+        float* drawn = nullptr;
+        if (!in.noise && a.draw.sample && q.k[5] != 0) {  // numbers times 0 need not be drawn
+            in.noise = drawn = next_buffer();
+            if (a.shape.nhwc)
+                draw<Normals>(a.draw, a.shape, t, drawn, rows);
+            else
+                piece = PIECE;
+        }
         if (a.clamp.data) q.bound = read(a.clamp.dtype, a.clamp.data, t.sample * a.clamp.row_stride);
-        Inputs in{get(a.x), get(a.out), get(a.variance), get(a.uncond), get(a.pred_prev), noise(a.noise, a.draw),
-                  get(a.mask), get(a.known), nullptr};
-        if (in.mask) in.known_noise = noise(a.known_noise, a.draw_known);
-        float* next = target(a.next, t, scratch + 9 * a.buffer);
-        float* pred = target(a.pred, t, scratch + 10 * a.buffer);
-        if (in.variance || in.uncond || in.pred_prev || in.mask)
-            update<false>(in, q, t.size, next, pred);
-        else
-            update<true>(in, q, t.size, next, pred);
+        q.k[0] = q.bound == q.bound ? k0 : q.bound;  // NaN as a bound makes all of the sample NaN
+        float *next = target(a.next, t, next_buffer()), *pred = target(a.pred, t, next_buffer());
+
+        for (int64_t i = 0; i < t.size; i += piece) {
+            const int64_t stop = t.size - i < piece ? t.size : i + piece;
+            if (drawn && !a.shape.nhwc)
+                Normals::fill(stream(a.draw, t.sample), static_cast<uint32_t>((t.begin + i) / 4), stop - i, drawn + i);
+            if (in.variance || in.uncond || in.pred_prev || in.mask)
+                update<false>(in, q, i, stop, next, pred);
+            else
+                update<true>(in, q, i, stop, next, pred);
+        }
         commit(a.next, a.shape, t, next);
-        commit(a.pred, a.shape, t, pred);
+        commit_apart(a.pred, a.shape, t, pred);
     }
 }
 

@@ -43,7 +43,8 @@ def drawing(
     seed: Tensor | int | None, sample: Tensor | None, step: Tensor | int | None
 ) -> tuple[int, Tensor | None, Tensor | None, int, Tensor | None]:
     """Where noise is drawn, as operators take it; without a seed nothing is."""
-    return *number_or_tensor(seed), None if seed is None else sample, *number_or_tensor(step)
+    rows = None if seed is None or sample is None else sample.contiguous()
+    return *number_or_tensor(seed), rows, *number_or_tensor(step)
 
 
 def register_fake(name: str) -> Callable[[Fake], Fake]:

@@ -40,6 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the loss [], that of each sample [B] and, with a gradient_scale, d (gradient_scale loss) / d pred."""
     table, index, flip, weight, vlb = (p if p is None else p.contiguous() for p in (table, index, flip, weight, vlb))
+    sample = None if sample is None else sample.contiguous()
     weights = (1.0, vlb_weight.contiguous()) if isinstance(vlb_weight, Tensor) else (float(vlb_weight), None)
     loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss(
         pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), table, x0, index, flip,

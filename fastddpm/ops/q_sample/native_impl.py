@@ -34,6 +34,7 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See the interface."""
+    index, flip = (p if p is None else p.contiguous() for p in (index, flip))
     outputs = torch.ops.fastddpm.q_sample(
         x0, t.contiguous(), table.contiguous(), index, flip, pixel_scale, pixel_shift,
         noise, *drawing(seed, sample, step), RETURNS.index(returns), dtype,

@@ -35,10 +35,12 @@ def forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
-    mask = None if mask is None else mask.contiguous()
-    known_table = None if known_table is None else known_table.contiguous()
+    sample, known_table = (p if p is None else p.contiguous() for p in (sample, known_table))
+    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
+        mask = mask.contiguous()
+    bound, bounds = float_or_tensor(clamp)
     options = (
-        out_uncond, *float_or_tensor(guidance_scale), *float_or_tensor(clamp),
+        out_uncond, *float_or_tensor(guidance_scale), bound, None if bounds is None else bounds.contiguous(),
         noise, *drawing(seed, sample, None)[:3], mask, known, known_table, known_noise,
     )  # fmt: skip
     where = (out, table.contiguous(), *number_or_tensor(step))
