@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -53,6 +54,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Let the allocator keep what is freed, as it does in a long run: else a call may pay for new pages or not."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)
+        mallopt(-3, 2**30)
 
 
 def threads_to_try(config: pytest.Config) -> list[int]:

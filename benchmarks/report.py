@@ -76,12 +76,14 @@ def markdown(about: dict[str, Any], rows: Rows, record: Path) -> str:
         "# Timings of the ops",
         "",
         f"{about['device']}, {about['cpus']} processors, instruction set {about['instruction set']}; "
-        f"{about['compiler']}, {packages}, {about['python']}; {about['date']}, commit {about['commit']}. Record: `{record}`.",
+        f"{about['compiler']}, {packages}, {about['python']}; {about['date']}, commit "
+        f"{about['commit']}. Record: `{record}`.",
         "",
         "Contestants take turns and the best time counts. *eager* is the shortest PyTorch that a good user would",
         "write, *compile* is `torch.compile` of it, *native op* the one ATen operator that does the heart of it. The",
         "floor is the time to copy as many bytes as the op must move, measured in the same turns, or that to draw as",
-        "many normal numbers where it is longer; a copy that stays in the cache is faster than memory. GPU: not measured.",
+        "many normal numbers where it is longer; a copy that stays in the cache is faster than memory. On a GPU: not",
+        "measured.",
         "",
         "| case | dtype | threads | MB | ms | floor ms | share | to eager | to compile | to native op |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

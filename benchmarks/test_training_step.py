@@ -105,7 +105,9 @@ def network(**overrides: Any) -> nn.Module:
 
 
 def test_the_network_on_stock_ops_is_the_same() -> None:
-    model = network(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, image_size=(8, 8), attention_resolutions=(4,))
+    model = network(
+        base_channels=32, channel_mult=(1, 2), num_res_blocks=1, image_size=(8, 8), attention_resolutions=(4,)
+    )
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     stock = on_stock_ops(model)

@@ -131,7 +131,8 @@ FAULTS = [
     ("rms_norm_silu", wrong_tail), ("rms_norm_silu", shift_of_the_first_sample),
     ("group_norm_silu", uncentred_variance), ("group_norm_silu", shift_of_the_first_sample),
     ("q_sample", lane_off_by_one), ("q_sample", flip_ignored_for_odd_widths),
-    ("solver_step", mask_of_the_first_channel), ("diffusion_loss", weight_left_out), ("adam_ema", decay_a_tenth_too_large),
+    ("solver_step", mask_of_the_first_channel), ("diffusion_loss", weight_left_out),
+    ("adam_ema", decay_a_tenth_too_large),
 ]  # fmt: skip
 
 
