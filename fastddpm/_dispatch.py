@@ -17,14 +17,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
 _copied: Counter[str] = Counter()  # op to the gradients that came with other strides than the kernels take
+
+
+def _constant(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result does, which itself takes a second to import what it does not need."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _import(module: str) -> None:
+    """Import it: where torch.compile reads this call, then, since it does not follow an import."""
+    importlib.import_module(module)
+
+
+@_constant
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class Op:
@@ -47,7 +65,8 @@ class Op:
     def implementation(self, backend: str) -> ModuleType:
         """The module of a backend that is `present`, imported when first asked for."""
         if backend not in self.loaded:
-            self.loaded[backend] = importlib.import_module(f"{self.package}.{backend}_impl")
+            _import(f"{self.package}.{backend}_impl")
+            self.loaded[backend] = sys.modules[f"{self.package}.{backend}_impl"]
         return self.loaded[backend]
 
     def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
@@ -56,7 +75,7 @@ class Op:
             return f"this version of fastddpm has no {backend} implementation of {self.name}"
         if backend == "reference":
             return None
-        if backend == "triton" and importlib.util.find_spec("triton") is None:
+        if backend == "triton" and not _has_triton():
             return "Triton is not installed; pip install triton"
         reason: str | None = self.implementation(backend).unsupported(**arguments)
         return reason

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import _dispatch
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in the interpreter, on tensors in the memory of the host; decided when Triton is imported."""
 
@@ -28,22 +30,33 @@ def philox_words(block, sample, step, stream, seed_low, seed_high):
     Element e of a sample takes lane e % 4 of block e // 4 (see `fastddpm.ops.philox`). All uint32; ``block`` has any
     shape, the others are scalars.
     """
-    zero = block * 0
-    return tl.philox_impl(block, zero + sample, zero + step, zero + stream, seed_low, seed_high, 10)
+    c0, zero = block.to(tl.uint32), (block * 0).to(tl.uint32)
+    c1, c2, c3 = zero + sample, zero + step, zero + stream
+    k0, k1 = zero + seed_low, zero + seed_high
+    for _ in tl.static_range(10):
+        # 64 bits of two words of 32: one wide multiplication, in place of one for each half
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED: tl.constexpr, STEP: tl.constexpr):
-    """Key and step as uint32: from tensors on the device where there are any, else from the numbers."""
+    """Key and step as uint32: from tensors on the device where there are any, else from the numbers.
+
+    By tl.cast, since a number equal to 1 may be a constant: torch.compile makes it one in every kernel.
+    """
     if SEED:
         seed = tl.load(seed_tensor)
         low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     else:
-        low, high = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+        low, high = tl.cast(seed_low, tl.uint32), tl.cast(seed_high, tl.uint32)
     if STEP:
         step_word = (tl.load(step_tensor) & 0xFFFFFFFF).to(tl.uint32)
     else:
-        step_word = step.to(tl.uint32)
+        step_word = tl.cast(step, tl.uint32)
     return low, high, step_word
 
 
@@ -58,15 +71,16 @@ def box_muller(word0, word1, APPROX: tl.constexpr):
     """z_0 = sqrt(-2 ln u_0) cos(2 pi u_1) and z_1, its sine.
 
     With approximate instructions ln is good to 2^-22 and sine and cosine to 2^-20.5, absolute: their error in z is
-    at most 6e-4 (u_0 next to 1), 5e-7 in the root mean square. The exact functions would use local memory.
+    at most 6e-4 (u_0 next to 1), 5e-7 in the root mean square. The exact functions would use local memory. Only a
+    radius of 0 is subnormal: flushing (ftz) costs nothing and spares the scaling.
     """
     u0, angle = unit(word0), unit(word1) * 6.283185307179586
     if APPROX:
-        log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [u0], tl.float32, True, 1)
+        log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u0], tl.float32, True, 1)
         square = tl.maximum(log2 * -1.3862943611198906, 0.0)
-        radius = tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1)
-        cosine = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
-        sine = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        radius = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1)
+        cosine = tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        sine = tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
     else:
         radius = tl.sqrt(tl.log(u0) * -2.0)
         cosine, sine = tl.cos(angle), tl.sin(angle)
@@ -74,18 +88,57 @@ def box_muller(word0, word1, APPROX: tl.constexpr):
 
 
 @triton.jit
-def four_lanes(a, b, c, d):
-    """[N] each to [4 N], in turn."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [4 * a.shape[0]])
+def normals_of_four(counter, sample, step, stream, seed_low, seed_high, APPROX: tl.constexpr):
+    """Standard normal numbers of elements 4 counter .. 4 counter + 3: [N] to [N, 4]; each row stays in its thread."""
+    w0, w1, w2, w3 = philox_words(counter, sample, step, stream, seed_low, seed_high)
+    z0, z1 = box_muller(w0, w1, APPROX)
+    z2, z3 = box_muller(w2, w3, APPROX)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [counter.shape[0], 4])
 
 
 @triton.jit
-def normals(block, sample, step, stream, seed_low, seed_high, APPROX: tl.constexpr):
-    """Standard normal numbers of elements 4 block .. 4 block + 3: [N] to [4 N]."""
-    w0, w1, w2, w3 = philox_words(block, sample, step, stream, seed_low, seed_high)
-    z0, z1 = box_muller(w0, w1, APPROX)
-    z2, z3 = box_muller(w2, w3, APPROX)
-    return four_lanes(z0, z1, z2, z3)
+def places(part, channels, pixels, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers [rows, columns] of one of the programs of a sample: where they lie, and how `normals` draws them.
+
+    LANES = 0: BLOCK elements in C, H, W order, in rows of VECTOR. Otherwise a tile of pixels, four for each counter of
+    the noise, by LANES channels: the order of NHWC; the number of pixels is then a multiple of 4, and with VECTOR > 1
+    that of the channels is one of LANES.
+
+    Returns: counter [N], which `normals` takes; element (as the noise counts), channel, pixel, and whether it exists.
+    """
+    if LANES:
+        slabs = (channels + LANES - 1) // LANES
+        quad = part // slabs * (BLOCK // (4 * LANES)) + tl.arange(0, BLOCK // (4 * LANES))
+        pixel = (part // slabs * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES))[:, None]
+        channel = (part % slabs * LANES + tl.arange(0, LANES))[None, :]
+        counter = tl.reshape(channel * (pixels // 4) + quad[:, None], [BLOCK // 4])
+        inside = pixel < pixels if VECTOR > 1 else (pixel < pixels) & (channel < channels)
+        return counter, channel * pixels + pixel, channel, pixel, inside
+    else:
+        counter = part * (BLOCK // VECTOR) + tl.arange(0, BLOCK // VECTOR)
+        element = counter[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        return counter, element, element // pixels, element % pixels, element < channels * pixels
+
+
+@triton.jit
+def normals(
+    counter, sample, step, stream, seed_low, seed_high, LANES: tl.constexpr, VECTOR: tl.constexpr, APPROX: tl.constexpr
+):
+    """Standard normal numbers of the elements of `places`: no words are drawn twice.
+
+    Two draws make a row of eight, so that a thread holds 16 bytes of bfloat16 without an exchange with others.
+    """
+    counter = counter.to(tl.uint32)
+    if LANES:
+        z = normals_of_four(counter, sample, step, stream, seed_low, seed_high, APPROX)
+        z = tl.permute(tl.reshape(z, [counter.shape[0] // LANES, LANES, 4]), (0, 2, 1))
+        return tl.reshape(z, [counter.shape[0] // LANES * 4, LANES])
+    elif VECTOR == 8:
+        even = normals_of_four(counter * 2, sample, step, stream, seed_low, seed_high, APPROX)
+        odd = normals_of_four(counter * 2 + 1, sample, step, stream, seed_low, seed_high, APPROX)
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), [counter.shape[0], 8])
+    else:
+        return normals_of_four(counter, sample, step, stream, seed_low, seed_high, APPROX)
 
 
 @triton.jit
@@ -100,24 +153,32 @@ def save(pointer, x, mask):
 
 
 @triton.jit
-def offsets(element, pixels, channel_stride, pixel_stride, IN_ORDER: tl.constexpr):
-    """Where elements, counted in C, H, W order, lie in a sample."""
-    if IN_ORDER:
+def offsets(element, channel, pixel, channel_stride, pixel_stride, ORDER: tl.constexpr):
+    """Where the numbers of `places` lie in a sample.
+
+    ORDER: 1 for C, H, W; n > 1 for NHWC of n channels, which the compiler then knows; 0 for any, by its strides.
+    """
+    if ORDER == 1:
         return element
+    elif ORDER:
+        return pixel * ORDER + channel
     else:
-        return element // pixels * channel_stride + element % pixels * pixel_stride
+        return channel * channel_stride + pixel * pixel_stride
 
 
 @triton.jit
-def mirrored(element, width):
-    """The element that takes the place of this one in the picture turned left to right."""
-    return element + (width - 1) - 2 * (element % width)
+def turned(flip, element, pixel, width, LANES: tl.constexpr):
+    """How far from each place of `places` that lies which takes it in the picture turned left to right; 0 if not."""
+    column = (pixel if LANES else element) % width
+    return tl.where(flip.to(tl.int1), width - 1 - 2 * column, 0)
 
 
 def reason_against(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """Why the Triton kernels cannot compute in ``dtype`` (that of x, by default) where x is."""
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"the Triton kernels are for CUDA, and the tensors are on {x.device}"
+    if INTERPRETED and _dispatch._forced != "triton":
+        return "Triton's interpreter is for tests: it runs only where use_backend('triton') asks for it"
     if (dtype or x.dtype) == torch.float64:
         return "the Triton kernels compute in float32; the reference computes in float64"
     return None
@@ -142,6 +203,26 @@ def strides(x: Tensor) -> tuple[int, int]:
 def in_order(x: Tensor) -> bool:
     """Whether the elements of each sample lie in C, H, W order."""
     return x.is_contiguous() or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1
+
+
+def tiling(written: Tensor, channels: int) -> tuple[int, dict[str, int]]:
+    """How a sample of these channels is dealt out where results go to ``written``: programs, and what `places` takes.
+
+    A thread writes 16 bytes at a time.
+    """
+    pixels, vector = written.shape[2] * written.shape[3], 4 if written.element_size() == 4 else 8
+    if in_order(written) or pixels % 4:
+        return triton.cdiv(channels * pixels, BLOCK), dict(LANES=0, VECTOR=vector, BLOCK=BLOCK)
+    lanes = min(triton.next_power_of_2(int(channels)), 16)
+    tile = dict(LANES=lanes, VECTOR=1 if channels % lanes else lanes, BLOCK=BLOCK)
+    return triton.cdiv(channels, lanes) * triton.cdiv(pixels * lanes, BLOCK), tile
+
+
+def order(image: Tensor | None, lanes: int, channels: int) -> int:
+    """The ORDER of `offsets`, for the first ``channels`` of an image."""
+    if image is None or image.is_contiguous() or (in_order(image) and channels == image.shape[1]):
+        return 1
+    return int(image.shape[1]) if lanes else 0
 
 
 def word(x: int) -> int:

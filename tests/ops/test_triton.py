@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastddpm
 from fastddpm.ops import normal, philox
-from tests.ops.cases import CASES, Case, drawn
-from tests.ops.test_contract import check_values, results
+from tests.ops.cases import CASES, LAYOUTS, Case, Inputs, drawn, holder_of, op_of, rand, randn, solver_table
+from tests.ops.test_contract import Recorded, check_values, results
 from tests.ops.test_native import sized
 from tests.tolerance import assert_normals_within
 
@@ -21,6 +26,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need Triton")
 tl = triton.language
 
 from fastddpm.ops import triton_common  # noqa: E402
+from fastddpm.ops.diffusion_loss import triton_impl as diffusion_loss  # noqa: E402
 from fastddpm.ops.group_norm_silu import triton_impl as group_norm  # noqa: E402
 
 interpreted = pytest.mark.skipif(not triton_common.INTERPRETED, reason="runs in Triton's interpreter")
@@ -124,7 +130,7 @@ def test_shapes_and_strides_on_a_fake_gpu(case: Case, monkeypatch: pytest.Monkey
     from torch.fx.experimental.proxy_tensor import make_fx
 
     if triton_common.INTERPRETED:
-        monkeypatch.setattr(triton_common, "reason_against", lambda *_, **__: None)
+        # in the module that took it by name: one imported while triton_common is patched would keep the patch
         for module in _implementations(case.op):
             monkeypatch.setattr(module, "reason_against", lambda *_, **__: None)
     inputs = case.inputs(torch.bfloat16, "NHWC")
@@ -152,3 +158,183 @@ def _implementations(op: str) -> list[Any]:
 
 def _on_cuda(mode: FakeTensorMode, x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
+
+# tiles of pixels by channels, in which NHWC is written
+
+
+def stepped(channels: int, pixels: tuple[int, int]) -> Case:
+    """A step of a sampler with every image that it can read, a learned variance among them."""
+
+    def make(g: torch.Generator) -> Inputs:
+        shape, wide = (2, channels, *pixels), (2, 2 * channels, *pixels)
+        return dict(
+            x=randn(g, *shape), out=randn(g, *wide), out_uncond=randn(g, *wide), guidance_scale=1.5, step=2,
+            table=solver_table(g), pred_prev=randn(g, *shape), mask=rand(g, *shape), known=randn(g, *shape),
+            known_table=rand(g, 7, 2), **{name: x for name, x in drawn(2).items() if name != "step"},
+        )  # fmt: skip
+
+    return Case("solver_step", f"{channels} channels of {pixels[0]}x{pixels[1]}", make)
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["q_sample", "diffusion_loss", "solver_step"])
+def test_tiles_of_channels(op: str) -> None:
+    """Channels that fill the lanes or do not, one slab of them or two, and pixels around the edge of a tile."""
+    for channels, pixels, lanes in ((2, (4, 129), 2), (3, (1, 260), 4), (4, (16, 16), 4), (17, (2, 34), 16)):
+        case = stepped(channels, pixels) if op == "solver_step" else sized(op, channels, pixels)
+        inputs = case.inputs(torch.float32, "NHWC")
+        written = next(x for x in inputs.values() if isinstance(x, Tensor) and x.dim() == 4)
+        assert triton_common.tiling(written, channels)[1]["LANES"] == lanes
+        for mixed in (inputs, case.inputs(torch.float32, "NCHW") | {next(iter(inputs)): next(iter(inputs.values()))}):
+            with fastddpm.use_backend("triton"):
+                found = results(case, mixed)
+            check_values(case, found, mixed, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("n", [7, 8, 9, 1023, 1024, 1025])
+def test_rows_of_eight(n: int) -> None:
+    """In half precision a thread has eight numbers, of two counters: those of float32, rounded."""
+    with fastddpm.use_backend("triton"):
+        z = normal((2, n), stream=1, **drawn(2))
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(normal((2, n), stream=1, dtype=dtype, **drawn(2)), z.to(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["q_sample", "solver_step", "diffusion_loss", "group_norm_silu"])
+def test_the_interpreter_runs_only_where_it_is_asked_for(op: str) -> None:
+    """Where no other implementation can run, a call is not left to what takes a thousand times as long."""
+    inputs = next(case for case in CASES if case.op == op).inputs()
+
+    def line() -> str:
+        return next(x for x in fastddpm.explain(op_of(op), **inputs).splitlines() if x.startswith("  triton"))
+
+    assert "only where use_backend" in line()
+    with fastddpm.use_backend("triton"):
+        assert "chosen" in line()
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (2, 1), (1, 1)], ids=str)
+def test_a_mask_is_read_where_it_lies(shape: tuple[int, int], layout: str) -> None:
+    """In either order, of each sample and channel or of all: no copy of it is made."""
+    case = stepped(3, (4, 5))
+    inputs = case.inputs(torch.float32, "NHWC")
+    mask = rand(torch.Generator().manual_seed(1), *shape, 4, 5).float().contiguous(memory_format=LAYOUTS[layout])
+    inputs["mask"] = mask
+    with fastddpm.use_backend("triton"), Recorded() as recorded:
+        found = results(case, inputs, op=lambda **named: op_of("solver_step")(**named | dict(mask=mask)))
+    check_values(case, found, inputs, torch.float32)
+    assert not any(func.overloadpacket is torch.ops.aten.clone and args[0] is mask for func, args, _ in recorded.calls)
+
+
+@triton.jit
+def erfc_kernel(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, diffusion_loss.erfc(tl.load(x + at)))
+
+
+@interpreted
+def test_erfc() -> None:
+    """To a relative 5e-7 where it is a normal number, and right at the ends."""
+    x = torch.cat([torch.linspace(-6, 9, 8187), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    y = torch.empty_like(x)
+    erfc_kernel[(1,)](x, y, N=8192)
+    expected = torch.erfc(x[:-3].double())
+    assert ((y[:-3] - expected).abs() <= 5e-7 * expected)[expected > 1e-36].all()
+    assert y[-3:-1].tolist() == [0.0, 2.0] and y[-1].isnan()
+
+
+# what torch.compile sees, in a process without the interpreter: nothing is launched
+
+
+def check_graphs() -> None:
+    """Dynamo and AOTAutograd take each op apart: no graph break, one kernel, and no copy of what it reads or writes."""
+    import torch._dynamo
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import BackendCompilerFailed
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """Says for which GPU kernels are analysed: with it, torch finds out what each writes."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+    class TakenApartError(Exception):
+        pass
+
+    triton.runtime.driver.set_active(Driver())
+    for op in ELEMENTWISE:
+        holder_of(op).implementation("triton").unsupported = lambda **_: None  # type: ignore[attr-defined]
+    for case in [case for case in CASES if case.op in ELEMENTWISE and (case.compiled or case.written)]:
+        for dynamic in (False, True):
+            graphs: list[Any] = []
+
+            def keep(graph: Any, *_: Any, graphs: list[Any] = graphs, **__: Any) -> Any:
+                graphs.append(graph)
+                raise TakenApartError
+
+            torch._dynamo.reset()
+            inputs = case.inputs(torch.bfloat16, "NHWC")
+            for name in case.gradients:
+                inputs[name].requires_grad_()
+            backend = aot_autograd(fw_compiler=keep, partition_fn=keep)
+            compiled = torch.compile(op_of(case.op), fullgraph=True, dynamic=dynamic, backend=backend)
+            try:
+                with fastddpm.use_backend("triton"):
+                    compiled(**inputs)
+            except (BackendCompilerFailed, TakenApartError):
+                assert graphs
+            calls = Counter(str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function")
+            assert calls["triton_kernel_wrapper_functional"] == 1, (case, calls)
+            assert not calls["aten.clone.default"], (case, calls)
+
+
+ELEMENTWISE = ("q_sample", "solver_step", "diffusion_loss")
+
+
+def check_constants() -> None:
+    """A number equal to 1 is a constant of every kernel that torch.compile generates, whatever the kernel asks for."""
+    from tests.ops import aot
+
+    image, table, rows = aot.empty(2, 3, 4, 4), aot.empty(10, 2), aot.rows(2)
+    draw = dict(seed=2**32 + 1, sample=rows)
+    calls = {
+        "normal": lambda m: m.forward((2, 8), step=1, stream=1, dtype=torch.float32, **draw),
+        "q_sample": lambda m: m.forward(
+            image, rows, table, index=None, flip=None, pixel_scale=1.0, pixel_shift=0.0, noise=None, step=1,
+            returns="v", dtype=torch.float32, **draw,
+        ),
+        "solver_step": lambda m: m.forward(
+            image, image, aot.empty(10, 9), 1, pred_prev=None, out_uncond=image, guidance_scale=1.0, clamp=1.0,
+            noise=None, mask=None, known=None, known_table=None, known_noise=None, inplace=False, **draw,
+        ),
+        "diffusion_loss": lambda m: m.forward(
+            image, rows, target=None, objective="eps", table=None, x0=None, index=None, flip=None, pixel_scale=1.0,
+            pixel_shift=0.0, step=1, weight=None, vlb=None, vlb_weight=1.0, levels=2, gradient_scale=1.0, **draw,
+        ),
+    }  # fmt: skip
+    for op, call in calls.items():
+        for launch in aot.recorded(op, lambda module, call=call: call(aot.unwrapped(module))):
+            for parameter in launch.kernel.params:
+                vars(parameter)["do_not_specialize"] = False
+            assert any(launch.arguments[name] == 1 for name in ("seed_low", "step")), op
+            assert aot.compiled(launch, 90).asm["cubin"], op
+
+
+@pytest.mark.timeout(60)  # a process of its own, in which kernels are not interpreted
+@pytest.mark.parametrize("check", ["check_graphs", "check_constants"])
+def test_what_torch_compile_sees(check: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"from tests.ops import test_triton; test_triton.{check}()"],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]

@@ -322,8 +322,8 @@ def backward_kernel(
     mean = tl.load(mean_in + (sample * num_groups + group) * 2, mask=real, other=0)
     rest = tl.load(mean_in + (sample * num_groups + group) * 2 + 1, mask=real, other=0)
     rstd = tl.load(rstd_in + sample * num_groups + group, mask=real, other=0)
-    gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
     n = tl.where(inside, ((h - mean[None, :]) - rest[None, :]) * rstd[None, :], 0.0)
+    gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
     if DY:
         da = load_image(dy, sample, pixel, channel, inside, elements, dy_channel, dy_pixel)
         if DROP:

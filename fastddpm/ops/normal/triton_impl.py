@@ -18,6 +18,7 @@ from ..triton_common import (
     launch,
     normals,
     number_or_tensor,
+    places,
     reason_against,
     save,
 )
@@ -28,7 +29,7 @@ NUMBERS = ["seed_low", "seed_high", "step", "stream"]  # of any value: not worth
 @triton.jit(do_not_specialize=NUMBERS)
 def normal_kernel(
     out, sample, seed_tensor, seed_low, seed_high, step_tensor, step, stream, elements, blocks,
-    SEED: tl.constexpr, STEP: tl.constexpr, APPROX: tl.constexpr, BLOCK: tl.constexpr,
+    SEED: tl.constexpr, STEP: tl.constexpr, VECTOR: tl.constexpr, APPROX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z = Box-Muller of Philox. A program draws BLOCK elements of one sample, four from each counter.
 
@@ -37,10 +38,9 @@ def normal_kernel(
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     low, high, step_word = drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED, STEP)
     row = (tl.load(sample + b) & 0xFFFFFFFF).to(tl.uint32)
-    counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    z = normals(counter.to(tl.uint32), row, step_word, stream.to(tl.uint32), low, high, APPROX)
-    element = part * BLOCK + tl.arange(0, BLOCK)
-    save(out + b.to(tl.int64) * elements + element, z, element < elements)
+    counter, element, _, _, inside = places(part, elements, 1, 0, VECTOR, BLOCK)
+    z = normals(counter, row, step_word, tl.cast(stream, tl.uint32), low, high, 0, VECTOR, APPROX)
+    save(out + b.to(tl.int64) * elements + element, z, inside)
 
 
 def unsupported(*, sample: Tensor, dtype: torch.dtype, **_: Any) -> str | None:
@@ -59,7 +59,7 @@ def _normal(
     draw, given = draw_arguments(seed, seed_tensor, step, step_tensor, sample)
     launch(
         normal_kernel, (shape[0] * blocks,), out, sample, stream=stream, elements=elements, blocks=blocks,
-        **draw, **given, APPROX=not INTERPRETED, BLOCK=BLOCK,
+        **draw, **given, VECTOR=4 if dtype == torch.float32 else 8, APPROX=not INTERPRETED, BLOCK=BLOCK,
     )  # fmt: skip
     return out
 

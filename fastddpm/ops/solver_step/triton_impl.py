@@ -11,20 +11,21 @@ from torch import Tensor
 
 from ..philox import SAMPLER_NOISE, TRAINING_NOISE
 from ..triton_common import (
-    BLOCK,
     INTERPRETED,
     draw_arguments,
     drawing,
     float_or_tensor,
-    in_order,
     launch,
     like_in_order,
     normals,
     number_or_tensor,
     offsets,
+    order,
+    places,
     reason_against,
     save,
     strides,
+    tiling,
 )
 
 NUMBERS = ["seed_low", "seed_high", "step", "guidance_number", "clamp_number"]
@@ -40,39 +41,40 @@ def lerp(start, end, weight):
 def solver_step_kernel(
     x, out, x_next, pred_out, table, pred_prev, uncond, guidance, guidance_number, clamp, clamp_number, noise, mask,
     known, known_table, known_noise, sample, seed_tensor, seed_low, seed_high, step_tensor, step,
-    elements, pixels, blocks, mask_sample, mask_channel, mask_pixel,
+    channels, pixels, blocks, mask_sample, mask_channel, mask_pixel,
     x_channel, x_pixel, out_channel, out_pixel, uncond_channel, uncond_pixel, prev_channel, prev_pixel,
     noise_channel, noise_pixel, known_channel, known_pixel, eps_channel, eps_pixel, pred_channel, pred_pixel,
     LEARNED: tl.constexpr, PREV: tl.constexpr, UNCOND: tl.constexpr, GUIDANCE: tl.constexpr, CLAMP: tl.constexpr,
     NOISE: tl.constexpr, MASK: tl.constexpr, KNOWN_NOISE: tl.constexpr, X_ORDER: tl.constexpr,
     OUT_ORDER: tl.constexpr, UNCOND_ORDER: tl.constexpr, PREV_ORDER: tl.constexpr, NOISE_ORDER: tl.constexpr,
-    PRED_ORDER: tl.constexpr, STREAM: tl.constexpr, KNOWN_STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr,
+    KNOWN_ORDER: tl.constexpr, EPS_ORDER: tl.constexpr, PRED_ORDER: tl.constexpr, STREAM: tl.constexpr,
+    KNOWN_STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     APPROX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pred = clamp(k0 x + k1 o), x' = k2 pred + k3 x + k4 pred_prev + k5 z + k6 o, and the blend with what is known.
 
-    A program takes BLOCK elements of one sample, in C, H, W order, four from each counter of the noise. The row of the
-    table is read by the step on the device. Bytes an element, float32: 8 read, 8 written. What limits it is memory.
+    A program takes BLOCK elements of one sample, in C, H, W order or, where x is NHWC, a tile of pixels by channels:
+    four from each counter of the noise. The row of the table is read by the step on the device. Bytes an element,
+    float32: 8 read, 8 written. What limits it is memory.
     """
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    counter = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    element = part * BLOCK + tl.arange(0, BLOCK)
-    inside = element < elements
+    counter, element, channel, pixel, inside = places(part, channels, pixels, LANES, VECTOR, BLOCK)
+    elements = channels * pixels
     base = b.to(tl.int64) * elements
-    row = tl.load(step_tensor) if STEP else step.to(tl.int64)
+    row = tl.load(step_tensor) if STEP else tl.cast(step, tl.int64)
     k = table + row * 9
     k0, k1, k2 = tl.load(k).to(tl.float32), tl.load(k + 1).to(tl.float32), tl.load(k + 2).to(tl.float32)
     k3, k4, k5 = tl.load(k + 3).to(tl.float32), tl.load(k + 4).to(tl.float32), tl.load(k + 5).to(tl.float32)
     k6, least, most = tl.load(k + 6).to(tl.float32), tl.load(k + 7).to(tl.float32), tl.load(k + 8).to(tl.float32)
 
-    at_x = base + offsets(element, pixels, x_channel, x_pixel, X_ORDER)
+    at_x = base + offsets(element, channel, pixel, x_channel, x_pixel, X_ORDER)
     of_out = base * 2 if LEARNED else base
-    at_out = of_out + offsets(element, pixels, out_channel, out_pixel, OUT_ORDER)
+    at_out = of_out + offsets(element, channel, pixel, out_channel, out_pixel, OUT_ORDER)
     state = tl.load(x + at_x, mask=inside, other=0).to(tl.float32)
     o = tl.load(out + at_out, mask=inside, other=0).to(tl.float32)
     if UNCOND:
         weight = tl.load(guidance).to(tl.float32) if GUIDANCE else guidance_number
-        at = of_out + offsets(element, pixels, uncond_channel, uncond_pixel, UNCOND_ORDER)
+        at = of_out + offsets(element, channel, pixel, uncond_channel, uncond_pixel, UNCOND_ORDER)
         o = lerp(tl.load(uncond + at, mask=inside, other=0).to(tl.float32), o, weight)
     pred = k0 * state + k1 * o
     if CLAMP:
@@ -81,7 +83,7 @@ def solver_step_kernel(
         pred = tl.where(pred > bound, bound, pred)
     y = k2 * pred + k3 * state + k6 * o
     if PREV:
-        at = base + offsets(element, pixels, prev_channel, prev_pixel, PREV_ORDER)
+        at = base + offsets(element, channel, pixel, prev_channel, prev_pixel, PREV_ORDER)
         y += k4 * tl.load(pred_prev + at, mask=inside, other=0).to(tl.float32)
 
     if NOISE == 2 or KNOWN_NOISE == 2:
@@ -89,13 +91,13 @@ def solver_step_kernel(
         number = (tl.load(sample + b) & 0xFFFFFFFF).to(tl.uint32)
     if NOISE:
         if NOISE == 2:
-            z = normals(counter.to(tl.uint32), number, step_word, STREAM, low, high, APPROX)
+            z = normals(counter, number, step_word, STREAM, low, high, LANES, VECTOR, APPROX)
         else:
-            at = base + offsets(element, pixels, noise_channel, noise_pixel, NOISE_ORDER)
+            at = base + offsets(element, channel, pixel, noise_channel, noise_pixel, NOISE_ORDER)
             z = tl.load(noise + at, mask=inside, other=0).to(tl.float32)
         if LEARNED:
             # the second half of out lies C channels on
-            v = tl.load(out + at_out + elements // pixels * out_channel, mask=inside, other=0).to(tl.float32)
+            v = tl.load(out + at_out + channels * out_channel, mask=inside, other=0).to(tl.float32)
             f = (v + 1.0) * 0.5
             y += tl.where(k5 != 0, tl.exp(0.5 * (f * most + (1.0 - f) * least)), k5) * z
         else:
@@ -103,18 +105,19 @@ def solver_step_kernel(
     if MASK:
         signal = tl.load(known_table + 2 * row).to(tl.float32)
         sigma = tl.load(known_table + 2 * row + 1).to(tl.float32)
-        at = base + offsets(element, pixels, known_channel, known_pixel, False)
+        at = base + offsets(element, channel, pixel, known_channel, known_pixel, KNOWN_ORDER)
         x_known = signal * tl.load(known + at, mask=inside, other=0).to(tl.float32)
         if KNOWN_NOISE == 2:
-            x_known += sigma * normals(counter.to(tl.uint32), number, step_word, KNOWN_STREAM, low, high, APPROX)
+            z = normals(counter, number, step_word, KNOWN_STREAM, low, high, LANES, VECTOR, APPROX)
+            x_known += sigma * z
         else:
-            at = base + offsets(element, pixels, eps_channel, eps_pixel, False)
+            at = base + offsets(element, channel, pixel, eps_channel, eps_pixel, EPS_ORDER)
             x_known += sigma * tl.load(known_noise + at, mask=inside, other=0).to(tl.float32)
-        at = b.to(tl.int64) * mask_sample + offsets(element, pixels, mask_channel, mask_pixel, False)
+        at = b.to(tl.int64) * mask_sample + offsets(element, channel, pixel, mask_channel, mask_pixel, 0)
         y = lerp(y, x_known, tl.load(mask + at, mask=inside, other=0).to(tl.float32))
 
     save(x_next + at_x, y, inside)
-    save(pred_out + base + offsets(element, pixels, pred_channel, pred_pixel, PRED_ORDER), pred, inside)
+    save(pred_out + base + offsets(element, channel, pixel, pred_channel, pred_pixel, PRED_ORDER), pred, inside)
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -132,23 +135,19 @@ def _run(
     """Launch the kernel; x_next may be x, and pred may be pred_prev."""
     batch, channels, height, width = x.shape
     pixels = height * width
-    elements = channels * pixels
-    blocks = triton.cdiv(elements, BLOCK)
+    blocks, tile = tiling(x_next, channels)
     draw, given = draw_arguments(seed, seed_tensor, step, step_tensor, x)
     learned = out.shape[1] == 2 * channels
-    images = dict(
-        x=x, out=out, uncond=out_uncond, prev=pred_prev, noise=noise, known=known, eps=known_noise, pred=pred
-    )
-    at = {}
+    images = dict(x=x, out=out, uncond=out_uncond, prev=pred_prev, noise=noise, known=known, eps=known_noise, pred=pred)
+    at, orders = {}, {}
     for name, image in images.items():
         at[f"{name}_channel"], at[f"{name}_pixel"] = strides(x if image is None else image)
+        orders[f"{name.upper()}_ORDER"] = order(image, tile["LANES"], channels)
     mask_sample, mask_channel, mask_pixel = 0, 0, 1
     if mask is not None:
+        mask_channel, mask_pixel = strides(mask)
         mask_sample = 0 if mask.shape[0] == 1 else mask.shape[1] * pixels
-        mask_channel = 0 if mask.shape[1] == 1 else pixels
-
-    def order(image: Tensor | None) -> bool:
-        return image is None or in_order(image)
+        mask_channel = 0 if mask.shape[1] == 1 else mask_channel
 
     launch(
         solver_step_kernel, (batch * blocks,),
@@ -159,15 +158,13 @@ def _run(
         mask=x if mask is None else mask, known=x if known is None else known,
         known_table=table if known_table is None else known_table,
         known_noise=x if known_noise is None else known_noise,
-        sample=x if sample is None else sample, **draw, elements=elements, pixels=pixels, blocks=blocks,
+        sample=x if sample is None else sample, **draw, channels=channels, pixels=pixels, blocks=blocks,
         mask_sample=mask_sample, mask_channel=mask_channel, mask_pixel=mask_pixel, **at,
         LEARNED=learned, PREV=pred_prev is not None, UNCOND=out_uncond is not None, GUIDANCE=guidance is not None,
         CLAMP=2 if clamp is not None else 1 if clamp_bound is not None else 0,
         NOISE=1 if noise is not None else 2 if sample is not None else 0, MASK=mask is not None,
         KNOWN_NOISE=0 if mask is None else 1 if known_noise is not None else 2,
-        X_ORDER=order(x), OUT_ORDER=out.is_contiguous(), UNCOND_ORDER=out_uncond is None or out_uncond.is_contiguous(),
-        PREV_ORDER=order(pred_prev), NOISE_ORDER=order(noise), PRED_ORDER=order(pred),
-        STREAM=SAMPLER_NOISE, KNOWN_STREAM=TRAINING_NOISE, **given, APPROX=not INTERPRETED, BLOCK=BLOCK,
+        STREAM=SAMPLER_NOISE, KNOWN_STREAM=TRAINING_NOISE, **orders, **given, **tile, APPROX=not INTERPRETED,
     )  # fmt: skip
 
 
@@ -219,7 +216,9 @@ def forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
-    mask, known_table, sample = (p if p is None else p.contiguous() for p in (mask, known_table, sample))
+    known_table, sample = (p if p is None else p.contiguous() for p in (known_table, sample))
+    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
+        mask = mask.contiguous()
     where = (table.contiguous(), *number_or_tensor(step))
     options = (
         out_uncond, *float_or_tensor(guidance_scale), *float_or_tensor(clamp), noise, *number_or_tensor(seed),
