@@ -69,7 +69,7 @@ def verdicts(rows: Rows) -> list[str]:
     return lines
 
 
-def markdown(about: dict[str, Any], rows: Rows, record: Path) -> str:
+def markdown(about: dict[str, Any], rows: Rows, record: Path, picture: Path | None) -> str:
     """The page of the documentation."""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     lines = [
@@ -85,6 +85,7 @@ def markdown(about: dict[str, Any], rows: Rows, record: Path) -> str:
         "many normal numbers where it is longer; a copy that stays in the cache is faster than memory. On a GPU: not",
         "measured.",
         "",
+        *([] if picture is None else [f"![times as fast as eager PyTorch]({picture.name})", ""]),
         "| case | dtype | threads | MB | ms | floor ms | share | to eager | to compile | to native op |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -131,7 +132,10 @@ def plot(about: dict[str, Any], rows: Rows, path: Path) -> None:
         panel.set_xscale("log")
         panel.set_xlim(0.3, max(ours) * 2.2)
         panel.set_yticks(range(len(mine)), labels, fontsize=7)
-        panel.set_xlabel("times as fast as eager PyTorch (share of the floor reached)")
+        panel.set_xlabel("times as fast as eager PyTorch (share of the floor reached)", fontsize=8)
+        panel.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+        panel.minorticks_off()
+        panel.margins(y=0.01)
         panel.set_title(f"{threads} thread{'s' if threads > 1 else ''}")
         panel.legend(fontsize=7, loc="lower right")
     figure.suptitle(f"{about['device']}, torch {about['packages']['torch']}, {about['date']}", fontsize=9)
@@ -147,7 +151,7 @@ def main() -> None:
     about, *rows = (json.loads(line) for line in options.record.read_text(encoding="utf-8").splitlines())
     if options.plot:
         plot(about, rows, options.plot)
-    print(markdown(about, rows, options.record))
+    print(markdown(about, rows, options.record, options.plot))
 
 
 if __name__ == "__main__":
