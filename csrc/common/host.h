@@ -97,10 +97,18 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
 
 // A small gradient, summed in double, in the dtype of what it is of.
 inline Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
-    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-    Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Double);
-    std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr()));
-    return torch::stable::to(out, like.scalar_type());
+    const std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    Tensor out = torch::stable::empty({sizes.data(), sizes.size()}, like.scalar_type());
+    const auto fill = [&](auto* to) {
+        for (size_t i = 0; i < sums.size(); ++i) to[i] = static_cast<float>(sums[i]);
+    };
+    switch (dtype(like)) {
+        case DType::f64: std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr())); break;
+        case DType::bf16: fill(static_cast<torch::headeronly::BFloat16*>(out.data_ptr())); break;
+        case DType::f16: fill(static_cast<torch::headeronly::Half*>(out.data_ptr())); break;
+        default: fill(static_cast<float*>(out.data_ptr())); break;
+    }
+    return out;
 }
 
 constexpr int64_t TILE = 2048;       // elements: a few tiles of floats fit in the first cache
