@@ -11,26 +11,31 @@ namespace {
 
 constexpr int64_t CHUNK = 8192;  // elements: what a chunk touches stays in the second cache until its mirror is written
 
+int64_t bytes(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
 double or_number(const MaybeTensor& tensor, double value) { return tensor ? number(*tensor) : value; }
 
 // Written over: params, exp_avg, exp_avg_sq, step, ema, mirror, found_inf. Returns the norm of the gradients.
 Tensor adam_ema_(const std::vector<Tensor> params, const std::vector<Tensor> grads, const std::vector<Tensor> exp_avg,
-                 const std::vector<Tensor> exp_avg_sq, Tensor step, double lr, const MaybeTensor lr_tensor, double beta1,
-                 double beta2, double eps, double weight_decay, std::optional<double> max_grad_norm,
+                 const std::vector<Tensor> exp_avg_sq, Tensor step, double lr, const MaybeTensor lr_tensor,
+                 double beta1, double beta2, double eps, double weight_decay, std::optional<double> max_grad_norm,
                  const std::vector<Tensor> ema, double ema_decay, const MaybeTensor ema_decay_tensor,
                  const std::vector<Tensor> mirror, const MaybeTensor grad_scale, const MaybeTensor found_inf) {
     std::vector<AdamChunk> chunks;
     for (size_t i = 0; i < params.size(); ++i) {
-        const DType of_gradient = dtype(grads[i]), of_mirror = mirror.empty() ? DType::f32 : dtype(mirror[i]);
-        const auto at = [](const Tensor& t, int64_t offset) {
-            return static_cast<char*>(t.data_ptr()) + offset * static_cast<int64_t>(t.element_size());
-        };
-        const auto floats = [&](const Tensor& t, int64_t offset) { return reinterpret_cast<float*>(at(t, offset)); };
-        for (int64_t begin = 0, size = params[i].numel(); begin < size; begin += CHUNK)
-            chunks.push_back({floats(params[i], begin), floats(exp_avg[i], begin), floats(exp_avg_sq[i], begin),
-                              ema.empty() ? nullptr : floats(ema[i], begin), at(grads[i], begin),
-                              mirror.empty() ? nullptr : at(mirror[i], begin), of_gradient, of_mirror,
-                              std::min(CHUNK, size - begin)});
+        const auto floats = [&](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+        AdamChunk c{floats(params[i]), floats(exp_avg[i]), floats(exp_avg_sq[i]), nullptr, grads[i].data_ptr(), nullptr,
+                    dtype(grads[i]), DType::f32, 0};
+        if (!ema.empty()) c.ema = floats(ema[i]);
+        if (!mirror.empty()) c.mirror = mirror[i].data_ptr(), c.mirror_type = dtype(mirror[i]);
+        for (int64_t left = params[i].numel(); left > 0; left -= c.size) {
+            c.size = std::min(CHUNK, left);
+            chunks.push_back(c);
+            c.param += c.size, c.exp_avg += c.size, c.exp_avg_sq += c.size;
+            if (c.ema) c.ema += c.size;
+            c.gradient = static_cast<const char*>(c.gradient) + c.size * bytes(c.gradient_type);
+            if (c.mirror) c.mirror = static_cast<char*>(c.mirror) + c.size * bytes(c.mirror_type);
+        }
     }
     std::vector<double> squares(chunks.size());
     AdamEma a{};
@@ -71,9 +76,9 @@ Tensor adam_ema_(const std::vector<Tensor> params, const std::vector<Tensor> gra
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
     m.def(
-        "adam_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!) step, "
-        "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, float? max_grad_norm, "
-        "Tensor(e!)[] ema, float ema_decay, Tensor? ema_decay_tensor, Tensor(f!)[] mirror, Tensor? grad_scale, "
-        "Tensor(g!)? found_inf) -> Tensor");
+        "adam_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+        "Tensor(d!) step, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, "
+        "float? max_grad_norm, Tensor(e!)[] ema, float ema_decay, Tensor? ema_decay_tensor, Tensor(f!)[] mirror, "
+        "Tensor? grad_scale, Tensor(g!)? found_inf) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) { m.impl("adam_ema_", TORCH_BOX(&fastddpm::adam_ema_)); }

@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t RUN = 1024;  // elements summed in float before they are added in double
 
+// Of g scale, in units of g.
 template <class T>
-INLINE double squares_of(const T* g, int64_t size) {
+double squares_of(const T* g, int64_t size, float scale) {
     double total = 0;
     for (int64_t begin = 0; begin < size; begin += RUN) {
         VF of_run[4]{};
@@ -23,26 +24,16 @@ INLINE double squares_of(const T* g, int64_t size) {
         int64_t i = 0;
         for (; i + 4 * W <= n; i += 4 * W)
             for (int k = 0; k < 4; ++k) {
-                VF x = load(g + begin + i + k * W);
+                VF x = load(g + begin + i + k * W) * scale;
                 of_run[k] += x * x;
             }
         for (; i < n; i += W) {
-            VF x = load(g + begin + i, n - i < W ? n - i : W);
+            VF x = load(g + begin + i, n - i < W ? n - i : W) * scale;
             of_run[0] += x * x;
         }
         total += double(sum((of_run[0] + of_run[1]) + (of_run[2] + of_run[3])));
     }
-    return total;
-}
-
-template <class T>
-double exact_squares_of(const T* g, int64_t size) {  // where float overflows
-    double total = 0;
-    for (int64_t i = 0; i < size; ++i) {
-        const double x = load(g + i, 1)[0];
-        total += x * x;
-    }
-    return total;
+    return total / (double(scale) * scale);
 }
 
 template <class G>
@@ -67,8 +58,10 @@ void gradient_squares(const AdamEma& a, int64_t begin, int64_t end, float*) {
     for (int64_t k = begin; k < end; ++k) {
         const AdamChunk& c = a.chunks[k];
         with_type(c.gradient_type, c.gradient, [&](const auto* g) {
-            a.squares[k] = squares_of(g, c.size);
-            if (!(a.squares[k] < 1e38 && a.squares[k] > 1e-30)) a.squares[k] = exact_squares_of(g, c.size);
+            double squares = squares_of(g, c.size, 1.0f);
+            if (squares < 1e-24) squares = squares_of(g, c.size, 0x1p100f);  // single squares are too small for a float
+            if (!(squares < 1e36)) squares = squares_of(g, c.size, 0x1p-80f);  // or too large
+            a.squares[k] = squares;
         });
     }
 }

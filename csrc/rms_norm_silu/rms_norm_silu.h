@@ -5,15 +5,17 @@
 
 namespace fastddpm {
 
-// A work item is a block of pixels of one sample, with all their channels.
+// A work item is a block of pixels of one sample, with all their channels: pixels k P / per_sample up to
+// (k + 1) P / per_sample of the P pixels.
 struct RmsNorm {
     Shape shape;
-    int64_t block, per_sample;  // pixels of a block, blocks of a sample
+    bool nhwc;                  // the order that is worked in: one pixel lies in both
+    int64_t per_sample, block;  // blocks of a sample, pixels of the largest
     Image x, y, dy, dx;
     Values weight, scale, shift;  // [C] or [B, C]
     float eps;
     bool activation;
-    double* sums;     // backward: [items, 2, C], of da and of da n
+    float* sums;      // backward: [items, 2, C], of da and of da n
     int64_t scratch;  // floats that a call needs
 };
 

@@ -2,8 +2,9 @@
 // (Zhang and Sennrich 2019, eq. 4).
 //
 // A work item is a block of pixels with all their channels, small enough for the first caches; x is read from memory
-// once. In NHWC order a vector holds channels of one pixel, in NCHW order pixels of one channel. Bytes an element,
-// float32: 8 forward, 12 backward. What limits it is memory, and within the cache the exponential.
+// once. In NHWC order a vector holds channels of one pixel, in NCHW order pixels of one channel; where a pixel has
+// fewer channels, or a channel fewer pixels, than a vector has lanes, the block is turned into the other order first.
+// Bytes an element, float32: 8 forward, 12 backward. What limits it is memory, and within the cache the exponential.
 
 #include "rms_norm_silu/rms_norm_silu.h"
 
@@ -11,6 +12,27 @@
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
+
+// f(i, n, old) for vectors of n lanes at i, which cover 0 .. size - 1. The last one lies W before the end: of its lanes
+// the first ``old`` were in the one before. Stored again they are the same; sums leave them out. n < W if size < W.
+template <class F>
+INLINE void for_covering(int64_t size, F f) {
+    if (size < W) {
+        if (size > 0) f(int64_t(0), size, int64_t(0));
+        return;
+    }
+    int64_t i = 0;
+    for (; i + W <= size; i += W) f(i, W, int64_t(0));
+    if (i < size) f(size - W, W, W - (size - i));
+}
+
+// 0 in the first ``old`` lanes.
+INLINE VF new_lanes(VF x, int64_t old) {
+    if (old == 0) return x;
+    VI lane;
+    for (int32_t i = 0; i < W; ++i) lane[i] = i;
+    return select(lane < int32_t(old), VF{}, x);
+}
 
 // What a sample is scaled with.
 struct Affine {
@@ -24,7 +46,7 @@ INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, flo
     });
 }
 
-INLINE void affine_of(const RmsNorm& a, int64_t sample, float* gain, float* shift) {
+void affine_of(const RmsNorm& a, int64_t sample, float* gain, float* shift) {
     const int64_t channels = a.shape.channels;
     read_channels(a.weight, sample, channels, gain);
     if (a.scale.data) {
@@ -51,9 +73,15 @@ INLINE float squares_of(const T* x, int64_t channels) {
             VF v = load(x + c + k * W);
             total[k] += v * v;
         }
-    for (; c < channels; c += W) {
-        VF v = load(x + c, channels - c < W ? channels - c : W);
+    const int64_t done = c;
+    const auto add = [&](int64_t i, int64_t n, int64_t old) {
+        VF v = new_lanes(load(x + i, n), old);
         total[0] += v * v;
+    };
+    if (done == 0) for_covering(channels, add);
+    else {
+        for (; c + W <= channels; c += W) add(c, W, 0);
+        if (c < channels) add(channels - W, W, W - (channels - c));
     }
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
@@ -70,116 +98,131 @@ INLINE VF before_activation(VF dy, VF a, bool activation) {
 }
 
 template <class T>
-INLINE void forward_nhwc(const RmsNorm& a, const T* x, int64_t pixels, const Affine& p, T* y) {
+void forward_nhwc(const RmsNorm& a, const T* x, int64_t pixels, const Affine& p, T* y) {
     const int64_t channels = a.shape.channels;
     const float root = __builtin_sqrtf(float(channels));
     for (int64_t i = 0; i < pixels; ++i, x += channels, y += channels) {
         bool is_norm;
         const float factor = factor_of(squares_of(x, channels), root, a.eps, is_norm);
-        for_vectors(channels, [&](int64_t c, int64_t n) {
+        for_covering(channels, [&](int64_t c, int64_t n, int64_t) {
             VF v = load(x + c, n) * factor * load(p.gain + c, n) + load(p.shift + c, n);
             store(y + c, activated(v, a.activation, sizeof(T) == 2), n);
         });
     }
 }
 
+// Sums over the pixels of a block, for each channel.
+struct Sums {
+    float *da, *da_n;
+};
+
 // ``dn``: room for the channels.
 template <class T>
-INLINE void backward_nhwc(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, const Affine& p, T* dx, float* sum_da,
-                          float* sum_da_n, float* dn) {
+void backward_nhwc(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, const Affine& p, T* dx, const Sums& sums,
+                   float* dn) {
     const int64_t channels = a.shape.channels;
     const float root = __builtin_sqrtf(float(channels));
     for (int64_t i = 0; i < pixels; ++i, x += channels, dy += channels, dx += channels) {
         bool is_norm;
         const float factor = factor_of(squares_of(x, channels), root, a.eps, is_norm);
         VF dot{};
-        for_vectors(channels, [&](int64_t c, int64_t n) {
+        for_covering(channels, [&](int64_t c, int64_t n, int64_t old) {
             VF gain = load(p.gain + c, n), v = load(x + c, n) * factor;
             VF da = before_activation(load(dy + c, n), v * gain + load(p.shift + c, n), a.activation);
-            VF da_n = da * v;
-            store(sum_da + c, load(sum_da + c, n) + da, n);
-            store(sum_da_n + c, load(sum_da_n + c, n) + da_n, n);
             store(dn + c, da * gain, n);
+            da = new_lanes(da, old);
+            VF da_n = new_lanes(da * v, old);
+            store(sums.da + c, load(sums.da + c, n) + da, n);
+            store(sums.da_n + c, load(sums.da_n + c, n) + da_n, n);
             dot += da_n * gain;  // lanes beyond n hold v = 0
         });
         const float mean = is_norm ? sum(dot) / channels : 0.0f;
-        for_vectors(channels, [&](int64_t c, int64_t n) {
+        for_covering(channels, [&](int64_t c, int64_t n, int64_t) {
             VF v = load(x + c, n) * factor;
             store(dx + c, (load(dn + c, n) - v * mean) * factor, n);
         });
     }
 }
 
-// In NCHW order a row of a channel is ``stride`` elements from the next. ``factor`` and ``is_norm``: room for the pixels.
+// In NCHW order a row of a channel is ``stride`` elements from the next. Room for the pixels of a block:
+struct Pixels {
+    float *factor, *is_norm, *dot;
+};
+
 template <class T>
-INLINE void factors_nchw(const RmsNorm& a, const T* x, int64_t pixels, int64_t stride, float* factor, float* is_norm) {
+INLINE void factors_nchw(const RmsNorm& a, const T* x, int64_t pixels, int64_t stride, const Pixels& of) {
     const float root = __builtin_sqrtf(float(a.shape.channels));
-    for_vectors(pixels, [&](int64_t i, int64_t n) {
+    for_covering(pixels, [&](int64_t i, int64_t n, int64_t) {
         VF total{};
         for (int64_t c = 0; c < a.shape.channels; ++c) {
             VF v = load(x + c * stride + i, n);
             total += v * v;
         }
         VF norm = sqrt(total);
-        store(factor + i, root / select(norm < a.eps, splat(a.eps), norm), n);
-        store(is_norm + i, select(norm > a.eps, splat(1.0f), VF{}), n);
+        store(of.factor + i, root / select(norm < a.eps, splat(a.eps), norm), n);
+        store(of.is_norm + i, select(norm > a.eps, splat(1.0f), VF{}), n);
     });
 }
 
 template <class T>
-INLINE void forward_nchw(const RmsNorm& a, const T* x, int64_t pixels, int64_t stride, const Affine& p, T* y, float* rows) {
-    float *factor = rows, *is_norm = rows + a.block + W;
-    factors_nchw(a, x, pixels, stride, factor, is_norm);
+void forward_nchw(const RmsNorm& a, const T* x, int64_t pixels, int64_t stride, const Affine& p, T* y,
+                  const Pixels& of) {
+    factors_nchw(a, x, pixels, stride, of);
     for (int64_t c = 0; c < a.shape.channels; ++c)
-        for_vectors(pixels, [&](int64_t i, int64_t n) {
-            VF v = load(x + c * stride + i, n) * load(factor + i, n) * p.gain[c] + p.shift[c];
+        for_covering(pixels, [&](int64_t i, int64_t n, int64_t) {
+            VF v = load(x + c * stride + i, n) * load(of.factor + i, n) * p.gain[c] + p.shift[c];
             store(y + c * stride + i, activated(v, a.activation, sizeof(T) == 2), n);
         });
 }
 
 // ``dn``: room for the block.
 template <class T>
-INLINE void backward_nchw(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, int64_t stride, const Affine& p, T* dx,
-                          float* sum_da, float* sum_da_n, float* rows, float* dn) {
-    float *factor = rows, *is_norm = rows + a.block + W, *dot = is_norm + a.block + W;
-    factors_nchw(a, x, pixels, stride, factor, is_norm);
-    memset(dot, 0, 4 * (a.block + W));
+void backward_nchw(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, int64_t stride, const Affine& p, T* dx,
+                   const Sums& sums, const Pixels& of, float* dn) {
+    factors_nchw(a, x, pixels, stride, of);
+    memset(of.dot, 0, 4 * pixels);
     for (int64_t c = 0; c < a.shape.channels; ++c) {
         VF of_da{}, of_da_n{};
-        for_vectors(pixels, [&](int64_t i, int64_t n) {
-            VF v = load(x + c * stride + i, n) * load(factor + i, n);
+        for_covering(pixels, [&](int64_t i, int64_t n, int64_t old) {
+            VF v = load(x + c * stride + i, n) * load(of.factor + i, n);
             VF da = before_activation(load(dy + c * stride + i, n), v * p.gain[c] + p.shift[c], a.activation);
-            da = n == W ? da : first_lanes(da, n);
-            of_da += da;
-            of_da_n += da * v;
             store(dn + c * a.block + i, da * p.gain[c], n);
-            store(dot + i, load(dot + i, n) + da * v * p.gain[c], n);
+            da = new_lanes(n == W ? da : first_lanes(da, n), old);
+            VF da_n = new_lanes(da * v, old);
+            of_da += da;
+            of_da_n += da_n;
+            store(of.dot + i, load(of.dot + i, n) + da_n * p.gain[c], n);
         });
-        sum_da[c] += sum(of_da);
-        sum_da_n[c] += sum(of_da_n);
+        sums.da[c] = sum(of_da);
+        sums.da_n[c] = sum(of_da_n);
     }
     for (int64_t c = 0; c < a.shape.channels; ++c)
-        for_vectors(pixels, [&](int64_t i, int64_t n) {
-            VF f = load(factor + i, n), v = load(x + c * stride + i, n) * f;
-            VF mean = load(dot + i, n) * load(is_norm + i, n) * (1.0f / a.shape.channels);
+        for_covering(pixels, [&](int64_t i, int64_t n, int64_t) {
+            VF f = load(of.factor + i, n), v = load(x + c * stride + i, n) * f;
+            VF mean = load(of.dot + i, n) * load(of.is_norm + i, n) * (1.0f / a.shape.channels);
             store(dx + c * stride + i, (load(dn + c * a.block + i, n) - v * mean) * f, n);
         });
 }
 
-INLINE int64_t offset_of(const Image& t, int64_t sample, int64_t pixel) {
-    return sample * t.sample_stride + pixel * t.pixel_stride;
+// A block, in either order: its rows (pixels in NHWC order, channels in NCHW order), elements of each, and what lies
+// between the first of one row and that of the next.
+struct Rows {
+    int64_t count, size, stride;
+};
+
+// Worth it where rows are short and there are enough of them.
+INLINE bool is_turned(const Rows& r) { return r.size < W && r.count >= W; }
+
+template <class T>
+INLINE void turn(const T* from, const Rows& r, float* to) {
+    for (int64_t j = 0; j < r.size; ++j)
+        for (int64_t i = 0; i < r.count; ++i) to[j * r.count + i] = load(from + i * r.stride + j, 1)[0];
 }
 
-// f(sample, first pixel, pixels) for each item, and prepare(sample) before those of a sample.
-template <class Prepare, class F>
-INLINE void for_items(const RmsNorm& a, int64_t begin, int64_t end, Prepare prepare, F f) {
-    const int64_t all = a.shape.height * a.shape.width;
-    for (int64_t item = begin, last = -1; item < end; ++item) {
-        const int64_t sample = item / a.per_sample, first = item % a.per_sample * a.block;
-        if (sample != last) prepare(sample);
-        last = sample;
-        f(item, sample, first, all - first < a.block ? all - first : a.block);
-    }
+template <class T>
+INLINE void turn_back(const float* from, const Rows& r, T* to) {
+    for (int64_t i = 0; i < r.count; ++i)
+        for (int64_t j = 0; j < r.size; ++j) store(to + i * r.stride + j, splat(from[j * r.count + i]), 1);
 }
 
 INLINE float* take(float*& next, int64_t floats) {
@@ -188,41 +231,87 @@ INLINE float* take(float*& next, int64_t floats) {
     return taken;
 }
 
+// Memory of one call.
+struct Scratch {
+    float *gain, *shift, *dn;
+    Pixels of;
+    float *x, *dy, *out;  // of a turned block
+};
+INLINE Scratch scratch_of(const RmsNorm& a, float* next) {
+    const int64_t channels = a.shape.channels, block = channels * a.block;
+    Scratch s;
+    s.gain = take(next, channels), s.shift = take(next, channels);
+    s.of = {take(next, a.block), take(next, a.block), take(next, a.block)};
+    s.dn = take(next, block), s.x = take(next, block), s.dy = take(next, block), s.out = take(next, block);
+    return s;
+}
+
+// f(item, sample, first pixel, pixels, rows) for each item, with the gain and shift of its sample in ``s``.
+template <class F>
+INLINE void for_items(const RmsNorm& a, int64_t begin, int64_t end, const Scratch& s, F f) {
+    const int64_t channels = a.shape.channels, all = a.shape.height * a.shape.width;
+    const bool of_samples = a.scale.data || a.shift.data;
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        const int64_t sample = item / a.per_sample, k = item % a.per_sample;
+        if (last < 0 || (sample != last && of_samples)) affine_of(a, sample, s.gain, s.shift);
+        last = sample;
+        const int64_t first = k * all / a.per_sample, pixels = (k + 1) * all / a.per_sample - first;
+        f(item, sample, first, pixels, a.nhwc ? Rows{pixels, channels, channels} : Rows{channels, pixels, all});
+    }
+}
+
+INLINE int64_t offset_of(const Image& t, int64_t sample, int64_t pixel) {
+    return sample * t.sample_stride + pixel * t.pixel_stride;
+}
+
+template <class T>
+INLINE void forward(const RmsNorm& a, bool nhwc, const T* x, int64_t pixels, int64_t stride, const Scratch& s, T* y) {
+    const Affine p{s.gain, s.shift};
+    if (nhwc) forward_nhwc(a, x, pixels, p, y);
+    else forward_nchw(a, x, pixels, stride, p, y, s.of);
+}
+
+template <class T>
+INLINE void backward(const RmsNorm& a, bool nhwc, const T* x, const T* dy, int64_t pixels, int64_t stride,
+                     const Scratch& s, T* dx, const Sums& sums) {
+    const Affine p{s.gain, s.shift};
+    if (nhwc) backward_nhwc(a, x, dy, pixels, p, dx, sums, s.dn);
+    else backward_nchw(a, x, dy, pixels, stride, p, dx, sums, s.of, s.dn);
+}
+
 }  // namespace
 
-void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end, float* next) {
-    const int64_t channels = a.shape.channels, all = a.shape.height * a.shape.width;
-    float *gain = take(next, channels), *shift = take(next, channels), *rows = take(next, 3 * (a.block + W));
+void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const Scratch s = scratch_of(a, scratch);
     with_output_type(a.x.dtype, a.x.data, [&](auto* x_data) {
-        auto* y_data = static_cast<decltype(x_data)>(a.y.data);
-        for_items(a, begin, end, [&](int64_t b) { affine_of(a, b, gain, shift); },
-                  [&](int64_t, int64_t b, int64_t first, int64_t pixels) {
-                      const auto* x = x_data + offset_of(a.x, b, first);
-                      auto* y = y_data + offset_of(a.y, b, first);
-                      if (a.shape.nhwc) forward_nhwc(a, x, pixels, {gain, shift}, y);
-                      else forward_nchw(a, x, pixels, all, {gain, shift}, y, rows);
-                  });
+        using T = decltype(x_data);
+        const T y_data = static_cast<T>(a.y.data);
+        for_items(a, begin, end, s, [&](int64_t, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
+            const T x = x_data + offset_of(a.x, b, first), y = y_data + offset_of(a.y, b, first);
+            if (!is_turned(r)) return forward(a, a.nhwc, x, pixels, r.stride, s, y);
+            turn(x, r, s.x);
+            forward(a, !a.nhwc, s.x, pixels, pixels, s, s.out);
+            turn_back(s.out, r, y);
+        });
     });
 }
 
-void rms_norm_backward(const RmsNorm& a, int64_t begin, int64_t end, float* next) {
-    const int64_t channels = a.shape.channels, all = a.shape.height * a.shape.width;
-    float *gain = take(next, channels), *shift = take(next, channels), *rows = take(next, 3 * (a.block + W));
-    float *da = take(next, channels), *da_n = take(next, channels);
-    float* dn = take(next, a.shape.nhwc ? channels : channels * a.block);
+void rms_norm_backward(const RmsNorm& a, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = a.shape.channels;
+    const Scratch s = scratch_of(a, scratch);
     with_output_type(a.x.dtype, a.x.data, [&](auto* x_data) {
         using T = decltype(x_data);
         const T dy_data = static_cast<T>(a.dy.data), dx_data = static_cast<T>(a.dx.data);
-        for_items(a, begin, end, [&](int64_t b) { affine_of(a, b, gain, shift); },
-                  [&](int64_t item, int64_t b, int64_t first, int64_t pixels) {
-                      memset(da, 0, 4 * channels), memset(da_n, 0, 4 * channels);
-                      const T x = x_data + offset_of(a.x, b, first), dy = dy_data + offset_of(a.dy, b, first);
-                      const T dx = dx_data + offset_of(a.dx, b, first);
-                      if (a.shape.nhwc) backward_nhwc(a, x, dy, pixels, {gain, shift}, dx, da, da_n, dn);
-                      else backward_nchw(a, x, dy, pixels, all, {gain, shift}, dx, da, da_n, rows, dn);
-                      double* sums = a.sums + item * 2 * channels;
-                      for (int64_t c = 0; c < channels; ++c) sums[c] = da[c], sums[channels + c] = da_n[c];
-                  });
+        for_items(a, begin, end, s, [&](int64_t item, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
+            const Sums sums{a.sums + item * 2 * channels, a.sums + (item * 2 + 1) * channels};
+            memset(sums.da, 0, 2 * 4 * channels);
+            const T x = x_data + offset_of(a.x, b, first), dy = dy_data + offset_of(a.dy, b, first);
+            const T dx = dx_data + offset_of(a.dx, b, first);
+            if (!is_turned(r)) return backward(a, a.nhwc, x, dy, pixels, r.stride, s, dx, sums);
+            turn(x, r, s.x), turn(dy, r, s.dy);
+            backward(a, !a.nhwc, s.x, s.dy, pixels, pixels, s, s.out, sums);
+            turn_back(s.out, r, dx);
+        });
     });
 }
 

@@ -34,10 +34,14 @@ def forward(
     found_inf: Tensor | None,
 ) -> Tensor:
     """See the interface."""
+    ema, mirror = ema or [], mirror or []
     norm: Tensor = torch.ops.fastddpm.adam_ema_(
         params, grads, exp_avg, exp_avg_sq, step, *float_or_tensor(lr), *betas, eps, weight_decay, max_grad_norm,
-        ema or [], *float_or_tensor(1.0 if ema_decay is None else ema_decay), mirror or [], grad_scale, found_inf,
+        ema, *float_or_tensor(1.0 if ema_decay is None else ema_decay), mirror, grad_scale, found_inf,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():  # autograd is to know what was written over, as after any op in place
+        scalars = [step] if found_inf is None else [step, found_inf]
+        torch.autograd.graph.increment_version([*params, *exp_avg, *exp_avg_sq, *ema, *mirror, *scalars])
     return norm
 
 

@@ -1,17 +1,20 @@
 """group_norm_silu in Triton.
 
-A program owns a slab: whole groups of one sample, over all pixels or over a chunk of them. A tile is [pixels, columns];
-the columns are the channels of GROUPS groups, each group padded to a power of two.
+A program owns a slab: whole groups of one sample, which are neighbouring channels, over all pixels or over a chunk of
+them. A tile is [lanes, rows, columns]: pixel = lanes row + lane, and the columns are the channels of the slab, padded
+to a power of two. There are four lanes where dropout draws, since one counter serves four pixels, and one otherwise.
 
 - One read: all pixels of the slab are one tile, which stays in registers between the statistics and the result.
 - Two reads, where that does not fit, or where a small batch would leave the GPU empty: a first kernel leaves the
-  moments (in backward, the sums) of each chunk, and a second one merges them and makes the result.
+  moments (in backward, the sums) of each chunk, a tiny one merges them, and the last makes the result.
 
-Nothing is added by atomics: sums over chunks and over the batch are taken in a fixed order.
+Slabs of one sample are neighbours in the grid, so that programs that run together share lines of memory. Nothing is
+added by atomics: sums over chunks and over the batch are taken in a fixed order.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +38,23 @@ from ..triton_common import (
 
 Saved = tuple[Tensor, ...]
 
-TILE = 32768  # elements of a tile that stays in registers: 64 of 32 bits for each of 512 threads
+TILE = 32768  # elements of a tile that stays in registers; half as many with a residual, or two inputs and dropout
 BACKWARD_TILE = 16384  # x and dy stay there
 CHUNK_TILE = 8192  # elements of a chunk
-WIDTH, BACKWARD_WIDTH = 64, 32  # columns of a slab: runs of 128 and 64 bytes of bfloat16 from each pixel
+WARP, BACKWARD_WARP = 2048, 1024  # elements of a tile to a warp, as long as there are no more warps than these:
+WARPS, BACKWARD_WARPS = 16, 8  # 65,536 registers are 128 for each of 512 threads, or 255 for each of 256
+WIDTH = 64  # columns of a slab: runs of 128 bytes of bfloat16 from each pixel
+BACKWARD_WIDTH = 32  # and in one read, where x and dy have to fit
+WIDEST = 256  # columns of a slab of several groups, where fewer would be wasted or off a 16-byte boundary
+SECTOR = 16  # channels of the shortest run worth one read, in NHWC: 32 bytes of bfloat16
+VECTOR = 8  # channels of a 16-byte access of bfloat16: slabs begin at a multiple of it where they can
 FULL = 128  # programs that fill a large GPU; with fewer, a slab of more than a tile of chunks is cut
+MERGED = 4096  # numbers of chunks that a program merges at a time
 NUMBERS = ["seed_low", "seed_high", "step", "eps", "drop_below", "keep_scale"]
 
 
 class Plan(NamedTuple):
-    """How a call is cut: groups a slab, columns of a group (a power of two), pixels of a tile, chunks, warps."""
+    """How a call is cut: groups and columns of a slab, pixels of a tile, chunks, warps."""
 
     groups: int
     columns: int
@@ -53,55 +63,100 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(batch: int, channels: int, pixels: int, num_groups: int, tile: int, width: int) -> Plan:
-    """One read where all pixels of one group fit a tile and the slabs fill the GPU; otherwise chunks."""
-    columns = triton.next_power_of_2(channels // num_groups)
+def plan(
+    batch: int, channels: int, pixels: int, num_groups: int, tile: int, width: int, *, backward: bool = False,
+    nhwc: bool = True,
+) -> Plan:  # fmt: skip
+    """One read where all pixels of a slab fit a tile and the slabs fill the GPU; otherwise chunks.
+
+    A slab takes as many groups as waste the fewest columns, and about ``width`` columns. In NHWC its channels are a run
+    of memory from each pixel: runs off a 16-byte boundary, or shorter than a sector, count double, and are never worth
+    one read.
+    """
+    of_group = channels // num_groups
     rows = triton.next_power_of_2(max(pixels, 1))
-    groups = max(1, min(width // columns, triton.next_power_of_2(num_groups)))
-    one_read = groups
-    while one_read > 1 and rows * one_read * columns > tile:
-        one_read //= 2
-    slabs = batch * triton.cdiv(num_groups, one_read)
-    if rows * one_read * columns <= tile and (slabs >= FULL or rows * groups * columns <= CHUNK_TILE):
-        size = rows * one_read * columns
-        return Plan(one_read, columns, rows, 1, max(1, min(16, size // 1024)))
-    per_tile = max(1, CHUNK_TILE // (groups * columns))
-    slabs = batch * triton.cdiv(num_groups, groups)
+
+    def columns(groups: int) -> int:
+        return int(triton.next_power_of_2(groups * of_group))
+
+    def runs(groups: int) -> bool:
+        run = groups * of_group
+        return not nhwc or run == channels or (run >= SECTOR and (run % VECTOR == 0 or channels % VECTOR != 0))
+
+    def cost(groups: int, wanted: int) -> tuple[int, float]:
+        total = triton.cdiv(num_groups, groups) * columns(groups)
+        return total * (1 if runs(groups) else 2), abs(math.log2(columns(groups) / wanted))
+
+    sizes = range(1, max(1, min(num_groups, WIDEST // of_group)) + 1)
+    fit = [groups for groups in sizes if rows * columns(groups) <= tile and runs(groups)]
+    if fit:
+        groups = min(fit, key=lambda groups: cost(groups, width))
+        size = rows * columns(groups)
+        if batch * triton.cdiv(num_groups, groups) >= FULL or size <= CHUNK_TILE:
+            warp, most = (BACKWARD_WARP, BACKWARD_WARPS) if backward else (WARP, WARPS)
+            return Plan(groups, columns(groups), rows, 1, max(1, min(most, size // warp)))
+    groups = min(sizes, key=lambda groups: cost(groups, WIDTH))
+    slabs, per_tile = batch * triton.cdiv(num_groups, groups), max(1, CHUNK_TILE // columns(groups))
     while per_tile > 16 and slabs * triton.cdiv(pixels, per_tile) < FULL:
         per_tile //= 2
-    return Plan(groups, columns, per_tile, triton.cdiv(pixels, per_tile), 8)
+    return Plan(groups, columns(groups), per_tile, triton.cdiv(max(pixels, 1), per_tile), 8)
 
 
 @triton.jit
-def slab(program, channels, of_group, DENSE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Channel of each column of a slab, and whether it is one. DENSE: no group is padded, columns are neighbours."""
-    column = tl.arange(0, GROUPS * COLUMNS)
-    if DENSE:
-        channel = program * (GROUPS * COLUMNS) + column
-        return channel, channel < channels
+def place(
+    channels, pixels, slabs, chunks, EVEN: tl.constexpr, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of this program: sample, chunk, pixel [LANES, ROWS / LANES, 1], channel [WIDE], and which of them are real.
+
+    EVEN: all are, so that no access is masked.
+    """
+    program = tl.program_id(0)
+    column, part = tl.arange(0, WIDE), program // slabs
+    sample, chunk = (part // chunks).to(tl.int64), part % chunks
+    channel = program % slabs * (GROUPS * OF_GROUP) + column
+    row, lane = tl.arange(0, ROWS // LANES), tl.arange(0, LANES)
+    pixel = chunk * ROWS + row[None, :, None] * LANES + lane[:, None, None]
+    if EVEN:
+        real = tl.full([WIDE], 1, tl.int1)
+        inside = tl.full([LANES, ROWS // LANES, WIDE], 1, tl.int1)
     else:
-        group, within = program * GROUPS + column // COLUMNS, column % COLUMNS
-        channel = group * of_group + within
-        return channel, (channel < channels) & (within < of_group)
+        real = (column < GROUPS * OF_GROUP) & (channel < channels)
+        inside = (pixel < pixels) & real[None, None, :]
+    return sample, chunk, pixel, channel, real, inside
 
 
 @triton.jit
-def of_groups(x, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+def of_channels(x):
+    """The sum over the pixels of a tile, for each channel."""
+    return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def of_groups(x, real, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, WIDE: tl.constexpr):
     """The sum over the columns of each group, for each column."""
-    sums = tl.sum(tl.reshape(x, [GROUPS, COLUMNS]), axis=1)
-    return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, COLUMNS]), [GROUPS * COLUMNS])
+    if GROUPS == 1:
+        return tl.zeros([WIDE], tl.float32) + tl.sum(tl.where(real, x, 0.0), axis=0)
+    elif GROUPS * OF_GROUP == WIDE:
+        sums = tl.sum(tl.reshape(x, [GROUPS, OF_GROUP]), axis=1)
+        return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, OF_GROUP]), [WIDE])
+    else:  # groups that are no power of two: through a table of which column belongs to which group
+        POWER: tl.constexpr = triton.next_power_of_2(GROUPS)
+        group = tl.arange(0, WIDE)[:, None] // OF_GROUP == tl.arange(0, POWER)[None, :]
+        sums = tl.sum(tl.where(group & real[:, None], x[:, None], 0.0), axis=0)
+        return tl.sum(tl.where(group, sums[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def load_image(image, sample, pixel, channel, inside, elements, channel_stride, pixel_stride):
-    at = pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
+    at = pixel * pixel_stride + channel[None, None, :] * channel_stride
     return tl.load(image + sample * elements + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
-def load_channels(p, sample, channel, real, stride, other):
+def load_channels(p, sample, channel, real, stride):
     """Numbers of each channel, of each sample where stride is not 0."""
-    return tl.load(p + sample * stride + channel, mask=real, other=other).to(tl.float32)
+    return tl.load(p + sample * stride + channel, mask=real, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -112,8 +167,8 @@ def before_norm(
 ):  # fmt: skip
     """h = [x, x2] + channel_bias + residual of a tile."""
     if X2:
-        first = inside & (channel < channels1)[None, :]
-        second = inside & (channel >= channels1)[None, :]
+        first = inside & (channel < channels1)[None, None, :]
+        second = inside & (channel >= channels1)[None, None, :]
         h = load_image(x, sample, pixel, channel, first, channels1 * pixels, x_channel, x_pixel)
         elements2 = (channels - channels1) * pixels
         h += load_image(x2, sample, pixel, channel - channels1, second, elements2, x2_channel, x2_pixel)
@@ -123,278 +178,328 @@ def before_norm(
         elements = channels * pixels
         h += load_image(residual, sample, pixel, channel, inside, elements, residual_channel, residual_pixel)
     if BIAS:
-        h += load_channels(channel_bias, sample, channel, real, bias_stride, 0.0)[None, :]
+        h += load_channels(channel_bias, sample, channel, real, bias_stride)[None, None, :]
     return h
 
 
 @triton.jit
-def gain_offset(
-    weight, bias, scale, shift, sample, channel, real, channels, SCALE: tl.constexpr, SHIFT: tl.constexpr
-):
+def gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE: tl.constexpr, SHIFT: tl.constexpr):
     """(n weight + bias) (1 + scale) + shift = n gain + offset."""
-    gain = load_channels(weight, sample, channel, real, 0, 0.0)
-    offset = load_channels(bias, sample, channel, real, 0, 0.0)
+    gain = load_channels(weight, sample, channel, real, 0)
+    offset = load_channels(bias, sample, channel, real, 0)
     if SCALE:
-        factor = 1.0 + load_channels(scale, sample, channel, real, channels, 0.0)
+        factor = 1.0 + load_channels(scale, sample, channel, real, channels)
         gain, offset = gain * factor, offset * factor
     if SHIFT:
-        offset += load_channels(shift, sample, channel, real, channels, 0.0)
+        offset += load_channels(shift, sample, channel, real, channels)
     return gain, offset
 
 
 @triton.jit
 def kept(
-    sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample, pixel, channel,
-    pixels, first, STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, FOURS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, sample, pixel, channel, pixels,
+    first, STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """1 / (1 - p) where an element is kept by dropout, else 0: [ROWS, WIDE]; its first pixel is ``first``.
+    """Which elements dropout keeps: bit ``lane`` of [1, ROWS / LANES, WIDE].
 
-    With FOURS the pixels of a channel are a multiple of four, as is ``first``: one counter then serves four pixels.
+    With four lanes the pixels of a channel are a multiple of four, as is ``first``, that of the tile: a thread has the
+    four pixels of a counter, draws once for them, and keeps four bits in place of four words.
     """
     low, high, step_word = drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED, STEP)
-    number = (tl.load(sample_index + sample) & 0xFFFFFFFF).to(tl.uint32)
-    bound = drop_below.to(tl.uint32)
-    if FOURS:
-        block = (channel[None, :] * pixels + first) // 4 + tl.arange(0, ROWS // 4)[:, None]
+    number, bound = (tl.load(sample_index + sample) & 0xFFFFFFFF).to(tl.uint32), tl.cast(drop_below, tl.uint32)
+    if LANES == 4:
+        block = channel[None, None, :] * (pixels // 4) + first // 4 + tl.arange(0, ROWS // 4)[None, :, None]
         w0, w1, w2, w3 = philox_words(block.to(tl.uint32), number, step_word, STREAM, low, high)
-        k0, k1 = tl.where(w0 >= bound, keep_scale, 0.0), tl.where(w1 >= bound, keep_scale, 0.0)
-        k2, k3 = tl.where(w2 >= bound, keep_scale, 0.0), tl.where(w3 >= bound, keep_scale, 0.0)
-        lanes = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # [ROWS / 4, WIDE, 2, 2]
-        return tl.reshape(tl.permute(lanes, (0, 2, 3, 1)), [ROWS, WIDE])
+        k0, k1 = tl.where(w0 >= bound, 1, 0), tl.where(w1 >= bound, 2, 0)
+        k2, k3 = tl.where(w2 >= bound, 4, 0), tl.where(w3 >= bound, 8, 0)
+        return k0 + k1 + k2 + k3
     else:
-        element = channel[None, :] * pixels + pixel[:, None]
+        element = channel[None, None, :] * pixels + pixel
         w0, w1, w2, w3 = philox_words((element // 4).to(tl.uint32), number, step_word, STREAM, low, high)
         lane = element % 4
         word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
-        return tl.where(word >= bound, keep_scale, 0.0)
+        return tl.where(word >= bound, 1, 0)
 
 
 @triton.jit
-def centred_squares(h, mean, inside):
-    d = tl.where(inside, h - mean[None, :], 0.0)
-    return tl.sum(d * d, axis=0)
+def dropped(a, keep, keep_scale, LANES: tl.constexpr):
+    """a / (1 - p) where an element is kept, else 0."""
+    bit = tl.full([LANES, 1, 1], 1, tl.int32) << tl.arange(0, LANES)[:, None, None]
+    return tl.where((keep & bit) != 0, a * keep_scale, 0.0)
+
+
+@triton.jit
+def moments(h, inside, real, count, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, WIDE: tl.constexpr):
+    """Of each column's group in a tile: the mean, what its rounding took away, and the squares of the deviations."""
+    mean = of_groups(of_channels(tl.where(inside, h, 0.0)), real, GROUPS, OF_GROUP, WIDE) / count
+    d = tl.where(inside, h - mean[None, None, :], 0.0)
+    rest = of_groups(of_channels(d), real, GROUPS, OF_GROUP, WIDE) / count
+    squares = of_groups(of_channels(d * d), real, GROUPS, OF_GROUP, WIDE) - count * rest * rest
+    return mean, rest, squares
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    x, x2, residual, channel_bias, weight, bias, scale, shift, y, h_out, mean_out, rstd_out, moments, sample_index,
+    x, x2, residual, channel_bias, weight, bias, scale, shift, y, h_out, mean, rstd, sample_index,
     seed_tensor, seed_low, seed_high, step_tensor, step, eps, drop_below, keep_scale, channels, channels1, pixels,
-    num_groups, of_group, chunks, x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel,
+    num_groups, slabs, chunks, x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel,
     y_channel, y_pixel, bias_stride,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     DROP: tl.constexpr, ACTIVATION: tl.constexpr, ONE_READ: tl.constexpr, STREAM: tl.constexpr, SEED: tl.constexpr,
-    STEP: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    MERGE: tl.constexpr, DENSE: tl.constexpr,
+    STEP: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = drop(silu((h - mean) rstd gain + offset)) of a slab, or of a chunk of its pixels (Wu and He 2018, eq. 1-2).
 
-    Bytes an element in half precision: 2 read, 2 written (with chunks 4 read). What limits it is memory.
+    With ONE_READ mean and rstd are made here, and otherwise read. Bytes an element in half precision: 2 read, 2 written
+    (with chunks 4 read in all). What limits it is memory.
     """
-    WIDE: tl.constexpr = GROUPS * COLUMNS
-    sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
-    pixel = chunk * ROWS + tl.arange(0, ROWS)
-    inside = (pixel < pixels)[:, None] & real[None, :]
+    sample, chunk, pixel, channel, real, inside = place(
+        channels, pixels, slabs, chunks, EVEN, GROUPS, OF_GROUP, LANES, ROWS, WIDE
+    )
     h = before_norm(
         x, x2, residual, channel_bias, sample, pixel, channel, inside, real, channels, channels1, pixels, x_channel,
         x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride, X2, RESIDUAL, BIAS,
     )  # fmt: skip
-    group = channel // of_group
+    if DROP:  # while x is on its way
+        keep = kept(
+            sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, sample, pixel, channel,
+            pixels, chunk * ROWS, STREAM, SEED, STEP, LANES, ROWS,
+        )  # fmt: skip
+    of_group = sample * num_groups + channel // OF_GROUP
     if ONE_READ:
-        count = (pixels * of_group).to(tl.float32)
-        mean = of_groups(tl.sum(tl.where(inside, h, 0.0), axis=0), GROUPS, COLUMNS) / count
-        rest = of_groups(tl.sum(tl.where(inside, h - mean[None, :], 0.0), axis=0), GROUPS, COLUMNS) / count
-        variance = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS) / count - rest * rest
+        count = tl.cast(pixels * OF_GROUP, tl.float32)
+        m, rest, squares = moments(h, inside, real, count, GROUPS, OF_GROUP, WIDE)
+        r = 1.0 / tl.sqrt_rn(squares / count + eps)
+        first_of_group = real & (channel % OF_GROUP == 0)
+        tl.store(mean + of_group * 2, m, mask=first_of_group)
+        tl.store(mean + of_group * 2 + 1, rest, mask=first_of_group)
+        tl.store(rstd + of_group, r, mask=first_of_group)
     else:
-        mean, rest, variance = merged(
-            moments, sample, group, real, num_groups, pixels, of_group, chunks, ROWS, WIDE, MERGE
-        )
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    first_of_group = real & (channel % of_group + chunk == 0)
-    tl.store(mean_out + (sample * num_groups + group) * 2, mean, mask=first_of_group)
-    tl.store(mean_out + (sample * num_groups + group) * 2 + 1, rest, mask=first_of_group)
-    tl.store(rstd_out + sample * num_groups + group, rstd, mask=first_of_group)
+        m = tl.load(mean + of_group * 2, mask=real, other=0)
+        rest = tl.load(mean + of_group * 2 + 1, mask=real, other=0)
+        r = tl.load(rstd + of_group, mask=real, other=0)
 
     gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
-    a = (h - mean[None, :]) * (gain * rstd)[None, :] + (offset - rest * (gain * rstd))[None, :]
+    gain *= r
+    a = (h - m[None, None, :]) * gain[None, None, :] + (offset - rest * gain)[None, None, :]
     if ACTIVATION:
         a = a / (1.0 + tl.exp(-a))
     if DROP:
-        a *= kept(
-            sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample, pixel,
-            channel, pixels, chunk * ROWS, STREAM, SEED, STEP, FOURS, ROWS, WIDE,
-        )  # fmt: skip
-    at = sample * channels * pixels + pixel[:, None] * y_pixel + channel[None, :] * y_channel
+        a = dropped(a, keep, keep_scale, LANES)
+    at = sample * channels * pixels + pixel * y_pixel + channel[None, None, :] * y_channel
     save(y + at, a, inside)
     if RESIDUAL:
         save(h_out + at, h, inside)
 
 
 @triton.jit
-def merged(
-    moments, sample, group, real, num_groups, pixels, of_group, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    MERGE: tl.constexpr,
-):  # fmt: skip
-    """Mean and variance of each column's group from the moments of the chunks (Chan et al. 1983).
-
-    The mean comes in two numbers: one, and what its rounding took away.
-    """
-    at = moments + (sample * chunks) * num_groups * 3 + group * 3
-    total = tl.zeros([WIDE], tl.float32)
-    for begin in range(0, chunks, MERGE):
-        k = begin + tl.arange(0, MERGE)
-        size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
-        there = (k < chunks)[:, None] & real[None, :]
-        m = tl.load(at[None, :] + k[:, None] * num_groups * 3, mask=there, other=0)
-        total += tl.sum(tl.where(there, m * size[:, None], 0.0), axis=0)
-    mean = total / pixels.to(tl.float32)
-    squares, rest = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
-    for begin in range(0, chunks, MERGE):
-        k = begin + tl.arange(0, MERGE)
-        size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
-        there = (k < chunks)[:, None] & real[None, :]
-        m = tl.load(at[None, :] + k[:, None] * num_groups * 3, mask=there, other=0)
-        r = tl.load(at[None, :] + k[:, None] * num_groups * 3 + 1, mask=there, other=0)
-        s = tl.load(at[None, :] + k[:, None] * num_groups * 3 + 2, mask=there, other=0)
-        d = (m - mean[None, :]) + r
-        rest += tl.sum(tl.where(there, d * size[:, None], 0.0), axis=0)
-        squares += tl.sum(tl.where(there, s + d * d * (size * of_group)[:, None], 0.0), axis=0)
-    rest /= pixels.to(tl.float32)
-    return mean, rest, squares / (pixels * of_group).to(tl.float32) - rest * rest
-
-
-@triton.jit
 def moments_kernel(
-    x, x2, residual, channel_bias, moments, channels, channels1, pixels, num_groups, of_group, chunks,
+    x, x2, residual, channel_bias, partial, channels, channels1, pixels, num_groups, slabs, chunks,
     x_channel, x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride,
-    X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, DENSE: tl.constexpr,
+    X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
+    OF_GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean (in two numbers) and squares of the deviations of each group in a chunk. Bytes an element in half: 2."""
-    sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
-    pixel = chunk * ROWS + tl.arange(0, ROWS)
-    inside = (pixel < pixels)[:, None] & real[None, :]
+    """The `moments` of each group in a chunk, to partial [B, 3, num_groups, chunks]. Bytes an element in half: 2."""
+    sample, chunk, pixel, channel, real, inside = place(
+        channels, pixels, slabs, chunks, EVEN, GROUPS, OF_GROUP, LANES, ROWS, WIDE
+    )
     h = before_norm(
         x, x2, residual, channel_bias, sample, pixel, channel, inside, real, channels, channels1, pixels, x_channel,
         x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride, X2, RESIDUAL, BIAS,
     )  # fmt: skip
-    count = (tl.minimum(ROWS, pixels - chunk * ROWS) * of_group).to(tl.float32)
-    mean = of_groups(tl.sum(tl.where(inside, h, 0.0), axis=0), GROUPS, COLUMNS) / count
-    rest = of_groups(tl.sum(tl.where(inside, h - mean[None, :], 0.0), axis=0), GROUPS, COLUMNS) / count
-    squares = of_groups(centred_squares(h, mean, inside), GROUPS, COLUMNS) - count * rest * rest
-    first_of_group = real & (channel % of_group == 0)
-    at = moments + (tl.program_id(0).to(tl.int64) * num_groups + channel // of_group) * 3
+    count = (tl.minimum(ROWS, pixels - chunk * ROWS) * OF_GROUP).to(tl.float32)
+    mean, rest, squares = moments(h, inside, real, count, GROUPS, OF_GROUP, WIDE)
+    first_of_group = real & (channel % OF_GROUP == 0)
+    of_all = num_groups * chunks
+    at = partial + sample * 3 * of_all + channel // OF_GROUP * chunks + chunk
     tl.store(at, mean, mask=first_of_group)
-    tl.store(at + 1, rest, mask=first_of_group)
-    tl.store(at + 2, squares, mask=first_of_group)
+    tl.store(at + of_all, rest, mask=first_of_group)
+    tl.store(at + 2 * of_all, squares, mask=first_of_group)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def merge_moments_kernel(
+    partial, mean_out, rstd_out, eps, pixels, num_groups, chunks, OF_GROUP: tl.constexpr, ROWS: tl.constexpr,
+    MERGE: tl.constexpr,
+):  # fmt: skip
+    """Mean, what its rounding took away, and 1 / std of a group of a sample from its chunks (Chan et al. 1983).
+
+    A program each. It reads 12 bytes a chunk of thousands of elements; what limits it is the time of a launch.
+    """
+    sample, group = tl.program_id(0).to(tl.int64) // num_groups, tl.program_id(0) % num_groups
+    of_all, n = num_groups * chunks, tl.cast(pixels, tl.float32)
+    at = partial + sample * 3 * of_all + group * chunks
+    total = tl.zeros([MERGE], tl.float32)
+    for begin in range(0, chunks, MERGE):
+        k = begin + tl.arange(0, MERGE)
+        size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
+        total += tl.where(k < chunks, tl.load(at + k, mask=k < chunks, other=0) * size, 0.0)
+    mean = tl.sum(total, axis=0) / n
+    squares, rest = tl.zeros([MERGE], tl.float32), tl.zeros([MERGE], tl.float32)
+    for begin in range(0, chunks, MERGE):
+        k = begin + tl.arange(0, MERGE)
+        there = k < chunks
+        size = tl.minimum(ROWS, pixels - k * ROWS).to(tl.float32)
+        m, r = tl.load(at + k, mask=there, other=0), tl.load(at + of_all + k, mask=there, other=0)
+        d = (m - mean) + r
+        rest += tl.where(there, d * size, 0.0)
+        squares += tl.where(there, tl.load(at + 2 * of_all + k, mask=there, other=0) + d * d * (size * OF_GROUP), 0.0)
+    off = tl.sum(rest, axis=0) / n
+    variance = tl.sum(squares, axis=0) / (n * OF_GROUP) - off * off
+    tl.store(mean_out + tl.program_id(0) * 2, mean)
+    tl.store(mean_out + tl.program_id(0) * 2 + 1, off)
+    tl.store(rstd_out + tl.program_id(0), 1.0 / tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def of_parameters(
+    da, da_n, n, dh, mean_dn, mean_dn_n, gain, rstd, weight, bias, scale, small, dscale, dshift, sample, channel, real,
+    batch, channels, pixels, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """What the parameters need, from the sums over all pixels of each channel of a sample: no further pass.
+
+    ``small`` [3, B, C] takes the share of a sample in dgamma and dbeta, and the sum of dx, which is the gradient of the
+    channel bias: sum(dx) = rstd (gain sum(da) - pixels mean(dn) - sum(n) mean(dn n)) + sum(dh).
+    """
+    factor, at, size = 1.0, sample * channels + channel, tl.cast(batch, tl.int64) * channels
+    if SCALE:
+        factor = 1.0 + load_channels(scale, sample, channel, real, channels)
+        w, b = load_channels(weight, sample, channel, real, 0), load_channels(bias, sample, channel, real, 0)
+        save(dscale + at, w * da_n + b * da, real)
+    if SHIFT:
+        save(dshift + at, da, real)
+    tl.store(small + at, factor * da_n, mask=real)
+    tl.store(small + size + at, factor * da, mask=real)
+    of_dx = rstd * (gain * da - tl.cast(pixels, tl.float32) * mean_dn - n * mean_dn_n) + dh
+    tl.store(small + 2 * size + at, of_dx, mask=real)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def backward_kernel(
-    dy, dh, x, x2, residual, channel_bias, weight, bias, scale, shift, mean_in, rstd_in, sums, dx, dx2, dresidual,
-    small, dscale, dshift, sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale,
-    batch, channels, channels1, pixels, num_groups, of_group, chunks, x_channel, x_pixel, x2_channel, x2_pixel,
-    residual_channel, residual_pixel, dy_channel, dy_pixel, dh_channel, dh_pixel, bias_stride,
+    dy, dh, x, x2, residual, channel_bias, weight, bias, scale, shift, mean_in, rstd_in, sums, means, dx, dx2,
+    dresidual, small, dscale, dshift, sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below,
+    keep_scale, batch, channels, channels1, pixels, num_groups, slabs, chunks, x_channel, x_pixel, x2_channel,
+    x2_pixel, residual_channel, residual_pixel, dy_channel, dy_pixel, dh_channel, dh_pixel, bias_stride,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     DROP: tl.constexpr, ACTIVATION: tl.constexpr, DY: tl.constexpr, DH: tl.constexpr, PASS: tl.constexpr,
-    STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, FOURS: tl.constexpr, GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, MERGE: tl.constexpr, DENSE: tl.constexpr,
+    STREAM: tl.constexpr, SEED: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
+    OF_GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (dn - mean(dn) - n mean(dn n)) + dh, dn = da gain, da = dy through dropout and the activation.
 
-    PASS 0 does all in one read; 1 leaves the sums of each chunk; 2 adds them up and makes dx. By channel the sums of da
-    and da n give dgamma and dbeta, and with those of n and dh the sum of dx, which is the gradient of the channel bias:
-    no further pass. Bytes an element in half precision: 4 read, 2 written (8 and 2 in two passes). Memory limits it.
+    PASS 0 does all in one read; 1 leaves sums [B, chunks, 4, C], of da, da n, n and dh; 2 reads what
+    `merge_sums_kernel` made of them, means [B, num_groups, 2], and makes dx. Bytes an element in half precision: 4
+    read, 2 written (8 and 2 in two passes). Memory limits it.
     """
-    WIDE: tl.constexpr = GROUPS * COLUMNS
-    sample, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
-    channel, real = slab(tl.program_id(1), channels, of_group, DENSE, GROUPS, COLUMNS)
-    pixel = chunk * ROWS + tl.arange(0, ROWS)
-    inside = (pixel < pixels)[:, None] & real[None, :]
+    sample, chunk, pixel, channel, real, inside = place(
+        channels, pixels, slabs, chunks, EVEN, GROUPS, OF_GROUP, LANES, ROWS, WIDE
+    )
     elements = channels * pixels
     h = before_norm(
         x, x2, residual, channel_bias, sample, pixel, channel, inside, real, channels, channels1, pixels, x_channel,
         x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride, X2, RESIDUAL, BIAS,
     )  # fmt: skip
-    group = channel // of_group
-    mean = tl.load(mean_in + (sample * num_groups + group) * 2, mask=real, other=0)
-    rest = tl.load(mean_in + (sample * num_groups + group) * 2 + 1, mask=real, other=0)
-    rstd = tl.load(rstd_in + sample * num_groups + group, mask=real, other=0)
-    n = tl.where(inside, ((h - mean[None, :]) - rest[None, :]) * rstd[None, :], 0.0)
+    of_group = sample * num_groups + channel // OF_GROUP
+    mean = tl.load(mean_in + of_group * 2, mask=real, other=0)
+    rest = tl.load(mean_in + of_group * 2 + 1, mask=real, other=0)
+    rstd = tl.load(rstd_in + of_group, mask=real, other=0)
     gain, offset = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
+    n = tl.where(inside, ((h - mean[None, None, :]) - rest[None, None, :]) * rstd[None, None, :], 0.0)
     if DY:
         da = load_image(dy, sample, pixel, channel, inside, elements, dy_channel, dy_pixel)
         if DROP:
-            da *= kept(
-                sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, keep_scale, sample,
-                pixel, channel, pixels, chunk * ROWS, STREAM, SEED, STEP, FOURS, ROWS, WIDE,
+            keep = kept(
+                sample_index, seed_tensor, seed_low, seed_high, step_tensor, step, drop_below, sample, pixel, channel,
+                pixels, chunk * ROWS, STREAM, SEED, STEP, LANES, ROWS,
             )  # fmt: skip
+            da = dropped(da, keep, keep_scale, LANES)
         if ACTIVATION:
-            a = n * gain[None, :] + offset[None, :]
+            a = n * gain[None, None, :] + offset[None, None, :]
             s = 1.0 / (1.0 + tl.exp(-a))
             da *= s * (1.0 + a * (1.0 - s))
     else:
         da = n * 0.0
-    if DH:
-        of_sum = load_image(dh, sample, pixel, channel, inside, elements, dh_channel, dh_pixel)
 
-    if PASS == 2:
-        at = sums + sample * chunks * 4 * channels + channel
-        total_da, total_da_n = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
-        total_n, total_dh = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
-        for begin in range(0, chunks, MERGE):
-            k = begin + tl.arange(0, MERGE)
-            there = (k < chunks)[:, None] & real[None, :]
-            of_chunk = at[None, :] + k[:, None] * 4 * channels
-            total_da += tl.sum(tl.load(of_chunk, mask=there, other=0), axis=0)
-            total_da_n += tl.sum(tl.load(of_chunk + channels, mask=there, other=0), axis=0)
-            total_n += tl.sum(tl.load(of_chunk + 2 * channels, mask=there, other=0), axis=0)
-            total_dh += tl.sum(tl.load(of_chunk + 3 * channels, mask=there, other=0), axis=0)
-    else:
-        total_da, total_da_n, total_n = tl.sum(da, axis=0), tl.sum(da * n, axis=0), tl.sum(n, axis=0)
-        total_dh = tl.sum(of_sum, axis=0) if DH else total_n * 0.0
+    if PASS != 2:
+        total_da, total_da_n, total_n = of_channels(da), of_channels(da * n), of_channels(n)
+        total_dh = total_n * 0.0
     if PASS == 1:
-        at = sums + tl.program_id(0).to(tl.int64) * 4 * channels + channel
+        if DH:
+            total_dh = of_channels(load_image(dh, sample, pixel, channel, inside, elements, dh_channel, dh_pixel))
+        at = sums + (sample * chunks + chunk) * 4 * channels + channel
         tl.store(at, total_da, mask=real)
         tl.store(at + channels, total_da_n, mask=real)
         tl.store(at + 2 * channels, total_n, mask=real)
         tl.store(at + 3 * channels, total_dh, mask=real)
     else:
-        count = (pixels * of_group).to(tl.float32)
-        mean_dn = of_groups(tl.where(real, gain * total_da, 0.0), GROUPS, COLUMNS) / count
-        mean_dn_n = of_groups(tl.where(real, gain * total_da_n, 0.0), GROUPS, COLUMNS) / count
-        d = rstd[None, :] * (da * gain[None, :] - mean_dn[None, :] - n * mean_dn_n[None, :])
-        if DH:
-            d += of_sum
-        by_pixel = pixel[:, None]
-        if X2:
-            at = sample * channels1 * pixels + by_pixel * x_pixel + channel[None, :] * x_channel
-            save(dx + at, d, inside & (channel < channels1)[None, :])
-            at = sample * (channels - channels1) * pixels + by_pixel * x2_pixel
-            at += (channel - channels1)[None, :] * x2_channel
-            save(dx2 + at, d, inside & (channel >= channels1)[None, :])
+        if PASS == 2:
+            mean_dn = tl.load(means + of_group * 2, mask=real, other=0)
+            mean_dn_n = tl.load(means + of_group * 2 + 1, mask=real, other=0)
         else:
-            save(dx + sample * elements + by_pixel * x_pixel + channel[None, :] * x_channel, d, inside)
+            count = tl.cast(pixels * OF_GROUP, tl.float32)
+            mean_dn = of_groups(gain * total_da, real, GROUPS, OF_GROUP, WIDE) / count
+            mean_dn_n = of_groups(gain * total_da_n, real, GROUPS, OF_GROUP, WIDE) / count
+        d = rstd[None, None, :] * (da * gain[None, None, :] - mean_dn[None, None, :] - n * mean_dn_n[None, None, :])
+        if DH:
+            of_sum = load_image(dh, sample, pixel, channel, inside, elements, dh_channel, dh_pixel)
+            d += of_sum
+            if PASS == 0:
+                total_dh = of_channels(of_sum)
+        if X2:
+            at = sample * channels1 * pixels + pixel * x_pixel + channel[None, None, :] * x_channel
+            save(dx + at, d, inside & (channel < channels1)[None, None, :])
+            at = sample * (channels - channels1) * pixels + pixel * x2_pixel
+            at += (channel - channels1)[None, None, :] * x2_channel
+            save(dx2 + at, d, inside & (channel >= channels1)[None, None, :])
+        else:
+            save(dx + sample * elements + pixel * x_pixel + channel[None, None, :] * x_channel, d, inside)
         if RESIDUAL:
-            at = sample * elements + by_pixel * residual_pixel + channel[None, :] * residual_channel
+            at = sample * elements + pixel * residual_pixel + channel[None, None, :] * residual_channel
             save(dresidual + at, d, inside)
+        if PASS == 0:
+            of_parameters(
+                total_da, total_da_n, total_n, total_dh, mean_dn, mean_dn_n, gain, rstd, weight, bias, scale, small,
+                dscale, dshift, sample, channel, real, batch, channels, pixels, SCALE, SHIFT,
+            )  # fmt: skip
 
-        once = real & (channel * 0 + chunk == 0)
-        factor = 1.0
-        at = sample * channels + channel
-        if SCALE:
-            factor = 1.0 + load_channels(scale, sample, channel, real, channels, 0.0)
-            w = load_channels(weight, sample, channel, real, 0, 0.0)
-            c = load_channels(bias, sample, channel, real, 0, 0.0)
-            save(dscale + at, w * total_da_n + c * total_da, once)
-        if SHIFT:
-            save(dshift + at, total_da, once)
-        tl.store(small + at, factor * total_da_n, mask=once)
-        tl.store(small + batch * channels + at, factor * total_da, mask=once)
-        of_dx = rstd * (gain * total_da - pixels.to(tl.float32) * mean_dn - total_n * mean_dn_n) + total_dh
-        tl.store(small + 2 * batch * channels + at, of_dx, mask=once)
+
+@triton.jit
+def merge_sums_kernel(
+    sums, rstd_in, weight, bias, scale, shift, means, small, dscale, dshift, batch, channels, pixels, num_groups,
+    chunks, SCALE: tl.constexpr, SHIFT: tl.constexpr, OF_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    MERGE: tl.constexpr,
+):  # fmt: skip
+    """mean(dn) and mean(dn n) of a group of a sample, and what its parameters need, from the sums of the chunks.
+
+    A program each. It reads 16 bytes a channel of a chunk; what limits it is the time of a launch.
+    """
+    sample, group = tl.program_id(0).to(tl.int64) // num_groups, tl.program_id(0) % num_groups
+    column = tl.arange(0, COLUMNS)
+    channel, real = group * OF_GROUP + column, column < OF_GROUP
+    at = sums + sample * chunks * 4 * channels + channel[None, :]
+    da, da_n = tl.zeros([MERGE, COLUMNS], tl.float32), tl.zeros([MERGE, COLUMNS], tl.float32)
+    n, dh = tl.zeros([MERGE, COLUMNS], tl.float32), tl.zeros([MERGE, COLUMNS], tl.float32)
+    for begin in range(0, chunks, MERGE):
+        k = begin + tl.arange(0, MERGE)
+        there = (k < chunks)[:, None] & real[None, :]
+        of_chunk = at + k[:, None].to(tl.int64) * 4 * channels
+        da += tl.load(of_chunk, mask=there, other=0)
+        da_n += tl.load(of_chunk + channels, mask=there, other=0)
+        n += tl.load(of_chunk + 2 * channels, mask=there, other=0)
+        dh += tl.load(of_chunk + 3 * channels, mask=there, other=0)
+    total_da, total_da_n = tl.sum(da, axis=0), tl.sum(da_n, axis=0)
+    gain, _ = gain_offset(weight, bias, scale, shift, sample, channel, real, channels, SCALE, False)
+    count = tl.cast(pixels * OF_GROUP, tl.float32)
+    mean_dn = tl.sum(gain * total_da, axis=0) / count
+    mean_dn_n = tl.sum(gain * total_da_n, axis=0) / count
+    tl.store(means + tl.program_id(0) * 2, mean_dn)
+    tl.store(means + tl.program_id(0) * 2 + 1, mean_dn_n)
+    of_parameters(
+        total_da, total_da_n, tl.sum(n, axis=0), tl.sum(dh, axis=0), mean_dn, mean_dn_n, gain,
+        tl.load(rstd_in + tl.program_id(0)), weight, bias, scale, small, dscale, dshift, sample, channel, real, batch,
+        channels, pixels, SCALE, SHIFT,
+    )  # fmt: skip
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -403,17 +508,22 @@ def unsupported(*, x: Tensor, **_: Any) -> str | None:
 
 
 def _arguments(
-    x: Tensor, weight: Tensor, num_groups: int, channel_bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, x2: Tensor | None, dropout: float, sample: Tensor | None, layer: int, activation: bool,
+    x: Tensor, weight: Tensor, num_groups: int, channel_bias: Tensor | None, residual: Tensor | None, x2: Tensor | None,
+    cut: Plan, dropout: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """What forward and backward share, by the names of the kernels' arguments."""
+    """What every kernel over the image takes, by the names of its arguments."""
     channels, pixels = weight.shape[0], x.shape[2] * x.shape[3]
+    of_slab = cut.groups * (channels // num_groups)
+    fours = dropout > 0 and pixels % 4 == 0 and cut.pixels % 4 == 0
     arguments: dict[str, Any] = dict(
         x=x, x2=x if x2 is None else x2, residual=x if residual is None else residual,
         channel_bias=x if channel_bias is None else channel_bias, channels=channels, channels1=x.shape[1],
-        pixels=pixels, num_groups=num_groups, of_group=channels // num_groups,
+        pixels=pixels, num_groups=num_groups, slabs=triton.cdiv(num_groups, cut.groups), chunks=cut.chunks,
         bias_stride=channels if channel_bias is not None and channel_bias.dim() == 2 else 0,
         X2=x2 is not None, RESIDUAL=residual is not None, BIAS=channel_bias is not None,
+        EVEN=of_slab == cut.columns and channels % of_slab == 0 and pixels % cut.pixels == 0, GROUPS=cut.groups,
+        OF_GROUP=channels // num_groups, LANES=4 if fours else 1, ROWS=cut.pixels, WIDE=cut.columns,
+        num_warps=cut.warps,
     )  # fmt: skip
     for name in ("x", "x2", "residual"):
         arguments[f"{name}_channel"], arguments[f"{name}_pixel"] = strides(arguments[name])
@@ -423,7 +533,7 @@ def _arguments(
 def _options(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, dropout: float, seed: int,
     seed_tensor: Tensor | None, sample: Tensor | None, step: int, step_tensor: Tensor | None, layer: int,
-    activation: bool, rows: int,
+    activation: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What the kernels that make the result take beside `_arguments`."""
     draw, given = draw_arguments(seed, seed_tensor, step, step_tensor, x)
@@ -433,13 +543,7 @@ def _options(
         sample_index=x if sample is None else sample, **draw, drop_below=below - 2**32 if below >= 2**31 else below,
         keep_scale=1 / (1 - dropout), SCALE=scale is not None, SHIFT=shift is not None, DROP=dropout > 0,
         ACTIVATION=activation, STREAM=DROPOUT + layer, **given,
-        FOURS=x.shape[2] * x.shape[3] % 4 == 0 and rows % 4 == 0,
     )  # fmt: skip
-
-
-def _tiles(cut: Plan, of_group: int) -> dict[str, Any]:
-    dense = cut.columns == of_group
-    return dict(DENSE=dense, GROUPS=cut.groups, COLUMNS=cut.columns, ROWS=cut.pixels, num_warps=cut.warps)
 
 
 @torch.library.triton_op("fastddpm::triton_group_norm_silu", mutates_args=())
@@ -449,30 +553,31 @@ def _forward(
     seed_tensor: Tensor | None, sample: Tensor | None, step: int, step_tensor: Tensor | None, layer: int,
     activation: bool,
 ) -> list[Tensor]:  # fmt: skip
-    shared = _arguments(
-        x, weight, num_groups, channel_bias, scale, shift, residual, x2, dropout, sample, layer, activation
-    )
-    batch, channels, pixels = x.shape[0], shared["channels"], shared["pixels"]
-    cut = plan(batch, channels, pixels, num_groups, TILE, WIDTH)
+    batch, channels, pixels = x.shape[0], weight.shape[0], x.shape[2] * x.shape[3]
     y = like_in_order(x, (batch, channels, *x.shape[2:]))
+    y_channel, y_pixel = strides(y)
+    tile = TILE // 2 if residual is not None or (x2 is not None and dropout > 0) else TILE
+    cut = plan(batch, channels, pixels, num_groups, tile, WIDTH, nhwc=y_channel == 1)
+    shared = _arguments(x, weight, num_groups, channel_bias, residual, x2, cut, dropout)
+    options = _options(
+        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation
+    )
     h = like_in_order(y) if residual is not None else y
     # the mean is two numbers: one, and what its rounding took away
     mean = x.new_empty((batch, num_groups, 2), dtype=torch.float32)
     rstd = x.new_empty((batch, num_groups), dtype=torch.float32)
-    grid = (batch * cut.chunks, triton.cdiv(num_groups, cut.groups))
-    tiles = _tiles(cut, channels // num_groups)
-    moments = mean
+    grid = (batch * cut.chunks * shared["slabs"],)
     if cut.chunks > 1:
-        moments = x.new_empty((batch, cut.chunks, num_groups, 3), dtype=torch.float32)
-        launch(moments_kernel, grid, moments=moments, chunks=cut.chunks, **shared, **tiles)
-    options = _options(
-        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation,
-        cut.pixels,
-    )  # fmt: skip
-    y_channel, y_pixel = strides(y)
+        partial = x.new_empty((batch, 3, num_groups, cut.chunks), dtype=torch.float32)
+        launch(moments_kernel, grid, partial=partial, **shared)
+        launch(
+            merge_moments_kernel, (batch * num_groups,), partial=partial, mean_out=mean, rstd_out=rstd, eps=eps,
+            pixels=pixels, num_groups=num_groups, chunks=cut.chunks, OF_GROUP=shared["OF_GROUP"], ROWS=cut.pixels,
+            MERGE=min(MERGED, triton.next_power_of_2(cut.chunks)), num_warps=4,
+        )  # fmt: skip
     launch(
-        forward_kernel, grid, y=y, h_out=h, mean_out=mean, rstd_out=rstd, moments=moments, eps=eps, chunks=cut.chunks,
-        y_channel=y_channel, y_pixel=y_pixel, ONE_READ=cut.chunks == 1, MERGE=16, **shared, **options, **tiles,
+        forward_kernel, grid, y=y, h_out=h, mean=mean, rstd=rstd, eps=eps, y_channel=y_channel, y_pixel=y_pixel,
+        ONE_READ=cut.chunks == 1, **shared, **options,
     )  # fmt: skip
     return [y, mean, rstd] if residual is None else [y, mean, rstd, h]
 
@@ -484,39 +589,52 @@ def _backward(
     x2: Tensor | None, dropout: float, seed: int, seed_tensor: Tensor | None, sample: Tensor | None, step: int,
     step_tensor: Tensor | None, layer: int, activation: bool,
 ) -> list[Tensor]:  # fmt: skip
-    shared = _arguments(
-        x, weight, num_groups, channel_bias, scale, shift, residual, x2, dropout, sample, layer, activation
-    )
-    batch, channels, pixels = x.shape[0], shared["channels"], shared["pixels"]
-    cut = plan(batch, channels, pixels, num_groups, BACKWARD_TILE, BACKWARD_WIDTH)
+    batch, channels, pixels = x.shape[0], weight.shape[0], x.shape[2] * x.shape[3]
     dx = like_in_order(x)
+    nhwc = strides(x)[0] == 1
+    cut = plan(batch, channels, pixels, num_groups, BACKWARD_TILE, BACKWARD_WIDTH, backward=True, nhwc=nhwc)
+    shared = _arguments(x, weight, num_groups, channel_bias, residual, x2, cut, dropout)
+    options = _options(
+        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation
+    )
     dx2 = dx if x2 is None else like_in_order(x2)
     dresidual = dx if residual is None else like_in_order(residual)
     dscale = dx if scale is None else torch.empty_like(scale)
     dshift = dx if shift is None else torch.empty_like(shift)
     small = x.new_empty((3, batch, channels), dtype=torch.float32)  # of weight, bias and channel bias, by sample
-    sums = small
+    sums = means = small
     if cut.chunks > 1:
         sums = x.new_empty((batch, cut.chunks, 4, channels), dtype=torch.float32)
-    options = _options(
-        x, weight, bias, scale, shift, dropout, seed, seed_tensor, sample, step, step_tensor, layer, activation,
-        cut.pixels,
-    )  # fmt: skip
+        means = x.new_empty((batch, num_groups, 2), dtype=torch.float32)
     at = {}
     for name, gradient in (("dy", dy), ("dh", dh)):
         at[f"{name}_channel"], at[f"{name}_pixel"] = strides(x if gradient is None else gradient)
-    for number in (0,) if cut.chunks == 1 else (1, 2):
+
+    def image_pass(number: int) -> None:
         launch(
-            backward_kernel, (batch * cut.chunks, triton.cdiv(num_groups, cut.groups)),
-            dy=x if dy is None else dy, dh=x if dh is None else dh, mean_in=mean, rstd_in=rstd, sums=sums, dx=dx,
-            dx2=dx2, dresidual=dresidual, small=small, dscale=dscale, dshift=dshift, batch=batch,
-            chunks=cut.chunks, **at,
-            DY=dy is not None, DH=dh is not None, PASS=number, MERGE=16, **shared, **options,
-            **_tiles(cut, channels // num_groups),
+            backward_kernel, (batch * cut.chunks * shared["slabs"],), dy=x if dy is None else dy,
+            dh=x if dh is None else dh, mean_in=mean, rstd_in=rstd, sums=sums, means=means, dx=dx, dx2=dx2,
+            dresidual=dresidual, small=small, dscale=dscale, dshift=dshift, batch=batch, **at, DY=dy is not None,
+            DH=dh is not None, PASS=number, **shared, **options,
         )  # fmt: skip
-    gradients = [dx, small[0].sum(0).to(weight.dtype), small[1].sum(0).to(bias.dtype)]
+
+    if cut.chunks == 1:
+        image_pass(0)
+    else:
+        image_pass(1)
+        columns = triton.next_power_of_2(shared["OF_GROUP"])
+        launch(
+            merge_sums_kernel, (batch * num_groups,), sums=sums, rstd_in=rstd, means=means, small=small, dscale=dscale,
+            dshift=dshift, batch=batch, channels=channels, pixels=pixels, num_groups=num_groups, chunks=cut.chunks,
+            OF_GROUP=shared["OF_GROUP"], COLUMNS=columns,
+            MERGE=max(1, min(MERGED // columns, triton.next_power_of_2(cut.chunks))), num_warps=4,
+            **{name: options[name] for name in ("weight", "bias", "scale", "shift", "SCALE", "SHIFT")},
+        )  # fmt: skip
+        image_pass(2)
+    of_weight, of_bias, of_dx = small.unbind()
+    gradients = [dx, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(bias.dtype)]
     if channel_bias is not None:
-        of_dx = small[2].clone() if channel_bias.dim() == 2 else small[2].sum(0)
+        of_dx = of_dx.clone() if channel_bias.dim() == 2 else of_dx.sum(0)
         gradients.append(of_dx.to(channel_bias.dtype))
     gradients += [g for g, p in ((dscale, scale), (dshift, shift), (dresidual, residual), (dx2, x2)) if p is not None]
     return gradients

@@ -16,6 +16,8 @@ Saved = tuple[Tensor, ...]
 
 TILE = 8192  # elements of a tile of pixels with all their channels
 
+# Integers become float32 by tl.cast: one that is 1 is a constant to Triton, and has no methods.
+
 
 @triton.jit
 def tile_of(x, sample, pixel, channel, inside, elements, channel_stride, pixel_stride):
@@ -53,7 +55,7 @@ def forward_kernel(
     v = tile_of(x, sample, pixel, channel, inside, elements, channel_stride, pixel_stride)
     w, factor, offset = affine(weight, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
     norm = tl.sqrt_rn(tl.sum(v * v, axis=1))
-    n = v * (tl.sqrt_rn(channels.to(tl.float32)) / tl.maximum(norm, eps))[:, None]
+    n = v * (tl.sqrt_rn(tl.cast(channels, tl.float32)) / tl.maximum(norm, eps))[:, None]
     a = n * (w * factor)[None, :] + offset[None, :]
     if ACTIVATION:
         a = a / (1.0 + tl.exp(-a))
@@ -79,7 +81,7 @@ def backward_kernel(
     da = tile_of(dy, sample, pixel, channel, inside, elements, channel_stride, pixel_stride)
     w, factor, offset = affine(weight, scale, shift, sample, channel, real, channels, SCALE, SHIFT)
     norm = tl.sqrt_rn(tl.sum(v * v, axis=1))
-    to_n = tl.sqrt_rn(channels.to(tl.float32)) / tl.maximum(norm, eps)
+    to_n = tl.sqrt_rn(tl.cast(channels, tl.float32)) / tl.maximum(norm, eps)
     n = v * to_n[:, None]
     gain = w * factor
     if ACTIVATION:
@@ -90,7 +92,7 @@ def backward_kernel(
     tl.store(at, tl.sum(da, axis=0), mask=real)
     tl.store(at + channels, tl.sum(da * n, axis=0), mask=real)
     dn = da * gain[None, :]
-    mean = tl.where(norm > eps, tl.sum(dn * n, axis=1) / channels.to(tl.float32), 0.0)
+    mean = tl.where(norm > eps, tl.sum(dn * n, axis=1) / tl.cast(channels, tl.float32), 0.0)
     d = to_n[:, None] * (dn - n * mean[:, None])
     save(dx + sample * elements + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride, d, inside)
 
@@ -132,7 +134,7 @@ def _backward(
     batch, channels = x.shape[:2]
     sums = x.new_empty((batch, arguments["blocks"], 2, channels), dtype=torch.float32)
     launch(backward_kernel, (batch * arguments["blocks"],), dy=dy, x=x, weight=weight, dx=dx, sums=sums, **arguments)
-    da, da_n = sums[:, :, 0].sum(1), sums[:, :, 1].sum(1)  # [B, C]
+    da, da_n = sums.sum(1).unbind(1)  # [B, C]
     factor = 1.0 if scale is None else 1 + scale.float()
     gradients = [dx, (factor * da_n).sum(0).to(weight.dtype)]
     if scale is not None:
