@@ -42,7 +42,7 @@ def trained(backend: str, dtype: torch.dtype, steps: int) -> Tensor:
     ("backend", "steps"),
     [
         ("native", 20),
-        ("triton", 2),
+        ("triton", 1),
         pytest.param("triton", 20, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
     ],
 )
