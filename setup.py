@@ -185,6 +185,12 @@ def shout(message: str) -> None:
 
 
 setup(
-    ext_modules=[Extension("fastddpm._C", [str(path) for path in sorted(CSRC.glob("**/*.cpp"))], optional=True)],
+    ext_modules=[
+        Extension(
+            "fastddpm._C",
+            [str(path) for path in sorted(CSRC.glob("**/*.cpp")) if not path.name.endswith("_cuda.cpp")],
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildNative},
 )

@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
     # Triton decides when it is imported: kernels then run in its interpreter, on tensors in the memory of the host
     os.environ["TRITON_INTERPRET"] = "1"
 
+if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those written for it
+    import fastddpm  # noqa: F401  whose native module says what operators there are
+
+    torch.ops.load_library(os.environ["FASTDDPM_EMULATED"])
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")

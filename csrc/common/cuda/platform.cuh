@@ -1,0 +1,134 @@
+// What kernels need of CUDA beyond the language: shared memory, clusters, launches; everything else includes this first.
+//
+// The same source is compiled by nvcc for a GPU and, by a C++ compiler with tests/cuda/emulation in place of the
+// toolkit's headers, for the tests that run kernels on a CPU. So shared memory is always the dynamic one, launches go
+// through launch(), and what stands behind FASTDDPM_EMULATED is inline assembly alone. Nothing here knows of torch.
+#pragma once
+
+#include <cstdint>
+#include <cuda_pipeline.h>
+#include <cuda_runtime.h>
+
+#include "common/data.h"
+
+// Clusters and distributed shared memory are there from sm_90 on.
+#if defined(FASTDDPM_EMULATED) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define FASTDDPM_CLUSTERS 1
+#endif
+
+namespace fastddpm::cuda {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// The dynamic shared memory of the block, aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#if defined(FASTDDPM_EMULATED)
+    return static_cast<T*>(emulation::shared_memory());
+#else
+    extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+    return reinterpret_cast<T*>(dynamic_shared_memory);
+#endif
+}
+
+// Until every thread of every block of the cluster is here; what was written to shared memory before is seen behind.
+__device__ __forceinline__ void cluster_sync() {
+#if defined(FASTDDPM_CLUSTERS)
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_rank() {
+#if defined(FASTDDPM_CLUSTERS)
+    return __clusterRelativeBlockRank();
+#else
+    return 0;
+#endif
+}
+
+// The same place in the shared memory of another block of the cluster, which must not have ended.
+template <class T>
+__device__ __forceinline__ T* in_block(T* own, unsigned rank) {
+#if defined(FASTDDPM_CLUSTERS)
+    return static_cast<T*>(__cluster_map_shared_rank(own, rank));
+#else
+    return own;
+#endif
+}
+
+// 16 bytes from device to shared memory behind the back of the thread, which sees them after wait_for_copies.
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
+    __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ __forceinline__ void commit_copies() { __pipeline_commit(); }
+template <int StillUnderWay = 0>
+__device__ __forceinline__ void wait_for_copies() { __pipeline_wait_prior(StillUnderWay); }
+
+// Programmatic dependent launch: wait for what the kernel before has written, and let the next one start.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(FASTDDPM_CLUSTERS)
+    cudaGridDependencySynchronize();
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(FASTDDPM_CLUSTERS)
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+struct Launch {
+    dim3 grid, block;
+    size_t shared = 0;
+    cudaStream_t stream = nullptr;
+    unsigned cluster = 1;    // blocks along x that share their shared memory
+    bool dependent = false;  // may start before the kernel in front of it ends: it calls wait_for_previous_kernel
+};
+
+// The device at hand: what a launcher decides by.
+struct Device {
+    int processors, architecture, shared_memory;  // architecture: 80, 89, 90 ..; shared_memory: bytes that a block may take
+};
+
+inline Device device() {
+    int index = 0, major = 0, minor = 0;
+    Device d{};
+    cudaGetDevice(&index);
+    cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&d.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    d.architecture = 10 * major + minor;
+    return d;
+}
+
+// Run a kernel; nothing where the grid is empty. Returns the error of the launch.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), const Launch& l, A... arguments) {
+    if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return cudaSuccess;
+    cudaError_t error = cudaSuccess;
+    if (l.shared > 48 * 1024)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+    if (error == cudaSuccess && l.cluster > 8)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config{};
+    config.gridDim = l.grid, config.blockDim = l.block;
+    config.dynamicSmemBytes = l.shared, config.stream = l.stream, config.attrs = attributes;
+    if (l.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {l.cluster, 1, 1};
+    }
+    if (l.dependent) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+    const cudaError_t last = cudaGetLastError();
+    return error != cudaSuccess ? error : last;
+}
+
+inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fastddpm::cuda

@@ -1,0 +1,236 @@
+// The part of CUDA that the kernels of csrc use, emulated on a CPU: this header takes the place of the toolkit's own.
+//
+// Every thread of a block is a fiber; the blocks of a cluster run together, in an order that FASTDDPM_EMULATION_SEED
+// decides, and switch at each barrier, shuffle and wait alone. So a missing barrier shows, since in one order or another
+// a thread reads what another has not written; shared memory starts as NaN, is as large as the launch says and ends with
+// its block, so that AddressSanitizer sees what lies outside; an asynchronous copy takes place when it is waited for, and
+// no sooner. What it cannot show: races that need two threads at work at the same moment, weak memory order, speed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#ifndef FASTDDPM_EMULATED
+#define FASTDDPM_EMULATED 1
+#endif
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 { unsigned x, y, z; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// The machine (emulator.cpp).
+namespace emulation {
+
+extern unsigned cluster_rank, cluster_size;  // of the fiber at work
+
+enum class Barrier { warp, block, cluster, grid };
+void wait(Barrier barrier, unsigned mask = 0xffffffffu);      // until all threads of it (of the mask, in a warp) are here
+void* shared_memory();                                         // of the block at work
+void* peer_shared_memory(const void* own, unsigned rank);      // the same place in another block of the cluster
+void exchange(const void* value, size_t size, unsigned mask);  // what this lane shows to its warp, until its next exchange
+void shown(void* value, size_t size, unsigned lane, unsigned mask);  // what a lane of the warp has shown
+void copy_later(void* to, const void* from, size_t size, size_t zeros);
+void commit_copies();
+void wait_copies(size_t still_under_way);
+[[noreturn]] void fail(const char* format, ...);  // ends the process, saying which thread did what
+
+struct Launch {
+    dim3 grid, block;
+    size_t shared;
+    unsigned cluster;
+    bool cooperative;
+};
+int run(const Launch& launch, const std::function<void()>& kernel);  // a cudaError_t
+extern int compute_capability;  // FASTDDPM_EMULATION_ARCH, 90 where it is not set: what the device says that it is
+
+}  // namespace emulation
+
+extern uint3 threadIdx, blockIdx;  // of the fiber at work
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+// Barriers and shuffles.
+static inline void __syncthreads() { emulation::wait(emulation::Barrier::block); }
+static inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::wait(emulation::Barrier::warp, mask); }
+static inline void __threadfence() {}
+static inline void __threadfence_block() {}
+
+namespace emulation {
+inline unsigned lane() {
+    return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+template <class T>
+T shuffle(unsigned mask, T value, unsigned from) {
+    exchange(&value, sizeof value, mask);
+    T result;
+    shown(&result, sizeof result, from, mask);
+    return result;
+}
+}  // namespace emulation
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+    const unsigned first = emulation::lane() / width * width;
+    return emulation::shuffle(mask, value, first + static_cast<unsigned>(from) % width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32) {
+    const unsigned lane = emulation::lane(), from = lane ^ with;
+    return emulation::shuffle(mask, value, from / width == lane / width ? from : lane);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    const unsigned lane = emulation::lane();
+    return emulation::shuffle(mask, value, lane % width + by < static_cast<unsigned>(width) ? lane + by : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    const unsigned lane = emulation::lane();
+    return emulation::shuffle(mask, value, lane % width >= by ? lane - by : lane);
+}
+static inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    emulation::exchange(&predicate, sizeof predicate, mask);
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (mask >> lane & 1) {
+            int theirs;
+            emulation::shown(&theirs, sizeof theirs, lane, mask);
+            result |= static_cast<unsigned>(theirs != 0) << lane;
+        }
+    return result;
+}
+static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+// Clusters (sm_90 and later).
+static inline void __cluster_barrier_arrive() {}  // arrive and wait are always called one behind the other
+static inline void __cluster_barrier_wait() { emulation::wait(emulation::Barrier::cluster); }
+static inline unsigned __clusterRelativeBlockRank() { return emulation::cluster_rank; }
+static inline unsigned __clusterSizeInBlocks() { return emulation::cluster_size; }
+static inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
+    return emulation::peer_shared_memory(own, rank);
+}
+
+// Programmatic dependent launch: kernels run one behind the other here.
+static inline void cudaGridDependencySynchronize() {}
+static inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
+// Asynchronous copies to shared memory (cuda_pipeline.h).
+static inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros = 0) {
+    emulation::copy_later(to, from, size, zeros);
+}
+static inline void __pipeline_commit() { emulation::commit_copies(); }
+static inline void __pipeline_wait_prior(size_t still_under_way) { emulation::wait_copies(still_under_way); }
+
+// Memory with a hint, and atomics: one fiber runs at a time.
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcs(T* p, T value) { *p = value; }
+template <class T> void __stcg(T* p, T value) { *p = value; }
+template <class T> T atomicAdd(T* p, T value) { T before = *p; *p += value; return before; }
+template <class T> T atomicExch(T* p, T value) { T before = *p; *p = value; return before; }
+
+// Arithmetic.
+static inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t(a) * b) >> 32); }
+static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float __uint2float_rn(unsigned u) { return static_cast<float>(u); }
+#define __logf(x) logf(x)  // the C library has a function of this name
+#define __log2f(x) log2f(x)  // the C library has a function of this name
+#define __expf(x) expf(x)  // the C library has a function of this name
+#define __sinf(x) sinf(x)  // the C library has a function of this name
+#define __cosf(x) cosf(x)  // the C library has a function of this name
+static inline float __frcp_rn(float x) { return 1.0f / x; }
+static inline float __fsqrt_rn(float x) { return sqrtf(x); }
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+using std::max;
+using std::min;
+
+// The host's side.
+typedef int cudaError_t;
+typedef struct CUstream_st* cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization
+};
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct { unsigned x, y, z; } clusterDim;
+        int cooperative, programmaticStreamSerializationAllowed;
+    } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
+};
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+    emulation::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false};
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        const cudaLaunchAttribute& attribute = config->attrs[i];
+        if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
+        if (attribute.id == cudaLaunchAttributeCooperative) launch.cooperative = attribute.val.cooperative != 0;
+    }
+    return emulation::run(launch, [&] { kernel(P(arguments)...); });
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrL2CacheSize
+};
+static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = 4; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulation::compute_capability / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = emulation::compute_capability % 10; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:  // 227 KB, 163 KB on sm_80, 99 KB on the small ones
+            *value = 1024 * (emulation::compute_capability >= 120 || emulation::compute_capability % 10 ? 99
+                             : emulation::compute_capability >= 90                                      ? 227
+                                                                                                        : 163);
+            break;
+        case cudaDevAttrL2CacheSize: *value = 50 << 20; break;
+    }
+    return cudaSuccess;
+}
+template <class F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) { *blocks = 2; return cudaSuccess; }
+static inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+static inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : "the emulated device cannot launch this";
+}
+static inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) {
+    memset(to, value, size);
+    return cudaSuccess;
+}

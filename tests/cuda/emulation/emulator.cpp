@@ -1,0 +1,375 @@
+// The machine behind cuda_runtime.h: fibers, and who may run next.
+
+#include <cstdarg>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define SANITIZED(call) call
+#else
+#define SANITIZED(call)
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulation {
+
+unsigned cluster_rank, cluster_size;
+
+namespace {
+
+int number_from(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? atoi(text) : otherwise;
+}
+
+}  // namespace
+
+int compute_capability = number_from("FASTDDPM_EMULATION_ARCH", 90);
+
+namespace {
+
+constexpr size_t STACK = 256 << 10;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t size, zeros;
+};
+
+struct Block;
+
+struct Fiber {
+    uint3 thread, block;
+    unsigned rank;
+    ucontext_t context;
+    void* stack = nullptr;
+    void* fake_stack = nullptr;
+    Block* home = nullptr;
+    unsigned lane = 0, warp = 0;
+    enum { ready, waiting, done } state = ready;
+    Barrier at{};
+    unsigned mask = 0;
+    std::vector<Copy> copies;
+    std::deque<std::vector<Copy>> batches;
+    // two places to show values in: a lane may be one exchange ahead of those that still read
+    std::vector<unsigned char> shown[2];
+    unsigned exchanges = 0;
+};
+
+struct Block {
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    unsigned char* shared = nullptr;
+    size_t shared_size = 0, left = 0;
+    std::vector<Block*>* cluster = nullptr;
+};
+
+Fiber* current = nullptr;
+const std::function<void()>* kernel;
+ucontext_t scheduler;
+void* scheduler_fake_stack;
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+uint64_t random_state;
+std::vector<void*> free_stacks;
+
+// xorshift64*
+uint64_t random_number() {
+    random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
+    return random_state * 0x2545F4914F6CDD1Dull;
+}
+
+void to_scheduler(Fiber* fiber, bool last) {
+    SANITIZED(__sanitizer_start_switch_fiber(last ? nullptr : &fiber->fake_stack, scheduler_stack, scheduler_stack_size));
+    (void)last;
+    swapcontext(&fiber->context, &scheduler);
+    SANITIZED(__sanitizer_finish_switch_fiber(fiber->fake_stack, &scheduler_stack, &scheduler_stack_size));
+}
+
+void body() {
+    SANITIZED(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size));
+    (*kernel)();
+    Fiber* fiber = current;
+    fiber->state = Fiber::done;  // copies that were not waited for never take place
+    if (--fiber->home->left == 0) {
+        free(fiber->home->shared);  // whoever reads it from another block now is seen by AddressSanitizer
+        fiber->home->shared = nullptr;
+    }
+    to_scheduler(fiber, true);
+}
+
+void begin(Fiber& fiber) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, body, 0);
+}
+
+void resume(Fiber* fiber) {
+    current = fiber;
+    threadIdx = fiber->thread, blockIdx = fiber->block, cluster_rank = fiber->rank;
+    SANITIZED(__sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber->stack, STACK));
+    swapcontext(&scheduler, &fiber->context);
+    SANITIZED(__sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr));
+    current = nullptr;
+}
+
+void* new_stack() {
+    if (!free_stacks.empty()) {
+        void* stack = free_stacks.back();
+        free_stacks.pop_back();
+        return stack;
+    }
+    void* stack = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for the stack of a thread");
+    return stack;
+}
+
+const char* name_of(Barrier barrier) {
+    const char* names[] = {"a barrier or shuffle of its warp", "the barrier of its block", "the barrier of its cluster",
+                           "the barrier of the grid"};
+    return names[static_cast<int>(barrier)];
+}
+
+// Let those go on whose barrier is complete. Returns whether there were any.
+bool release(std::vector<Block*>& blocks) {
+    bool any = false;
+    const auto let_go = [&](const std::vector<Fiber*>& group) {
+        for (Fiber* fiber : group) fiber->state = Fiber::ready;
+        any = any || !group.empty();
+    };
+    std::vector<Fiber*> everybody;
+    bool all_at_grid = true;
+    for (Block* block : blocks) {
+        bool all_at_block = true;
+        std::vector<Fiber*> members;
+        for (auto& fiber : block->fibers) {
+            members.push_back(fiber.get());
+            all_at_block = all_at_block && fiber->state == Fiber::waiting && fiber->at == Barrier::block;
+            all_at_grid = all_at_grid && fiber->state == Fiber::waiting && fiber->at == Barrier::grid;
+        }
+        everybody.insert(everybody.end(), members.begin(), members.end());
+        if (all_at_block) {
+            let_go(members);
+            continue;
+        }
+        for (size_t first = 0; first < members.size(); first += 32) {
+            const size_t end = std::min(first + 32, members.size());
+            for (size_t i = first; i < end; ++i) {  // lanes of one mask, all at the barrier with this same mask
+                if (members[i]->state != Fiber::waiting || members[i]->at != Barrier::warp) continue;
+                const unsigned mask = members[i]->mask;
+                std::vector<Fiber*> lanes;
+                bool complete = true;
+                for (size_t j = first; j < first + 32; ++j) {
+                    if (!(mask >> (j - first) & 1)) continue;
+                    if (j >= end) {
+                        if (mask == 0xffffffffu) continue;  // a last warp that is not full
+                        fail("the mask %08x names a lane that the warp does not have", mask);
+                    }
+                    Fiber* other = members[j];
+                    complete = complete && other->state == Fiber::waiting && other->at == Barrier::warp && other->mask == mask;
+                    lanes.push_back(other);
+                }
+                if (complete) let_go(lanes);
+            }
+        }
+    }
+    if (all_at_grid) let_go(everybody);
+    for (size_t i = 0; i < blocks.size();) {
+        std::vector<Block*>& cluster = *blocks[i]->cluster;
+        bool all = true;
+        std::vector<Fiber*> members;
+        for (Block* block : cluster)
+            for (auto& fiber : block->fibers) {
+                all = all && fiber->state == Fiber::waiting && fiber->at == Barrier::cluster;
+                members.push_back(fiber.get());
+            }
+        if (all) let_go(members);
+        i += cluster.size();
+    }
+    return any;
+}
+
+// Run blocks that are on the device together until all their threads have ended.
+void run_together(std::vector<Block*>& blocks) {
+    std::vector<Fiber*> ready;
+    while (true) {
+        ready.clear();
+        bool all_done = true;
+        for (Block* block : blocks)
+            for (auto& fiber : block->fibers) {
+                if (fiber->state == Fiber::ready) ready.push_back(fiber.get());
+                all_done = all_done && fiber->state == Fiber::done;
+            }
+        if (all_done) return;
+        if (ready.empty() && !release(blocks)) {
+            std::string who;
+            int shown = 0, ended = 0;
+            for (Block* block : blocks)
+                for (auto& fiber : block->fibers) {
+                    ended += fiber->state == Fiber::done;
+                    if (fiber->state == Fiber::waiting && shown++ < 8)
+                        who += "\n  thread " + std::to_string(fiber->thread.x) + " of block " + std::to_string(fiber->block.x) +
+                               " waits at " + name_of(fiber->at);
+                }
+            fail("deadlock: %d threads wait, %d have ended%s", shown, ended, who.c_str());
+        }
+        for (size_t left = ready.size(); left > 0; --left) {  // each once, in a random order
+            const size_t pick = random_number() % left;
+            std::swap(ready[pick], ready[left - 1]);
+            resume(ready[left - 1]);
+        }
+    }
+}
+
+}  // namespace
+
+void fail(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "CUDA emulation: ");
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    if (current)
+        fprintf(stderr, " (thread %u,%u,%u of block %u,%u,%u)", current->thread.x, current->thread.y, current->thread.z,
+                current->block.x, current->block.y, current->block.z);
+    fprintf(stderr, "\n");
+    fflush(stderr);
+    abort();
+}
+
+void wait(Barrier barrier, unsigned mask) {
+    Fiber* fiber = current;
+    if (barrier == Barrier::warp && !(mask >> fiber->lane & 1)) fail("lane %u waits with the others of mask %08x", fiber->lane, mask);
+    fiber->state = Fiber::waiting;
+    fiber->at = barrier;
+    fiber->mask = mask;
+    to_scheduler(fiber, false);
+}
+
+void* shared_memory() { return current->home->shared; }
+
+void* peer_shared_memory(const void* own, unsigned rank) {
+    Block* home = current->home;
+    const ptrdiff_t offset = static_cast<const unsigned char*>(own) - home->shared;
+    if (offset < 0 || static_cast<size_t>(offset) >= home->shared_size) fail("what is mapped to another block is not shared memory");
+    if (rank >= home->cluster->size()) fail("block %u of a cluster of %zu", rank, home->cluster->size());
+    Block* peer = (*home->cluster)[rank];
+    if (!peer->shared) fail("block %u of the cluster has ended, and its shared memory is gone", rank);
+    return peer->shared + offset;
+}
+
+void exchange(const void* value, size_t size, unsigned mask) {
+    Fiber* fiber = current;
+    auto& place = fiber->shown[++fiber->exchanges % 2];
+    const auto* bytes = static_cast<const unsigned char*>(value);
+    place.assign(bytes, bytes + size);
+    wait(Barrier::warp, mask);
+}
+
+void shown(void* value, size_t size, unsigned lane, unsigned mask) {
+    Fiber* fiber = current;
+    const size_t index = fiber->warp * 32 + lane;
+    if (index >= fiber->home->fibers.size() || !(mask >> lane & 1)) {
+        memset(value, 0xff, size);  // on a device: undefined
+        return;
+    }
+    Fiber* other = fiber->home->fibers[index].get();
+    const auto& place = other->shown[fiber->exchanges % 2];
+    if (place.size() != size) fail("lane %u shows %zu bytes, and lane %u reads %zu", lane, place.size(), fiber->lane, size);
+    memcpy(value, place.data(), size);
+}
+
+void copy_later(void* to, const void* from, size_t size, size_t zeros) {
+    if (size != 4 && size != 8 && size != 16) fail("an asynchronous copy of %zu bytes", size);
+    if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
+        fail("an asynchronous copy of %zu bytes from or to an address that is not a multiple of it", size);
+    current->copies.push_back({to, from, size, zeros});
+}
+
+void commit_copies() {
+    Fiber* fiber = current;
+    fiber->batches.push_back(std::move(fiber->copies));
+    fiber->copies.clear();
+}
+
+void wait_copies(size_t still_under_way) {
+    Fiber* fiber = current;
+    while (fiber->batches.size() > still_under_way) {
+        for (const Copy& copy : fiber->batches.front()) {
+            memcpy(copy.to, copy.from, copy.size - copy.zeros);
+            memset(static_cast<unsigned char*>(copy.to) + copy.size - copy.zeros, 0, copy.zeros);
+        }
+        fiber->batches.pop_front();
+    }
+}
+
+int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
+    const uint64_t grid = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+    const unsigned cluster = std::max(1u, launch.cluster);
+    int shared_most = 0;
+    cudaDeviceGetAttribute(&shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    if (grid == 0 || threads == 0 || threads > 1024 || launch.grid.y > 65535 || launch.grid.z > 65535 ||
+        launch.grid.x > 0x7fffffffu || launch.shared > static_cast<size_t>(shared_most))
+        return cudaErrorInvalidConfiguration;
+    if (cluster > 1 && (compute_capability < 90 || cluster > 16 || launch.grid.x % cluster))
+        return cudaErrorInvalidConfiguration;
+    static const uint64_t seed = number_from("FASTDDPM_EMULATION_SEED", 1);
+    random_state = seed * 0x9E3779B97F4A7C15ull + 1;
+    kernel = &body_of_kernel;
+    blockDim = launch.block, gridDim = launch.grid, cluster_size = cluster;
+
+    const uint64_t together = launch.cooperative ? grid : cluster;
+    std::vector<uint64_t> order(grid / together);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    for (size_t left = order.size(); left > 1; --left) std::swap(order[random_number() % left], order[left - 1]);
+    for (const uint64_t group : order) {
+        std::vector<std::unique_ptr<Block>> blocks;
+        std::vector<std::vector<Block*>> clusters(together / cluster);
+        std::vector<Block*> all;
+        for (uint64_t i = 0; i < together; ++i) {
+            const uint64_t index = group * together + i;
+            auto block = std::make_unique<Block>();
+            block->shared_size = launch.shared;
+            void* shared = nullptr;
+            if (posix_memalign(&shared, 128, std::max<size_t>(1, launch.shared)) != 0) fail("no shared memory");
+            memset(shared, 0xff, launch.shared);  // NaN in every float type
+            block->shared = static_cast<unsigned char*>(shared);
+            block->left = threads;
+            block->cluster = &clusters[i / cluster];
+            clusters[i / cluster].push_back(block.get());
+            for (unsigned t = 0; t < threads; ++t) {
+                auto fiber = std::make_unique<Fiber>();
+                fiber->thread = {t % launch.block.x, t / launch.block.x % launch.block.y, t / launch.block.x / launch.block.y};
+                fiber->block = {static_cast<unsigned>(index % launch.grid.x), static_cast<unsigned>(index / launch.grid.x % launch.grid.y),
+                                static_cast<unsigned>(index / launch.grid.x / launch.grid.y)};
+                fiber->rank = i % cluster;
+                fiber->home = block.get();
+                fiber->lane = t % 32, fiber->warp = t / 32;
+                fiber->stack = new_stack();
+                begin(*fiber);
+                block->fibers.push_back(std::move(fiber));
+            }
+            all.push_back(block.get());
+            blocks.push_back(std::move(block));
+        }
+        run_together(all);
+        for (auto& block : blocks)
+            for (auto& fiber : block->fibers) free_stacks.push_back(fiber->stack);
+    }
+    return cudaSuccess;
+}
+
+}  // namespace emulation
