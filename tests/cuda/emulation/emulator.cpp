@@ -1,8 +1,6 @@
 // The machine behind cuda_runtime.h: fibers, and who may run next.
 
 #include <cstdarg>
-#include <deque>
-#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -61,14 +59,14 @@ struct Fiber {
     Barrier at{};
     unsigned mask = 0;
     std::vector<Copy> copies;
-    std::deque<std::vector<Copy>> batches;
+    std::vector<std::vector<Copy>> batches;  // the oldest first
     // two places to show values in: a lane may be one exchange ahead of those that still read
     std::vector<unsigned char> shown[2];
     unsigned exchanges = 0;
 };
 
 struct Block {
-    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Fiber> fibers;
     unsigned char* shared = nullptr;
     size_t shared_size = 0, left = 0;
     std::vector<Block*>* cluster = nullptr;
@@ -155,9 +153,9 @@ bool release(std::vector<Block*>& blocks) {
         bool all_at_block = true;
         std::vector<Fiber*> members;
         for (auto& fiber : block->fibers) {
-            members.push_back(fiber.get());
-            all_at_block = all_at_block && fiber->state == Fiber::waiting && fiber->at == Barrier::block;
-            all_at_grid = all_at_grid && fiber->state == Fiber::waiting && fiber->at == Barrier::grid;
+            members.push_back(&fiber);
+            all_at_block = all_at_block && fiber.state == Fiber::waiting && fiber.at == Barrier::block;
+            all_at_grid = all_at_grid && fiber.state == Fiber::waiting && fiber.at == Barrier::grid;
         }
         everybody.insert(everybody.end(), members.begin(), members.end());
         if (all_at_block) {
@@ -192,8 +190,8 @@ bool release(std::vector<Block*>& blocks) {
         std::vector<Fiber*> members;
         for (Block* block : cluster)
             for (auto& fiber : block->fibers) {
-                all = all && fiber->state == Fiber::waiting && fiber->at == Barrier::cluster;
-                members.push_back(fiber.get());
+                all = all && fiber.state == Fiber::waiting && fiber.at == Barrier::cluster;
+                members.push_back(&fiber);
             }
         if (all) let_go(members);
         i += cluster.size();
@@ -209,8 +207,8 @@ void run_together(std::vector<Block*>& blocks) {
         bool all_done = true;
         for (Block* block : blocks)
             for (auto& fiber : block->fibers) {
-                if (fiber->state == Fiber::ready) ready.push_back(fiber.get());
-                all_done = all_done && fiber->state == Fiber::done;
+                if (fiber.state == Fiber::ready) ready.push_back(&fiber);
+                all_done = all_done && fiber.state == Fiber::done;
             }
         if (all_done) return;
         if (ready.empty() && !release(blocks)) {
@@ -218,10 +216,10 @@ void run_together(std::vector<Block*>& blocks) {
             int shown = 0, ended = 0;
             for (Block* block : blocks)
                 for (auto& fiber : block->fibers) {
-                    ended += fiber->state == Fiber::done;
-                    if (fiber->state == Fiber::waiting && shown++ < 8)
-                        who += "\n  thread " + std::to_string(fiber->thread.x) + " of block " + std::to_string(fiber->block.x) +
-                               " waits at " + name_of(fiber->at);
+                    ended += fiber.state == Fiber::done;
+                    if (fiber.state == Fiber::waiting && shown++ < 8)
+                        who += "\n  thread " + std::to_string(fiber.thread.x) + " of block " + std::to_string(fiber.block.x) +
+                               " waits at " + name_of(fiber.at);
                 }
             fail("deadlock: %d threads wait, %d have ended%s", shown, ended, who.c_str());
         }
@@ -285,7 +283,7 @@ void shown(void* value, size_t size, unsigned lane, unsigned mask) {
         memset(value, 0xff, size);  // on a device: undefined
         return;
     }
-    Fiber* other = fiber->home->fibers[index].get();
+    Fiber* other = &fiber->home->fibers[index];
     const auto& place = other->shown[fiber->exchanges % 2];
     if (place.size() != size) fail("lane %u shows %zu bytes, and lane %u reads %zu", lane, place.size(), fiber->lane, size);
     memcpy(value, place.data(), size);
@@ -311,7 +309,7 @@ void wait_copies(size_t still_under_way) {
             memcpy(copy.to, copy.from, copy.size - copy.zeros);
             memset(static_cast<unsigned char*>(copy.to) + copy.size - copy.zeros, 0, copy.zeros);
         }
-        fiber->batches.pop_front();
+        fiber->batches.erase(fiber->batches.begin());
     }
 }
 
@@ -350,24 +348,24 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
             block->left = threads;
             block->cluster = &clusters[i / cluster];
             clusters[i / cluster].push_back(block.get());
+            block->fibers = std::vector<Fiber>(threads);
             for (unsigned t = 0; t < threads; ++t) {
-                auto fiber = std::make_unique<Fiber>();
-                fiber->thread = {t % launch.block.x, t / launch.block.x % launch.block.y, t / launch.block.x / launch.block.y};
-                fiber->block = {static_cast<unsigned>(index % launch.grid.x), static_cast<unsigned>(index / launch.grid.x % launch.grid.y),
+                Fiber& fiber = block->fibers[t];
+                fiber.thread = {t % launch.block.x, t / launch.block.x % launch.block.y, t / launch.block.x / launch.block.y};
+                fiber.block = {static_cast<unsigned>(index % launch.grid.x), static_cast<unsigned>(index / launch.grid.x % launch.grid.y),
                                 static_cast<unsigned>(index / launch.grid.x / launch.grid.y)};
-                fiber->rank = i % cluster;
-                fiber->home = block.get();
-                fiber->lane = t % 32, fiber->warp = t / 32;
-                fiber->stack = new_stack();
-                begin(*fiber);
-                block->fibers.push_back(std::move(fiber));
+                fiber.rank = i % cluster;
+                fiber.home = block.get();
+                fiber.lane = t % 32, fiber.warp = t / 32;
+                fiber.stack = new_stack();
+                begin(fiber);
             }
             all.push_back(block.get());
             blocks.push_back(std::move(block));
         }
         run_together(all);
         for (auto& block : blocks)
-            for (auto& fiber : block->fibers) free_stacks.push_back(fiber->stack);
+            for (auto& fiber : block->fibers) free_stacks.push_back(fiber.stack);
     }
     return cudaSuccess;
 }

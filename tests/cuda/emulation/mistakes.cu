@@ -1,0 +1,67 @@
+// A sum over a cluster of blocks, right (mistake 0) and with one mistake each: tests/cuda/test_emulation.py expects the
+// emulation to find every one of them. Usage: mistakes N; prints the sum, or ends with what was found.
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "common/cuda/platform.cuh"
+
+using namespace fastddpm::cuda;
+
+enum Mistake {
+    none,
+    no_block_barrier,          // a warp reads sums that another has not written
+    no_cluster_barrier,        // a block reads the sum of another that has not written it
+    no_last_cluster_barrier,   // a block ends while others still read its shared memory
+    no_wait_for_copies,        // what was copied asynchronously is read at once
+    barrier_for_some,          // half of the threads do not come to the barrier
+    shuffle_for_some,          // a lane does not come to a shuffle of all
+    beyond_global,             // reads behind an array
+    beyond_shared,             // writes behind the shared memory
+    nothing_written,           // reads shared memory that nobody has written
+    misaligned,                // 16 bytes from an address that is not a multiple of 16
+    too_much_shared,           // more shared memory than a block may take
+};
+
+constexpr int THREADS = 64, WARPS = THREADS / 32, BLOCKS = 2;
+
+__global__ void sum_kernel(const float* x, float* out, const Mistake mistake) {
+    float* tile = shared_memory<float>();  // [THREADS]
+    float* sums = tile + THREADS;          // [WARPS + 1], the last that of the block
+    const int t = threadIdx.x, at = blockIdx.x * THREADS + t;
+    if (t % 4 == 0) copy_16_bytes(tile + t, x + at + (mistake == misaligned));
+    commit_copies();
+    if (mistake != no_wait_for_copies) wait_for_copies();
+    if (mistake != no_block_barrier) __syncthreads();
+    float sum = tile[t ^ 33];  // written by a thread of another warp
+    if (mistake == beyond_global) sum += x[at + BLOCKS * THREADS];
+    if (mistake == barrier_for_some && t < 32) return;
+    if (mistake != shuffle_for_some || t != 5)
+        for (int with = 16; with > 0; with /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, with);
+    if (t % 32 == 0) sums[t / 32] = sum;
+    __syncthreads();
+    if (t == 0) sums[WARPS + (mistake == beyond_shared)] = sums[0] + sums[1];
+    if (mistake != no_cluster_barrier) cluster_sync();
+    if (t == 0 && cluster_rank() == 0) {
+        float total = 0;
+        for (unsigned rank = 0; rank < BLOCKS; ++rank) total += *in_block(sums + WARPS, rank);
+        *out = total + (mistake == nothing_written ? tile[THREADS + WARPS + 1] : 0);
+    }
+    if (mistake != no_last_cluster_barrier) cluster_sync();
+}
+
+int main(int, char** arguments) {
+    const auto mistake = static_cast<Mistake>(atoi(arguments[1]));
+    std::vector<float> x(BLOCKS * THREADS);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+    float out = -1;
+    Launch l;
+    l.grid = dim3(BLOCKS), l.block = dim3(THREADS), l.cluster = BLOCKS;
+    l.shared = (THREADS + WARPS + 1 + (mistake == nothing_written)) * sizeof(float);
+    if (mistake == too_much_shared) l.shared = 1 << 20;
+    const cudaError_t error = launch(sum_kernel, l, static_cast<const float*>(x.data()), &out, mistake);
+    if (error != cudaSuccess) fprintf(stderr, "%s\n", cudaGetErrorString(error));
+    printf("%g\n", out);
+    return error != cudaSuccess;
+}

@@ -1,0 +1,65 @@
+"""The emulation finds the mistakes that it is there to find: in a kernel of its own, and planted in ours."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda import emulated
+
+pytestmark = [
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs g++ with AddressSanitizer and UBSan"),
+    pytest.mark.timeout(120),  # compiles
+]
+SEEDS = range(1, 9)
+RIGHT = sum(range(128))
+
+
+@pytest.fixture(scope="session")
+def mistakes() -> Path:
+    """The program that makes one mistake each time it runs."""
+    return emulated.program(emulated.EMULATION / "mistakes.cu")
+
+
+def run(program: Path, number: int, seed: int) -> subprocess.CompletedProcess[str]:
+    environment = {"FASTDDPM_EMULATION_SEED": str(seed)}
+    return subprocess.run([str(program), str(number)], capture_output=True, text=True, env=environment)
+
+
+def test_the_right_kernel_is_right_in_every_order(mistakes: Path) -> None:
+    for seed in SEEDS:
+        result = run(mistakes, 0, seed)
+        assert (result.returncode, result.stdout) == (0, f"{RIGHT}\n"), result.stderr
+
+
+MISTAKES = {
+    1: ("a missing barrier of the block", "nan|-nan|wrong"),
+    2: ("a missing barrier of the cluster", "nan|-nan|wrong"),
+    3: ("a block that ends too early", "has ended|heap-use-after-free"),
+    4: ("a copy that is not waited for", "nan|-nan|wrong"),
+    5: ("a barrier that some do not reach", "deadlock"),
+    6: ("a shuffle that a lane does not reach", "deadlock"),
+    7: ("a read behind an array", "heap-buffer-overflow"),
+    8: ("a write behind the shared memory", "heap-buffer-overflow"),
+    9: ("shared memory that nobody has written", "nan|-nan"),
+    10: ("16 bytes from an odd address", "not a multiple of it"),
+    11: ("more shared memory than there is", "cannot launch"),
+}
+
+
+@pytest.mark.parametrize("number", MISTAKES, ids=lambda number: MISTAKES[number][0])
+def test_mistakes_are_found(mistakes: Path, number: int) -> None:
+    """In one order of the threads or another."""
+    wanted = MISTAKES[number][1].split("|")
+    found = []
+    for seed in SEEDS:
+        result = run(mistakes, number, seed)
+        output = result.stdout + result.stderr
+        if "wrong" in wanted and result.returncode == 0 and result.stdout != f"{RIGHT}\n":
+            output += "wrong"
+        found.append(any(text in output for text in wanted))
+    assert any(found), output
+    if number not in (1, 2, 3):  # what does not depend on the order is found in every one
+        assert all(found), output

@@ -1,0 +1,98 @@
+"""The CUDA kernels on a CPU: the contract of every op, random calls, and mistakes planted in their source.
+
+Each runs in a process of its own, with the sanitizers; `tests.cuda.emulated` says how.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cuda import emulated
+
+pytestmark = [
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs g++ with AddressSanitizer and UBSan"),
+    pytest.mark.timeout(600),  # compiles and runs many tests
+]
+OPS = emulated.ops()
+CONTRACT = "values or mixed or two_runs or new_tensors or other_strides or empty_batch"
+NORMAL = ["tests/ops/test_native.py", "-k", "normal_numbers or integers"]  # not an op of the contract tests
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    return emulated.library()
+
+
+def passed(path: Path, *arguments: str, **environment: str) -> int:
+    """Run tests with a library; they all pass. Returns how many they were."""
+    result = emulated.pytest(path, *arguments, **environment)
+    assert result.returncode == 0, result.stdout[-6000:]
+    count = re.search(r"(\d+) passed", result.stdout)
+    assert count is not None, result.stdout
+    return int(count.group(1))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_contract(library: Path, op: str) -> None:
+    tests = NORMAL if op == "normal" else ["tests/ops/test_contract.py", "-k", f"{op}-native and ({CONTRACT})"]
+    assert passed(library, *tests) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "seed"), [("80", "2"), ("89", "3"), ("90", "4"), ("100", "5"), ("120", "6")])
+def test_contract_on_other_devices(library: Path, architecture: str, seed: str) -> None:
+    """What they can do differs: clusters, shared memory; the threads run in another order."""
+    environment = {"FASTDDPM_EMULATION_ARCH": architecture, "FASTDDPM_EMULATION_SEED": seed}
+    passed(library, "tests/ops/test_contract.py", "-k", f"native and ({CONTRACT})", "--timeout=60", **environment)
+
+
+@pytest.mark.parametrize("first", [0, 1000])
+def test_random_calls(library: Path, first: int) -> None:
+    passed(library, f"tests/ops/test_random_cases.py::test_native[{first}]", "--timeout=300")
+
+
+@pytest.mark.slow
+def test_every_random_call(library: Path) -> None:
+    passed(library, "tests/ops/test_random_cases.py::test_native", "--timeout=300")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A mistake in the source of an op, and what finds it."""
+
+    file: str
+    right: str
+    wrong: str
+    op: str
+    test: list[str]
+    found: str
+
+
+PLANTED = {
+    "wrong tail": Plant(
+        "common/cuda/tile.cuh",
+        "return first + i < elements;",
+        "return first + i + 1 < elements;",
+        "normal",
+        NORMAL,
+        "AssertionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
+    plant = PLANTED[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulated.ROOT / "csrc", csrc)
+    source = (csrc / plant.file).read_text(encoding="utf-8")
+    assert source.count(plant.right) == 1, f"{plant.file} has {plant.right!r} {source.count(plant.right)} times"
+    (csrc / plant.file).write_text(source.replace(plant.right, plant.wrong), encoding="utf-8")
+    passed(emulated.library([plant.op]), *plant.test)
+    result = emulated.pytest(emulated.library([plant.op], csrc), *plant.test)
+    assert result.returncode != 0 and plant.found in result.stdout, result.stdout[-6000:]
