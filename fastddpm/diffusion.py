@@ -606,6 +606,7 @@ class GaussianDiffusion(nn.Module):
         dynamic_threshold_ratio: float | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        cuda_graph: bool | str = "auto",
         callback: sampling.Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -633,6 +634,8 @@ class GaussianDiffusion(nn.Module):
                 guidance.
             known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
                 mask is 1. mask: float, broadcasts to it.
+            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; "auto"
+                does so for a `fastddpm.UNet` and at least ten steps.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
@@ -645,6 +648,10 @@ class GaussianDiffusion(nn.Module):
         """
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         batch_size = max(1, min(64, num_images)) if batch_size is None else batch_size
+        if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
+            cuda_graph = isinstance(self.model, UNet) and len(steps) >= 10
+        elif not isinstance(cuda_graph, bool):
+            raise ValueError(f"sample: expected cuda_graph to be 'auto', True or False, got {cuda_graph!r}; choose one")
         device = self.device
         classes = self._sampling_labels(labels, num_images, guidance_scale)
         kept = self._known(known, mask, num_images)
@@ -663,8 +670,8 @@ class GaussianDiffusion(nn.Module):
                 self._network, x, table, steps, labels=None if classes is None else classes[row],
                 null_label=self.num_classes,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
-                dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index, callback=callback,
-                progress=progress, **options,
+                dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index,
+                cuda_graph=cuda_graph, callback=callback, progress=progress, **options,
             )  # fmt: skip
 
         with self.evaluating():

@@ -13,6 +13,7 @@ from ..ops import normal, philox
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule
 from .coefficients import blend_table, ddim_table, ddpm_table, dpmpp_2m_table
+from .graph import replayed
 from .guidance import Network, dynamic_threshold, guided_output, thresholded_output
 from .timesteps import timesteps
 
@@ -33,6 +34,7 @@ class LoopOptions(TypedDict, total=False):
     dynamic_threshold_ratio: float | None
     mask: Tensor | None
     known: Tensor | None
+    cuda_graph: bool
     callback: Callback | None
     progress: bool
 
@@ -71,6 +73,7 @@ def sample_loop(
     mask: Tensor | None = None,
     known: Tensor | None = None,
     known_table: Tensor | None = None,
+    cuda_graph: bool = False,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -90,6 +93,9 @@ def sample_loop(
             when None). Row i draws with counter step i. May be left out where nothing is drawn.
         mask, known, known_table: inpainting: keep ``known`` [B, C, H, W] in [-1, 1] where mask is 1, see `solver_step`
             and `blend_table`.
+        cuda_graph: on a GPU, record one step and launch it as a whole N times, which leaves nothing to do for Python.
+            The network must do the same work each time, without waiting for the device; where it cannot be recorded
+            the loop runs as without, and warns. Two calls more of the network; worth it from some ten steps on.
         callback: (i, num_steps, x, pred) after step i, with the state and the predicted image; True ends the sampling.
             Both tensors are written over later: copy what you keep.
         progress: show a bar.
@@ -124,9 +130,6 @@ def sample_loop(
             "make it with use_clipped=True"
         )
 
-    if dynamic_threshold_ratio is not None:
-        clamp = 1.0  # where the division leaves the prediction, rounding aside
-
     num_steps, batch, device = len(steps), len(x), x.device
     table, steps = table.to(device, x.dtype), steps.to(device)
     known_table = None if known_table is None else known_table.to(device, x.dtype)
@@ -134,36 +137,45 @@ def sample_loop(
     null_labels = None
     if guided and labels is not None and null_label is not None:
         null_labels = torch.full_like(labels, null_label)
-    step = torch.zeros((), dtype=torch.int64, device=device)
-    pred: Tensor | None = None
+    row = torch.zeros((), dtype=torch.int64, device=device)
+    x = x.clone()
+    pred = torch.zeros_like(x) if has_previous else None  # what the first row multiplies by k4 = 0
+
+    def step() -> None:
+        """One row of the table, in place: x, pred and row are where they were."""
+        nonlocal pred
+        t = steps.index_select(0, row.reshape(1)).repeat(batch)
+        out, out_uncond = guided_output(network, x, t, labels, null_labels)
+        if learned and out.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"sample_loop: expected a network with {2 * x.shape[1]} output channels for a learned variance, "
+                f"got {out.shape[1]}; use such a network, or a table with a fixed variance"
+            )
+        bound = clamp
+        if dynamic_threshold_ratio is not None:
+            thresholds = dynamic_threshold(
+                x, out, table, row, dynamic_threshold_ratio, out_uncond=out_uncond, guidance_scale=guidance_scale
+            )
+            out = thresholded_output(
+                x, out, table, row, thresholds, out_uncond=out_uncond, guidance_scale=guidance_scale
+            )
+            out_uncond, bound = None, 1.0  # where the division leaves the prediction, rounding aside
+        if not has_previous:
+            pred = None  # free it before its successor is made
+        _, pred = solver_step(
+            x, out, table, row, pred_prev=pred, out_uncond=out_uncond, guidance_scale=guidance_scale,
+            clamp=bound, seed=seed if draws else None, sample=sample, mask=mask, known=known,
+            known_table=known_table, inplace=True,
+        )  # fmt: skip
+        row.add_(1)
+
     with torch.no_grad():
-        x = x.clone()
+        state = [x, row] if pred is None else [x, row, pred]
+        run = replayed(step, state) if cuda_graph and _can_record(x) else step
         for i in _counted(num_steps, progress):
-            t = steps.index_select(0, step.reshape(1)).repeat(batch)
-            out, out_uncond = guided_output(network, x, t, labels, null_labels)
-            if learned and out.shape[1] != 2 * x.shape[1]:
-                raise ValueError(
-                    f"sample_loop: expected a network with {2 * x.shape[1]} output channels for a learned variance, "
-                    f"got {out.shape[1]}; use such a network, or a table with a fixed variance"
-                )
-            if dynamic_threshold_ratio is not None:
-                bound = dynamic_threshold(
-                    x, out, table, step, dynamic_threshold_ratio, out_uncond=out_uncond, guidance_scale=guidance_scale
-                )
-                out = thresholded_output(
-                    x, out, table, step, bound, out_uncond=out_uncond, guidance_scale=guidance_scale
-                )
-                out_uncond = None
-            if not has_previous:
-                pred = None  # free it before its successor is made
-            x, pred = solver_step(
-                x, out, table, step, pred_prev=pred, out_uncond=out_uncond, guidance_scale=guidance_scale,
-                clamp=clamp, seed=seed if draws else None, sample=sample, mask=mask, known=known,
-                known_table=known_table, inplace=True,
-            )  # fmt: skip
-            if callback is not None and callback(i, num_steps, x, pred):
+            run()
+            if callback is not None and pred is not None and callback(i, num_steps, x, pred):
                 break
-            step += 1
     return x
 
 
@@ -190,8 +202,8 @@ def sample_ddpm(
         seed, sample: the images are those of this seed (int or int64 tensor []) with these indexes (int64 [B]; 0..B-1
             when None).
         device: where to sample.
-        **options: labels, null_label, guidance_scale, clamp, dynamic_threshold_ratio, mask, known, callback and
-            progress, see `sample_loop`.
+        **options: labels, null_label, guidance_scale, clamp, dynamic_threshold_ratio, mask, known, cuda_graph,
+            callback and progress, see `sample_loop`.
 
     Returns: [B, C, H, W], float32, in [-1, 1] with the default clamp.
 
@@ -271,6 +283,10 @@ def sample_in_chunks(
         chunk = sample_chunk(torch.arange(start, start + batch_size))
         images.append(chunk[max(first_image - start, 0) : end - start])
     return torch.cat(images)
+
+
+def _can_record(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ from fastddpm.sampling import (
     ddim_table,
     ddpm_table,
     dpmpp_2m_table,
+    graph,
     initial_noise,
+    loop,
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
@@ -170,6 +173,14 @@ def full_options(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def chosen_options(name: str, every_option: bool, device: str) -> dict[str, Any]:
+    """For a table of `TABLES`; one that takes the raw output excludes dynamic thresholding."""
+    options = full_options(device) if every_option else {"seed": 7}
+    if "raw" in name:
+        options.pop("dynamic_threshold_ratio", None)
+    return options
+
+
 @pytest.mark.parametrize("options", [{"seed": 7}, full_options()], ids=["plain", "every option"])
 def test_no_host_sync_in_the_loop(options: dict[str, Any]) -> None:
     syncs = HostSyncs()
@@ -209,9 +220,63 @@ def test_no_host_sync_on_a_gpu(every_option: bool) -> None:
     assert x.device.type == "cuda" and bool(x.isfinite().all())
 
 
+@pytest.mark.parametrize("every_option", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_recorded_step_gives_the_same_bits(name: str, every_option: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recording that only warms up: the state is put back, and nothing but the tensors of it is kept."""
+    options = chosen_options(name, every_option, "cpu")
+    network, seen = ConvNet(), [[], []]  # type: ignore[var-annotated]
+    plain = sample_loop(
+        network, start(), TABLES[name], STEPS, callback=lambda *a: seen[0].append(a[3].clone()), **options
+    )
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        for _ in range(3):
+            step()
+        return step
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(loop, "_can_record", lambda x: True)
+    again = sample_loop(
+        network,
+        start(),
+        TABLES[name],
+        STEPS,
+        cuda_graph=True,
+        callback=lambda *a: seen[1].append(a[3].clone()),
+        **options,
+    )
+    assert torch.equal(plain, again)
+    assert len(seen[0]) == len(STEPS) and all(map(torch.equal, *seen))
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(loop, "_can_record", lambda x: True)
+    with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted.*cuda_graph=False"):
+        x = sample_loop(ConvNet(), start(), TABLES["ddpm"], STEPS, seed=7, cuda_graph=True)
+    assert torch.equal(x, sample_loop(ConvNet(), start(), TABLES["ddpm"], STEPS, seed=7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("every_option", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_cuda_graph_gives_the_same_bits(name: str, every_option: bool) -> None:
+    options = chosen_options(name, every_option, "cuda")
+    network, x = ConvNet().cuda(), start().cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorded = sample_loop(network, x, TABLES[name], STEPS, cuda_graph=True, **options)
+    assert torch.equal(recorded, sample_loop(network, x, TABLES[name], STEPS, **options))
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_memory_is_that_of_two_states(name: str) -> None:
-    """Tensors of the state's shape alive in the callback, beside the caller's x and the network's output."""
+    """Tensors of the state's shape alive in the callback, beside the caller's x."""
     alive: list[int] = []
     shape = (2, 3, 11, 13)
 
@@ -220,7 +285,7 @@ def test_memory_is_that_of_two_states(name: str) -> None:
 
     x = initial_noise(shape, seed=1, sample=torch.arange(2))
     sample_loop(pointwise, x, TABLES[name], STEPS, seed=1, callback=count)
-    assert alive == [4] * 6
+    assert alive == [3] * 6
 
 
 def test_callback_sees_every_step() -> None:
