@@ -634,8 +634,8 @@ class GaussianDiffusion(nn.Module):
                 guidance.
             known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
                 mask is 1. mask: float, broadcasts to it.
-            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; "auto"
-                does so for a `fastddpm.UNet` and at least ten steps.
+            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`;
+                "auto" does so for a `fastddpm.UNet` and at least ten steps.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.

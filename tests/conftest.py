@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton decides when it is imported: kernels then run in its interpreter, on tensors in the memory of the host
     os.environ["TRITON_INTERPRET"] = "1"
 
-if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those written for it
+if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those for it
     from fastddpm import _native
 
     assert _native.available()  # which loads the module: what is registered last is what runs

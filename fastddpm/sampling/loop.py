@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_dtype, check_shape
+from .._graph import Replayed
 from ..ops import normal, philox
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule
 from .coefficients import blend_table, ddim_table, ddpm_table, dpmpp_2m_table
-from .graph import replayed
 from .guidance import Network, dynamic_threshold, guided_output, thresholded_output
 from .timesteps import timesteps
 
@@ -95,7 +95,7 @@ def sample_loop(
             and `blend_table`.
         cuda_graph: on a GPU, record one step and launch it as a whole N times, which leaves nothing to do for Python.
             The network must do the same work each time, without waiting for the device; where it cannot be recorded
-            the loop runs as without, and warns. Two calls more of the network; worth it from some ten steps on.
+            the loop runs as without, and warns. The first steps run without; worth it from some ten on.
         callback: (i, num_steps, x, pred) after step i, with the state and the predicted image; True ends the sampling.
             Both tensors are written over later: copy what you keep.
         progress: show a bar.
@@ -170,8 +170,7 @@ def sample_loop(
         row.add_(1)
 
     with torch.no_grad():
-        state = [x, row] if pred is None else [x, row, pred]
-        run = replayed(step, state) if cuda_graph and _can_record(x) else step
+        run = Replayed(step, device, "sampling") if cuda_graph else step
         for i in _counted(num_steps, progress):
             run()
             if callback is not None and pred is not None and callback(i, num_steps, x, pred):
@@ -283,10 +282,6 @@ def sample_in_chunks(
         chunk = sample_chunk(torch.arange(start, start + batch_size))
         images.append(chunk[max(first_image - start, 0) : end - start])
     return torch.cat(images)
-
-
-def _can_record(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def _at_least(name: str, value: int, least: int) -> None:

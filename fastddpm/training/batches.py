@@ -20,6 +20,12 @@ class Batch(NamedTuple):
     labels: Tensor | None
     rows: Tensor | None
 
+    def copy_(self, other: Batch) -> None:
+        """Take the numbers of another batch of the same run, where these lie; what all batches share stays."""
+        for own, new in zip(self, other, strict=True):
+            if own is not None and new is not None and own is not new:
+                own.copy_(new)
+
     def part(self, start: int, stop: int) -> Batch:
         """Rows start..stop-1 of the batch."""
         if self.rows is not None:

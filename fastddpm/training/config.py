@@ -12,6 +12,7 @@ import torch
 PRECISIONS = ("float32", "bfloat16", "auto")
 DECAYS = ("constant", "cosine", "linear")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+CUDA_GRAPHS = ("auto", "on", "off")
 DATA_PLACES = ("auto", "device", "host")
 
 FREE_ON_RESUME = (
@@ -26,6 +27,7 @@ FREE_ON_RESUME = (
     "keep_checkpoints",
     "tensorboard",
     "data_on",
+    "cuda_graph",
 )
 """Options that do not change the weights, so a resumed run may have others; num_images too, if lr_decay is constant."""
 
@@ -77,6 +79,10 @@ class TrainConfig:
         choices=PRECISIONS,
     )  # fmt: skip
     compile: bool = _option(False, "compile the network with torch.compile (minutes at the start, faster afterwards)")
+    cuda_graph: str = _option(
+        "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python "
+        "(auto: for the U-Net of this library)", choices=CUDA_GRAPHS,
+    )  # fmt: skip
     deterministic: bool = _option(
         True, "use only algorithms that give the same bits each time, so that resuming is exact"
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._graph import Replayed
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
 from ..ops import philox
@@ -128,6 +129,11 @@ class Trainer:
             device=self.device,
             data_on=c.data_on,
         )
+        # what a step works on lies always in the same place
+        self._batch: Batch | None = None
+        self._step = torch.zeros((), dtype=torch.int64, device=self.device)
+        recorded = c.cuda_graph == "on" or (c.cuda_graph == "auto" and isinstance(diffusion.model, UNet))
+        self._run = Replayed(self._compute, self.device, "training") if recorded else self._compute
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._stopping = False
@@ -204,11 +210,14 @@ class Trainer:
         with _deterministic(self._restricted):
             batch = self._batches.get(self.images_seen)
             seen = self.images_seen + c.batch_size
-            loss = self._backward(batch)
+            if self._batch is None:
+                self._batch = batch
+            else:
+                self._batch.copy_(batch)
+            self._step.fill_(self.steps)
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps))
-            norm = self.optimizer.update(loss)
-            self._totals.add_step(loss, norm)
+            self._run()
         self.images_seen, self.steps = seen, self.steps + 1
 
     def stop(self) -> None:
@@ -287,11 +296,17 @@ class Trainer:
                 callback=lambda *_: self._stopping,
             )
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _compute(self) -> None:
+        """What a step does on the device, with tensors that stay where they are alone: a CUDA graph may record it."""
+        assert self._batch is not None
+        loss = self._backward(self._batch, self._step)
+        norm = self.optimizer.update(loss)
+        self._totals.add_step(loss, norm)
+
+    def _backward(self, batch: Batch, step: Tensor) -> Tensor:
         """Gradients of the mean loss of a batch, micro-batch by micro-batch. Returns that loss []."""
         c = self.config
         self.diffusion.train()
-        step = torch.full((), self.steps, dtype=torch.int64, device=self.device)
         total = torch.zeros((), device=self.device)
         share = c.micro_batch / c.batch_size
         for start in range(0, c.batch_size, c.micro_batch):

@@ -34,6 +34,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("precision", "float16"),
     ("device", "toaster"),
     ("data_on", "disk"),
+    ("cuda_graph", "maybe"),
     ("seed", -1),
     ("seed", 2**63),
     ("log_every_images", 0),

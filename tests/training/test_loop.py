@@ -141,7 +141,7 @@ def test_metrics_are_means_over_their_interval(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, num_images=32, warmup_images=24)
     losses: list[float] = []
     original = trainer._backward
-    trainer._backward = lambda batch: losses.append(loss := original(batch)) or loss  # type: ignore[func-returns-value]
+    trainer._backward = lambda *a: losses.append(loss := original(*a)) or loss  # type: ignore[func-returns-value]
     trainer.train()
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["images"], second["images"], first["step"], second["step"]) == (16, 32, 2, 4)
@@ -423,3 +423,51 @@ def test_missing_tensorboard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"expected the package tensorboard .* pip install 'fastddpm\[tensorboard\]'"):
         toy_trainer(tmp_path, tensorboard=True).train()
+
+
+def test_a_step_reads_the_same_memory_each_time(tmp_path: Path) -> None:
+    """What a recorded step would find there again: batch, counter, rates, weights, moments."""
+    places = []
+
+    def look(trainer: Trainer) -> None:
+        batch = [x.data_ptr() for x in trainer._batch or () if x is not None]
+        scalars = [trainer._step, trainer.optimizer.learning_rate, trainer.optimizer.ema_decay]
+        others = [*scalars, *trainer.optimizer.parameters.values(), *trainer.optimizer.exp_avg.values()]
+        places.append((batch, [x.data_ptr() for x in others]))
+
+    rows = []
+    for data_on in ("device", "host"):
+        trainer = toy_trainer(tmp_path / data_on, data_on=data_on, num_images=48, callbacks=[look])
+        trainer.diffusion.model.register_forward_pre_hook(lambda _, args: rows.append(args[0].clone()))
+        trainer.train()
+        assert len(places) >= 4 and all(place == places[0] for place in places)
+        places.clear()
+    half = len(rows) // 2
+    assert all(map(torch.equal, rows[:half], rows[half:]))  # and finds another batch there each time
+    assert not torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data_on", ["device", "host"])
+def test_a_recorded_step_has_the_bits_of_one_that_is_not(tmp_path: Path, data_on: str) -> None:
+    found = []
+    for cuda_graph in ("on", "off"):
+        trainer = toy_trainer(
+            tmp_path / cuda_graph, toy_diffusion(dropout=0.1), device="cuda", cuda_graph=cuda_graph, data_on=data_on
+        )
+        for _ in range(6):
+            trainer.step()
+        found.append(weights(trainer))
+    assert_same_bits(*found)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, device="cuda")
+    trainer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            trainer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
