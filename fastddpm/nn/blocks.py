@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .norm import GroupNormSiLU
 
@@ -46,6 +47,9 @@ class ResBlock(nn.Module):
         layer: number of the block in its network, >= 0: each draws dropout of its own.
         resample: "down" averages 2x2 pixels, "up" repeats each pixel 2x2, on both branches, on the main one after the
             first activation (Dhariwal and Nichol 2021, section 3).
+
+    Attributes:
+        recompute: in training keep nothing but the inputs, and compute the block again in backward (Chen et al. 2016).
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift, self.dropout, self.layer, self.resample = scale_shift, dropout, layer, resample
+        self.recompute = False
         self.embedding_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -80,6 +85,13 @@ class ResBlock(nn.Module):
 
         Returns: [B, out_channels, H', W'], where H' is H, H / 2 ("down") or 2H ("up"), W' likewise.
         """
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # dropout belongs to its key, so no generator's state needs to be kept
+            again: Tensor = checkpoint(self._forward, x, e, key, skip, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return self._forward(x, e, key, skip)
+
+    def _forward(self, x: Tensor, e: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
         bias = self.conv1.bias
         assert bias is not None
         scale, shift = e.chunk(2, dim=1) if self.scale_shift else (None, None)

@@ -349,6 +349,13 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(self.norm_out(h))
         return out
 
+    def recompute(self, enabled: bool = True) -> None:
+        """Whether training keeps only the inputs of each residual block and computes the block again in backward: less
+        memory, one forward pass more; the same bits."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.recompute = enabled
+
     def to_config(self) -> dict[str, Any]:
         """The configuration as plain data for JSON; `from_config` makes a network of it."""
         options = dataclasses.asdict(self.config)

@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     "tensorboard",
     "data_on",
     "cuda_graph",
+    "recompute",
 )
 """Options that do not change the weights, so a resumed run may have others; num_images too, if lr_decay is constant."""
 
@@ -78,6 +79,9 @@ class TrainConfig:
         "of the network: bfloat16 is autocast, loss and weights stay float32; auto is bfloat16 on a GPU that has it",
         choices=PRECISIONS,
     )  # fmt: skip
+    recompute: bool = _option(
+        False, "keep less in memory: the residual blocks of the U-Net are computed again for their gradients"
+    )
     compile: bool = _option(False, "compile the network with torch.compile (minutes at the start, faster afterwards)")
     cuda_graph: str = _option(
         "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python "

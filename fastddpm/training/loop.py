@@ -144,6 +144,13 @@ class Trainer:
         if self._restricted:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         self._resume(resume, allow_changes)
+        if isinstance(diffusion.model, UNet):
+            diffusion.model.recompute(c.recompute)
+        elif c.recompute:
+            raise ValueError(
+                f"Trainer: expected a fastddpm.UNet with recompute, got {type(diffusion.model).__name__}; leave "
+                "recompute out, and let the network recompute by itself"
+            )
         if c.compile:
             diffusion.model.compile()
 

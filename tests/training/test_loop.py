@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.training import (
     DivergenceError,
     Trainer,
@@ -471,3 +472,27 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
             trainer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recomputing_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
+    found = []
+    for recompute in (False, True):
+        trainer = toy_trainer(tmp_path / str(recompute), toy_diffusion(dropout=0.2), recompute=recompute)
+        trainer.step()
+        found.append(weights(trainer))
+    assert_same_bits(*found)
+
+
+def test_recomputing_another_network_is_refused(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            return y
+
+    diffusion = GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
+    with pytest.raises(ValueError, match=r"expected a fastddpm\.UNet with recompute, got Other"):
+        toy_trainer(tmp_path, diffusion, recompute=True)
