@@ -35,14 +35,17 @@ def _constant(function: Function) -> Function:
 
 
 @_constant
-def _import(module: str) -> None:
-    """Import it: where torch.compile reads this call, then, since it does not follow an import."""
-    importlib.import_module(module)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @_constant
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _import_all(package: str) -> None:
+    """Import every implementation of an op: where torch.compile reads this call, since it does not follow an import."""
+    op: Op = sys.modules[f"{package}.interface"].OP
+    for backend in op.present:
+        if backend != "triton" or _has_triton():
+            op.load(backend)
 
 
 class Op:
@@ -64,10 +67,17 @@ class Op:
 
     def implementation(self, backend: str) -> ModuleType:
         """The module of a backend that is `present`, imported when first asked for."""
-        if backend not in self.loaded:
-            _import(f"{self.package}.{backend}_impl")
-            self.loaded[backend] = sys.modules[f"{self.package}.{backend}_impl"]
+        if torch.compiler.is_compiling():
+            # before it reads `loaded`: it does not see what comes later, or compiles again because of that
+            _import_all(self.package)
+        else:
+            self.load(backend)
         return self.loaded[backend]
+
+    def load(self, backend: str) -> None:
+        """Import the module of a backend that is `present`, where that was not done."""
+        if backend not in self.loaded:
+            self.loaded[backend] = importlib.import_module(f"{self.package}.{backend}_impl")
 
     def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
         """Why this backend cannot run on these arguments, in words; None where it can."""
