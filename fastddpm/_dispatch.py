@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._checks import is_nhwc
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
@@ -136,12 +138,12 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def dense_gradient(op: str, x: Tensor, gradient: Tensor) -> Tensor:
     """A gradient in the memory order of x: itself, or a copy where it has other strides, which `explain` counts."""
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    if gradient.is_contiguous(memory_format=layout):
+    nchw = x.is_contiguous()
+    if gradient.is_contiguous() if nchw else is_nhwc(gradient):
         return gradient
     if not torch.compiler.is_compiling():
         _copied[op] += 1
-    return gradient.contiguous(memory_format=layout)
+    return gradient.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
