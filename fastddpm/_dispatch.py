@@ -146,6 +146,15 @@ def dense_gradient(op: str, x: Tensor, gradient: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
 
 
+def own(y: Tensor) -> Tensor:
+    """What an autograd.Function of ours gives out: y, as a tensor object of its own under torch.compile.
+
+    In torch 2.11 an output that is a tensor which forward had before, as ``y.contiguous()`` may be, has no gradient
+    there: zeros, without an error.
+    """
+    return y.detach() if torch.compiler.is_compiling() else y
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Print, and return, which implementation of an op would run on these arguments, and why the others would not.
 
