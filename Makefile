@@ -4,7 +4,7 @@
 #
 # Each sets up its own environment under .venv/ first, and again when what it was made from changes. By variable:
 #   PYTHON=python3.12            the Python (3.10 or later) to make environments with
-#   TORCH=torch==2.12.0          another torch
+#   TORCH=torch==2.11.0          another torch; this is the oldest
 #   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
 #   JOBS=2                       test processes; every core otherwise
 
@@ -61,7 +61,7 @@ clean:
 
 # The package, editable. The tests need the native module; the demo takes it where it can be built.
 .venv/%/installed: .venv/%/ready $(NATIVE)
-	FASTDDPM_REQUIRE_NATIVE=$(if $(filter test,$*),1,0) .venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]'
+	FASTDDPM_REQUIRE_NATIVE=$(if $(filter test,$*),1,0) .venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
 	touch $@
 
 # An environment with torch and what setup.py needs; made anew when it is asked for with another Python or torch.

@@ -32,11 +32,26 @@ def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FL
         raise ValueError(
             f"{op}: expected {name} of shape [B, C, H, W], got {list(x.shape)}; reshape it to four dimensions"
         )
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+    if not (x.is_contiguous() or is_nhwc(x)):
         raise ValueError(
             f"{op}: expected {name} to be dense in NCHW or NHWC order, got strides {list(x.stride())} for shape "
             f"{list(x.shape)}; call .contiguous(memory_format=torch.channels_last) or .contiguous() on it first"
         )
+
+
+def is_nhwc(x: Tensor) -> bool:
+    """Whether a [B, C, H, W] tensor is dense in NHWC order; whatever is asked about an image is asked here.
+
+    By its strides where torch.compile reads this: the method of torch 2.11 says no of every tensor of symbolic shape.
+    """
+    if not torch.compiler.is_compiling():
+        return x.is_contiguous(memory_format=torch.channels_last)
+    dense = 1
+    for i in (1, 3, 2, 0):
+        if x.shape[i] != 1 and x.stride(i) != dense:
+            return False
+        dense *= x.shape[i]
+    return True
 
 
 def check_rows(op: str, name: str, x: Any, *columns: int) -> None:

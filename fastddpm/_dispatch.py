@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._checks import is_nhwc
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
@@ -35,14 +37,17 @@ def _constant(function: Function) -> Function:
 
 
 @_constant
-def _import(module: str) -> None:
-    """Import it: where torch.compile reads this call, then, since it does not follow an import."""
-    importlib.import_module(module)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @_constant
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _import_all(package: str) -> None:
+    """Import every implementation of an op: where torch.compile reads this call, since it does not follow an import."""
+    op: Op = sys.modules[f"{package}.interface"].OP
+    for backend in op.present:
+        if backend != "triton" or _has_triton():
+            op.load(backend)
 
 
 class Op:
@@ -64,10 +69,17 @@ class Op:
 
     def implementation(self, backend: str) -> ModuleType:
         """The module of a backend that is `present`, imported when first asked for."""
-        if backend not in self.loaded:
-            _import(f"{self.package}.{backend}_impl")
-            self.loaded[backend] = sys.modules[f"{self.package}.{backend}_impl"]
+        if torch.compiler.is_compiling():
+            # before it reads `loaded`: it does not see what comes later, or compiles again because of that
+            _import_all(self.package)
+        else:
+            self.load(backend)
         return self.loaded[backend]
+
+    def load(self, backend: str) -> None:
+        """Import the module of a backend that is `present`, where that was not done."""
+        if backend not in self.loaded:
+            self.loaded[backend] = importlib.import_module(f"{self.package}.{backend}_impl")
 
     def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
         """Why this backend cannot run on these arguments, in words; None where it can."""
@@ -126,12 +138,21 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def dense_gradient(op: str, x: Tensor, gradient: Tensor) -> Tensor:
     """A gradient in the memory order of x: itself, or a copy where it has other strides, which `explain` counts."""
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    if gradient.is_contiguous(memory_format=layout):
+    nchw = x.is_contiguous()
+    if gradient.is_contiguous() if nchw else is_nhwc(gradient):
         return gradient
     if not torch.compiler.is_compiling():
         _copied[op] += 1
-    return gradient.contiguous(memory_format=layout)
+    return gradient.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
+
+
+def own(y: Tensor) -> Tensor:
+    """What an autograd.Function of ours gives out: y, as a tensor object of its own under torch.compile.
+
+    In torch 2.11 an output that is a tensor which forward had before, as ``y.contiguous()`` may be, has no gradient
+    there: zeros, without an error.
+    """
+    return y.detach() if torch.compiler.is_compiling() else y
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

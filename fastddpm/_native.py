@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _version(package: str) -> str | None:
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    if loaded is not None:
+        return str(loaded)  # 2.11.0+cu130, where the wheel from PyPI calls itself 2.11.0
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

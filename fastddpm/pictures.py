@@ -73,6 +73,8 @@ def save_film(
 ) -> Path:
     """Write an endless film, each frame the grid of a batch of images.
 
+    Equal frames that follow one another may be one in the file, shown for the time of all.
+
     Args:
         frames: of [N, C, H, W], as for `image_grid`; at least one.
         path: a file named .gif or .webp; its directory is made.

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
 
+
+def _take_scalars_as_numpy_does() -> None:
+    """In the interpreter of a Triton before 3.7.1, as torch 2.11 brings: numpy 2.4 makes no int of an array [1]."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if not torch.cuda.is_available():
     # Triton decides when it is imported: kernels then run in its interpreter, on tensors in the memory of the host
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") and importlib.metadata.version("triton") in ("3.6.0", "3.7.0"):
+        _take_scalars_as_numpy_does()
 
 if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those for it
     from fastddpm import _native

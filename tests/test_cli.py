@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from fastddpm import cli
 from fastddpm.training import checkpoint
@@ -100,8 +100,8 @@ def test_film_images_inpainting_and_interpolation(run: Path, photos: Path, tmp_p
     call = ["sample", str(run), "--out", str(tmp_path / "g.png"), "--num-images", "3", "--batch-size", "4"]
     film, folder = tmp_path / "film.gif", tmp_path / "images"
     assert cli.main([*call, "--film", str(film), "--save-images", str(folder)]) == 0
-    with Image.open(film) as opened:
-        assert opened.n_frames == 8  # one a step
+    with Image.open(film) as opened:  # one frame a step; the last ones may round to equal pixels, and then are one
+        assert sum(frame.info["duration"] for frame in ImageSequence.Iterator(opened)) == 7 * 60 + 1500
     assert [p.name for p in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
 
     mask = Image.new("L", (8, 8), 0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from fastddpm.pictures import image_grid, plot_loss, save_film, save_grid
 
@@ -72,6 +72,17 @@ def test_film_has_all_frames_and_holds_the_last(tmp_path: Path, suffix: str) -> 
             film.load()
             times.append(film.info["duration"])
         assert times == [50, 50, 800]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_equal_frames_keep_their_time(tmp_path: Path, suffix: str) -> None:
+    frames = [torch.full((4, 1, 8, 8), value) for value in (0.0, 0.5, 0.5, 1.0, 1.0)]
+    shown: dict[int, int] = {}  # grey level to milliseconds
+    with Image.open(save_film(frames, tmp_path / f"film{suffix}", milliseconds=50, hold=800)) as film:
+        for frame in ImageSequence.Iterator(film):
+            grey = frame.convert("L").getpixel((film.width // 4, film.height // 4))
+            shown[grey] = shown.get(grey, 0) + frame.info["duration"]
+    assert list(shown.values()) == [50, 100, 850]
 
 
 def test_film_refuses_other_formats_no_frames_and_no_time(tmp_path: Path) -> None:

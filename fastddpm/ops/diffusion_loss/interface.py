@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_rows, check_shape
-from ..._dispatch import Op
+from ..._dispatch import Op, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -30,7 +30,7 @@ class _DiffusionLoss(torch.autograd.Function):
         loss, per_sample, gradient = OP.choose(pred=pred, t=t, **options).forward(pred, t, **options)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(per_sample)
-        return loss, per_sample
+        return own(loss), per_sample
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_shape
-from ..._dispatch import Op
+from ..._dispatch import Op, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -39,7 +39,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
         ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *drawn, *saved)
         ctx.set_materialize_grads(False)
-        return y if h is None else (y, h)
+        return own(y) if h is None else (own(y), own(h))
 
     @staticmethod
     @once_differentiable

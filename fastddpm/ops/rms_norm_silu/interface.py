@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
-from ..._dispatch import Op
+from ..._dispatch import Op, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -27,7 +27,7 @@ class _RMSNormSiLU(torch.autograd.Function):
         y: Tensor
         y, saved = ctx.implementation.forward(x, weight, scale=scale, shift=shift, **options)
         ctx.save_for_backward(x, weight, scale, shift, *saved)
-        return y
+        return own(y)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import is_nhwc
 from ..native_common import drawing, float_or_tensor, like_in_order, number_or_tensor, reason_against, register_fake
 
 
@@ -36,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
     sample, known_table = (p if p is None else p.contiguous() for p in (sample, known_table))
-    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
+    if mask is not None and not is_nhwc(mask):
         mask = mask.contiguous()
     bound, bounds = float_or_tensor(clamp)
     options = (

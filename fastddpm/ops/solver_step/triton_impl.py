@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._checks import is_nhwc
 from ..philox import SAMPLER_NOISE, TRAINING_NOISE
 from ..triton_common import (
     INTERPRETED,
@@ -217,7 +218,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
     known_table, sample = (p if p is None else p.contiguous() for p in (known_table, sample))
-    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
+    if mask is not None and not is_nhwc(mask):
         mask = mask.contiguous()
     where = (table.contiguous(), *number_or_tensor(step))
     options = (
