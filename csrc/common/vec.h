@@ -102,19 +102,6 @@ INLINE VF log(VF x) {
     return e * 0.693359375f + (m + ((m * z * p - 0.5f * z) + e * -2.12194440e-4f));
 }
 
-// sin and cos of 2 pi u, u in [0, 1]. The quarter turns are taken off exactly.
-INLINE void sincos_turns(VF u, VF& sin, VF& cos) {
-    VF q = u * 4.0f + 12582912.0f;
-    VU k = (VU)q;
-    VF a = (u - (q - 12582912.0f) * 0.25f) * 6.283185307179586f;  // in [-pi / 4, pi / 4]
-    VF z = a * a;
-    VF s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
-    VF c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
-    VI odd = (VI)(k & 1u) != 0;
-    sin = (VF)((VU)select(odd, c, s) ^ ((k & 2u) << 30));
-    cos = (VF)((VU)select(odd, s, c) ^ (((k + 1u) & 2u) << 30));
-}
-
 // 1 / x to about one rounding, for 2^-126 <= x <= 2^126. (The division unit is the slow one with wide vectors.)
 INLINE VF reciprocal(VF x) {
 #if FASTDDPM_VECTOR_BYTES == 64

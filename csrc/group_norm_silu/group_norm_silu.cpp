@@ -25,8 +25,8 @@ void plan(GroupNorm& a) {
         a.spans = a.groups;
     }
     a.block = std::min(a.block, std::max<int64_t>(1, pixels));
-    const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + 128;
-    a.draw_scratch = a.draw.sample ? 4 * (a.block + 256) : 0;
+    const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + MOST_DRAWN + 16;
+    a.draw_scratch = a.draw.sample ? 4 * (a.block + 2 * MOST_DRAWN) : 0;
     a.scratch = 16 * 16 + 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
 }
 

@@ -462,7 +462,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) {
@@ -507,7 +507,7 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float *rows = s.take(2 * channels + 16), *sums = s.take(4 * channels);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size);
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
@@ -552,7 +552,7 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float* rows = s.take(2 * channels + 16);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size), *of_sum = s.take(size), *out = s.take(size);
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
