@@ -46,7 +46,7 @@ using One = Strip<1>;
 // Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
 // for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
 // what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
-constexpr int64_t ROWS = 32;
+constexpr int64_t ROWS = 16;
 template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
@@ -111,23 +111,37 @@ struct Affine {
     const float *centre, *gain, *offset;
 };
 
+// f(Strip<K>, offset, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
+template <bool NHWC, class F>
+INLINE void for_runs(const Block& b, F f) {
+    for (int64_t r = 0; r < b.rows; ++r) {
+        int64_t c = 0;
+        for (; c + 8 * W <= b.cols; c += 8 * W) f(Strip<8>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + 4 * W <= b.cols; c += 4 * W) f(Strip<4>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + W <= b.cols; c += W) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, W);
+        if (c < b.cols) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, b.cols - c);
+    }
+}
+
 template <bool NHWC, class T>
 INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
                       int64_t to_next = 0) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        const VF centre = of_channel<NHWC>(p.centre, c, n);
-        const VF gain = of_channel<NHWC>(p.gain, c, n);
-        const VF offset = of_channel<NHWC>(p.offset, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * gap;
-                __builtin_prefetch(x + e + to_next, 0, 2);  // the next sample comes nearer while this one is computed
-                VF a = (load(x + e, n) - centre) * gain + offset;
-                if (activation) a = a * (sizeof(T) == 2 ? coarse_sigmoid(a) : sigmoid(a));
-                if (factor) a = a * load(factor + e, n);
-                store(y + e, a, n);
-            }
+        VF a[K], s[K];
+        side_by_side<K>([&](int k) {
+            const int64_t e = at + k * W, c = NHWC ? channel + k * W : channel;
+            __builtin_prefetch(x + e + to_next, 0, 2);  // the next sample comes nearer while this one is computed
+            a[k] = (load(x + e, n) - of_channel<NHWC>(p.centre, c, n)) * of_channel<NHWC>(p.gain, c, n) +
+                   of_channel<NHWC>(p.offset, c, n);
+            s[k] = a[k];
+        });
+        if (activation) {
+            sigmoids<sizeof(T) == 2>(s);
+            side_by_side<K>([&](int k) { a[k] = a[k] * s[k]; });
+        }
+        if (factor) side_by_side<K>([&](int k) { a[k] = a[k] * load(factor + at + k * W, n); });
+        side_by_side<K>([&](int k) { store(y + at + k * W, a[k], n); });
     });
 }
 
@@ -357,15 +371,17 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
     }
 }
 
-// f(block) over a work item.
+// f(block) over a work item; with ``most`` pixels, each as large as all before it together.
 template <bool NHWC, class F>
-INLINE void for_blocks(const GroupNorm& a, int64_t item, F f) {
+INLINE void for_blocks(const GroupNorm& a, int64_t item, F f, int64_t most = 0) {
     const int64_t pixels = a.shape.height * a.shape.width, of_group = a.shape.channels / a.groups;
     const int64_t sample = item / a.spans, span = item % a.spans;
     const int64_t first = NHWC ? span * a.span_pixels : 0;
     const int64_t end = NHWC && first + a.span_pixels < pixels ? first + a.span_pixels : pixels;
-    for (int64_t p = first; p < end; p += a.block) {
-        const int64_t n = end - p < a.block ? end - p : a.block;
+    for (int64_t p = first, n; p < end; p += n) {
+        n = p - first < most ? p - first : most;
+        n = n < a.block ? a.block : n;
+        n = end - p < n ? end - p : n;
         if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels});
         else f(Block{sample, span * of_group, p, of_group, n, pixels});
     }
@@ -401,19 +417,25 @@ INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 19
     a.count = count;
 }
 
-// Moments of the groups of a block; ``bias`` is added to each channel. The first sweep finds a centre, the second takes
-// the moments about it. ``centre`` and ``sums``: room for the channels, and for twice as many.
+// Moments of the groups of a block, merged to those of the blocks before; ``bias`` is added to each channel. They are
+// taken about the mean so far, or, of the first block, about its own, for which it is swept twice. A block far from the
+// mean so far costs no digits: its distance is in the deviation of the whole. ``centre`` and ``sums``: room for the
+// channels, and for twice as many.
 template <bool NHWC, class T>
 INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
                           float* centre, float* sums, double* means, Moments* moments) {
     const int64_t pixels = NHWC ? b.rows : b.cols;
     const double count = double(of_group) * pixels;
-    memset(sums, 0, 4 * groups * of_group);
-    sum_pixels<NHWC>(b, x, sums);
+    const bool first_block = moments[0].count == 0;
+    if (first_block) {
+        memset(sums, 0, 4 * groups * of_group);
+        sum_pixels<NHWC>(b, x, sums);
+    }
     for (int64_t g = 0; g < groups; ++g) {
         double total = 0;
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) total += double(sums[c]) + double(bias[c]) * pixels;
-        means[g] = float(total / count);
+        for (int64_t c = g * of_group; first_block && c < (g + 1) * of_group; ++c)
+            total += double(sums[c]) + double(bias[c]) * pixels;
+        means[g] = float(first_block ? total / count : moments[g].mean);
         for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g] - bias[c]);
     }
     float* of_squares = sums + groups * of_group;
@@ -429,6 +451,8 @@ INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of
         merge(moments[g], {count, means[g] + first / count, squares - first * first / count});
     }
 }
+
+constexpr int64_t MOST_PIXELS = 1024;  // of which moments are summed in float32
 
 template <bool NHWC>
 void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
@@ -452,7 +476,7 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
                 gather_input(a, b, buffer);
                 block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, centre, sums, means, moments);
             }
-        });
+        }, in_place(a) ? MOST_PIXELS : 0);
     }
 }
 
