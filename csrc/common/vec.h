@@ -208,19 +208,34 @@ struct f16 {
 template <class V, class T>
 INLINE V read_lanes(const T* p, int64_t n) {
     V v{};
-    if (n == W)
+    if (n == W) {
         memcpy(&v, p, sizeof v);
-    else
-        memcpy(&v, p, n * sizeof(T));
+        return v;
+    }
+#if FASTDDPM_VECTOR_BYTES == 64
+    const unsigned first = (1u << n) - 1;
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(first, p);
+    else if constexpr (sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(first, p);
+    else return (V)_mm_maskz_loadu_epi8(first, p);
+#else
+    memcpy(&v, p, n * sizeof(T));
     return v;
+#endif
 }
 
 template <class V, class T>
 INLINE void write_lanes(T* p, int64_t n, V v) {
-    if (n == W)
+    if (n == W) {
         memcpy(p, &v, sizeof v);
-    else
-        memcpy(p, &v, n * sizeof(T));
+        return;
+    }
+#if FASTDDPM_VECTOR_BYTES == 64
+    const unsigned first = (1u << n) - 1;
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, first, (__m512i)v);
+    else _mm256_mask_storeu_epi16(p, first, (__m256i)v);
+#else
+    memcpy(p, &v, n * sizeof(T));
+#endif
 }
 
 INLINE VF load(const float* p, int64_t n = W) { return read_lanes<VF>(p, n); }

@@ -40,8 +40,6 @@ template <int N>
 struct Strip {
     static constexpr int K = N;
 };
-using Four = Strip<4>;
-using One = Strip<1>;
 
 // Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
 // for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
@@ -51,35 +49,40 @@ template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
         int64_t r = 0;
-        while (r + 4 <= b.rows) {
-            const int64_t fours = b.rows - r < ROWS ? (b.rows - r) / 4 : ROWS / 4;
-            for_vectors(b.cols, [&](int64_t c, int64_t n) {
-                f(Four{}, c, r * b.stride + c, b.stride, fours, 4 * b.stride, n);
-            });
-            r += 4 * fours;
-        }
-        for (; r < b.rows; ++r)
-            for_vectors(b.cols, [&](int64_t c, int64_t n) { f(One{}, c, r * b.stride + c, 0, 1, 0, n); });
+        const auto rows = [&](auto strip, int64_t most) {
+            constexpr int K = decltype(strip)::K;
+            while (r + K <= b.rows) {
+                const int64_t count = (b.rows - r < most ? b.rows - r : most) / K;
+                for_vectors(b.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                    f(strip, c, r * b.stride + c, b.stride, count, K * b.stride, n);
+                });
+                r += K * count;
+            }
+        };
+        rows(Strip<8>{}, ROWS), rows(Strip<2>{}, 8), rows(Strip<1>{}, 1);
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t fours = b.cols / (4 * W), ones = b.cols / W - 4 * fours, rest = b.cols % W;
+        const int64_t eights = b.cols / (8 * W), ones = b.cols / W - 8 * eights, rest = b.cols % W;
         const int64_t row = r * b.stride;
-        if (fours) f(Four{}, r, row, W, fours, 4 * W, W);
-        if (ones) f(One{}, r, row + 4 * W * fours, 0, ones, W, W);
-        if (rest) f(One{}, r, row + b.cols - rest, 0, 1, 0, rest);
+        if (eights) f(Strip<8>{}, r, row, W, eights, 8 * W, W);
+        if (ones) f(Strip<1>{}, r, row + 8 * W * eights, 0, ones, W, W);
+        if (rest) f(Strip<1>{}, r, row + b.cols - rest, 0, 1, 0, rest);
     }
 }
 
+// The sum of K vectors, in pairs.
 template <int K>
 INLINE VF added(const VF* x) {
-    return K == 4 ? (x[0] + x[1]) + (x[2] + x[3]) : x[0];
+    if constexpr (K == 1) return x[0];
+    else return added<K / 2>(x) + added<K / 2>(x + K / 2);
 }
 
 // Sums over the pixels of a block, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_pixels(const Block& b, const T* x, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{};
         for (int64_t i = 0; i < count; ++i)
@@ -91,7 +94,8 @@ INLINE void sum_pixels(const Block& b, const T* x, float* out) {
 // Of d = x - centre: the sum, and that of the squares.
 template <bool NHWC, class T>
 INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{}, squares[K]{}, mid = of_channel<NHWC>(centre, c, n);
         for (int64_t i = 0; i < count; ++i)
@@ -128,12 +132,12 @@ INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activati
                       int64_t to_next = 0) {
     for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
+        const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
         VF a[K], s[K];
         side_by_side<K>([&](int k) {
-            const int64_t e = at + k * W, c = NHWC ? channel + k * W : channel;
-            __builtin_prefetch(x + e + to_next, 0, 2);  // the next sample comes nearer while this one is computed
-            a[k] = (load(x + e, n) - of_channel<NHWC>(p.centre, c, n)) * of_channel<NHWC>(p.gain, c, n) +
-                   of_channel<NHWC>(p.offset, c, n);
+            const T* at_x = x + at + k * W;
+            __builtin_prefetch(at_x + to_next, 0, 2);  // comes nearer while this is computed
+            a[k] = (load(at_x, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
             s[k] = a[k];
         });
         if (activation) {
@@ -145,11 +149,14 @@ INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activati
     });
 }
 
-// da = dy through dropout and the activation.
-INLINE VF before_activation(VF dy, VF a, bool activation) {
-    if (!activation) return dy;
-    VF s = sigmoid(a);
-    return dy * (s * (1.0f + a * (1.0f - s)));
+// Of N vectors: da = dy through dropout and the activation. ``dy`` becomes da.
+template <int N>
+INLINE void before_activation(VF (&dy)[N], const VF (&a)[N], bool activation) {
+    if (!activation) return;
+    VF s[N];
+    side_by_side<N>([&](int k) { s[k] = a[k]; });
+    sigmoids<false>(s);
+    side_by_side<N>([&](int k) { dy[k] = dy[k] * (s[k] * (1.0f + a[k] * (1.0f - s[k]))); });
 }
 
 // What is summed in backward, one float for each channel of the block.
@@ -161,26 +168,30 @@ struct BlockSums {
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        VF da_sum[K]{}, da_centred_sum[K]{}, centred_sum[K]{};
+        VF da_sum{}, da_centred_sum{}, centred_sum{};
         const VF centre = of_channel<NHWC>(p.centre, c, n);
         const VF gain = of_channel<NHWC>(p.gain, c, n);
         const VF offset = of_channel<NHWC>(p.offset, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
+        for (int64_t i = 0; i < count; ++i) {
+            VF centred[K], a[K], da[K];
+            side_by_side<K>([&](int k) {
                 const int64_t e = at + i * step + k * gap;
-                VF centred = load(x + e, n) - centre, g = load(dy + e, n);
-                if (factor) g = g * load(factor + e, n);
-                VF da = before_activation(g, centred * gain + offset, activation);
-                if (kept) store(kept + e, da, n);
-                da_sum[k] += da;
-                da_centred_sum[k] += da * centred;
-                centred_sum[k] += centred;
-            }
-        add_to_channel<NHWC>(out.da, c, added<K>(da_sum), n);
-        add_to_channel<NHWC>(out.da_centred, c, added<K>(da_centred_sum), n);
-        add_to_channel<NHWC>(out.centred, c, added<K>(centred_sum), n);
+                centred[k] = load(x + e, n) - centre, da[k] = load(dy + e, n);
+                if (factor) da[k] = da[k] * load(factor + e, n);
+                a[k] = centred[k] * gain + offset;
+            });
+            before_activation(da, a, activation);
+            if (kept) side_by_side<K>([&](int k) { store(kept + at + i * step + k * gap, da[k], n); });
+            da_sum += added<K>(da), centred_sum += added<K>(centred);
+            side_by_side<K>([&](int k) { centred[k] = da[k] * centred[k]; });
+            da_centred_sum += added<K>(centred);
+        }
+        add_to_channel<NHWC>(out.da, c, da_sum, n);
+        add_to_channel<NHWC>(out.da_centred, c, da_centred_sum, n);
+        add_to_channel<NHWC>(out.centred, c, centred_sum, n);
     });
 }
 
@@ -188,34 +199,31 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
 template <bool NHWC, class T>
 INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
                           const float* level, bool activation, const float* factor, const float* kept, T* dx) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        const VF centre = of_channel<NHWC>(p.centre, c, n);
-        const VF gain = of_channel<NHWC>(p.gain, c, n);
-        const VF offset = of_channel<NHWC>(p.offset, c, n);
-        const VF k1 = of_channel<NHWC>(slope, c, n);
-        const VF k0 = of_channel<NHWC>(level, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * gap;
-                VF centred = load(x + e, n) - centre, da;
-                if (kept) {
-                    da = load(kept + e, n);
-                } else {
-                    VF g = load(dy + e, n);
-                    if (factor) g = g * load(factor + e, n);
-                    da = before_activation(g, centred * gain + offset, activation);
-                }
-                VF d = da * gain + (centred * k1 + k0);
-                if (dh) d += load(dh + e, n);
-                store(dx + e, d, n);
-            }
+        const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
+        VF centred[K], a[K], da[K];
+        side_by_side<K>([&](int k) {
+            const int64_t e = at + k * W;
+            centred[k] = load(x + e, n) - of(p.centre, k), da[k] = kept ? load(kept + e, n) : load(dy + e, n);
+            if (factor && !kept) da[k] = da[k] * load(factor + e, n);
+        });
+        if (!kept) {
+            side_by_side<K>([&](int k) { a[k] = centred[k] * of(p.gain, k) + of(p.offset, k); });
+            before_activation(da, a, activation);
+        }
+        side_by_side<K>([&](int k) {
+            VF d = da[k] * of(p.gain, k) + (centred[k] * of(slope, k) + of(level, k));
+            if (dh) d += load(dh + at + k * W, n);
+            store(dx + at + k * W, d, n);
+        });
     });
 }
 
 template <bool NHWC>
 INLINE void add_channels(const Block& b, const float* bias, float* x) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
@@ -488,6 +496,9 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
+    // the next sample, where the cache of a core holds it beside x and y of this one
+    const int64_t bytes = a.x.sample_stride * (a.x.dtype == DType::f32 ? 4 : 2);
+    const int64_t to_next = bytes <= 1 << 19 ? a.x.sample_stride : 0;
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) {
             last = item / a.spans;
@@ -500,8 +511,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
             if (in_place(a)) {
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
                     auto* y = static_cast<decltype(x)>(a.y.data);  // which has the dtype of x
-                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b),
-                                    a.x.sample_stride);
+                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b), to_next);
                 });
                 return;
             }
