@@ -20,7 +20,7 @@ def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
 def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
     """Expect a tensor of one of the given shapes."""
     _check_tensor(op, name, x)
-    if all(x.shape != s for s in (shape, *others)):
+    if x.shape != shape and all(x.shape != s for s in others):
         wanted = " or ".join(f"{list(s)}" for s in (shape, *others))
         raise ValueError(f"{op}: expected {name} of shape {wanted}, got {list(x.shape)}; pass a tensor of that shape")
 
@@ -67,10 +67,11 @@ def check_rows(op: str, name: str, x: Any, *columns: int) -> None:
 
 def check_device(op: str, like: Tensor, **tensors: Tensor | float | None) -> None:
     """Expect all tensors on the device of ``like``; numbers and None are passed over."""
+    device = like.device
     for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.device != like.device:
+        if isinstance(x, Tensor) and x.device != device:
             raise ValueError(
-                f"{op}: expected {name} on {like.device}, got {x.device}; move it there with .to({str(like.device)!r})"
+                f"{op}: expected {name} on {device}, got {x.device}; move it there with .to({str(device)!r})"
             )
 
 

@@ -111,7 +111,8 @@ inline Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
     return out;
 }
 
-constexpr int64_t TILE = 2048;       // elements: a few tiles of floats fit in the first cache
+constexpr int64_t TILE = 2048;        // elements: a few tiles of floats fit in the first cache
+constexpr int64_t MOST_DRAWN = 128;  // floats that noise is drawn in at a time, with the widest vectors
 
 // Tiles of whole pixels in NHWC order; otherwise of a multiple of four elements.
 inline Tiling tiling(const Shape& s) {
@@ -122,10 +123,12 @@ inline Tiling tiling(const Shape& s) {
 }
 
 // Floats that one buffer for a tile takes, and what noise may write behind it.
-inline int64_t tile_buffer(const Tiling& t) { return (t.size + 64 + 15) / 16 * 16; }
+inline int64_t tile_buffer(const Tiling& t) { return (t.size + MOST_DRAWN + 15) / 16 * 16; }
 
 // Floats that drawing noise in NHWC order takes beside the tile.
-inline int64_t draw_scratch(const Shape& s, const Tiling& t) { return 4 * (t.size / std::max<int64_t>(1, s.channels) + 128); }
+inline int64_t draw_scratch(const Shape& s, const Tiling& t) {
+    return 4 * (t.size / std::max<int64_t>(1, s.channels) + 2 * MOST_DRAWN);
+}
 
 // Memory that a thread keeps from call to call.
 inline float* scratch(int64_t floats) {

@@ -102,19 +102,6 @@ INLINE VF log(VF x) {
     return e * 0.693359375f + (m + ((m * z * p - 0.5f * z) + e * -2.12194440e-4f));
 }
 
-// sin and cos of 2 pi u, u in [0, 1]. The quarter turns are taken off exactly.
-INLINE void sincos_turns(VF u, VF& sin, VF& cos) {
-    VF q = u * 4.0f + 12582912.0f;
-    VU k = (VU)q;
-    VF a = (u - (q - 12582912.0f) * 0.25f) * 6.283185307179586f;  // in [-pi / 4, pi / 4]
-    VF z = a * a;
-    VF s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * a + a;
-    VF c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
-    VI odd = (VI)(k & 1u) != 0;
-    sin = (VF)((VU)select(odd, c, s) ^ ((k & 2u) << 30));
-    cos = (VF)((VU)select(odd, s, c) ^ (((k + 1u) & 2u) << 30));
-}
-
 // 1 / x to about one rounding, for 2^-126 <= x <= 2^126. (The division unit is the slow one with wide vectors.)
 INLINE VF reciprocal(VF x) {
 #if FASTDDPM_VECTOR_BYTES == 64
@@ -143,37 +130,64 @@ INLINE VF clamp(VF x, float low, float high) {
 #endif
 }
 
-// 1 / (1 + e^-x); beyond |x| = 87 that of 87, which float32 cannot tell from 0 or 1 where it is multiplied by x.
-INLINE VF sigmoid(VF x) {
-    x = clamp(x, -87.0f, 87.0f);
-    VF rounded = x * -1.44269504f + 12582912.0f;  // the low bits are the nearest integer n; e^-x = 2^(n + f)
-    VI power = (VI)rounded << 23;
-    VF f = x * -1.44269504f - (rounded - 12582912.0f);
-    f = x * -1.925963033e-8f + f;
-    VF p = f * 1.535336188e-4f + 1.339887440e-3f;
-    p = p * f + 9.618437358e-3f;
-    p = p * f + 5.550332471e-2f;
-    p = p * f + 2.402264791e-1f;
-    p = p * f + 6.931472029e-1f;
-    p = p * f + 1.0f;
-    return reciprocal((VF)((VI)p + power) + 1.0f);
+// f(k) for k < N, N vectors side by side: the steps of one are a chain in which each waits for the one before, too long
+// for the processor to find enough others behind it.
+template <int N, class F>
+INLINE void side_by_side(F f) {
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) f(k);
 }
 
-// The same to 1e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
-INLINE VF coarse_sigmoid(VF x) {
+// 1 / (1 + e^-x) of N vectors. Coarse: to 2e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
+template <bool COARSE, int N>
+INLINE void sigmoids(VF (&x)[N]) {
 #if FASTDDPM_VECTOR_BYTES == 64
-    x = clamp(x, -87.0f, 87.0f);
-    VF rounded = x * -1.44269504f + 12582912.0f;
-    VI power = (VI)rounded << 23;
-    VF f = x * -1.44269504f - (rounded - 12582912.0f);
-    VF p = f * 9.5701000e-3f + 5.5917860e-2f;
-    p = p * f + 2.4024745e-1f;
-    p = p * f + 6.9312181e-1f;
-    p = p * f + 9.9999926e-1f;
-    return (VF)_mm512_rcp14_ps((__m512)((VF)((VI)p + power) + 1.0f));
+    VF y[N], f[N], p[N];  // e^-x = 2^y = 2^floor(y) 2^f
+    side_by_side<N>([&](int k) { y[k] = x[k] * -1.44269504f; });
+    if (!COARSE)  // the reciprocal below is refined, which infinity does not bear; NaN stays NaN
+        side_by_side<N>([&](int k) { y[k] = (VF)_mm512_min_ps((__m512)splat(125.5f), (__m512)y[k]); });
+    side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)y[k], _MM_FROUND_TO_NEG_INF); });
+    if (COARSE) {
+        side_by_side<N>([&](int k) { p[k] = f[k] * 7.80245066e-2f + 2.26067215e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 6.95833504e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 9.99925196e-1f; });
+    } else {
+        side_by_side<N>([&](int k) { p[k] = f[k] * 1.86713110e-3f + 9.01702791e-3f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 5.57999164e-2f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 2.40164444e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 6.93151295e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 1.0f; });
+    }
+    side_by_side<N>([&](int k) { y[k] = (VF)_mm512_scalef_ps((__m512)p[k], (__m512)y[k]) + 1.0f; });
+    side_by_side<N>([&](int k) { x[k] = (VF)_mm512_rcp14_ps((__m512)y[k]); });
+    if (!COARSE) side_by_side<N>([&](int k) { x[k] = x[k] * (2.0f - y[k] * x[k]); });
 #else
-    return sigmoid(x);
+    for (VF& v : x) {  // beyond |x| = 87 that of 87, which float32 cannot tell from 0 or 1 where it is multiplied by x
+        v = clamp(v, -87.0f, 87.0f);
+        VF rounded = v * -1.44269504f + 12582912.0f;  // the low bits are the nearest integer n; e^-x = 2^(n + f)
+        VI power = (VI)rounded << 23;
+        VF f = v * -1.44269504f - (rounded - 12582912.0f);
+        f = v * -1.925963033e-8f + f;
+        VF p = f * 1.535336188e-4f + 1.339887440e-3f;
+        p = p * f + 9.618437358e-3f;
+        p = p * f + 5.550332471e-2f;
+        p = p * f + 2.402264791e-1f;
+        p = p * f + 6.931472029e-1f;
+        p = p * f + 1.0f;
+        v = reciprocal((VF)((VI)p + power) + 1.0f);
+    }
 #endif
+}
+
+INLINE VF sigmoid(VF x) {
+    VF one[1] = {x};
+    sigmoids<false>(one);
+    return one[0];
+}
+INLINE VF coarse_sigmoid(VF x) {
+    VF one[1] = {x};
+    sigmoids<true>(one);
+    return one[0];
 }
 
 // The first n lanes, 0 in the others.
@@ -194,19 +208,34 @@ struct f16 {
 template <class V, class T>
 INLINE V read_lanes(const T* p, int64_t n) {
     V v{};
-    if (n == W)
+    if (n == W) {
         memcpy(&v, p, sizeof v);
-    else
-        memcpy(&v, p, n * sizeof(T));
+        return v;
+    }
+#if FASTDDPM_VECTOR_BYTES == 64
+    const unsigned first = (1u << n) - 1;
+    if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(first, p);
+    else if constexpr (sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(first, p);
+    else return (V)_mm_maskz_loadu_epi8(first, p);
+#else
+    memcpy(&v, p, n * sizeof(T));
     return v;
+#endif
 }
 
 template <class V, class T>
 INLINE void write_lanes(T* p, int64_t n, V v) {
-    if (n == W)
+    if (n == W) {
         memcpy(p, &v, sizeof v);
-    else
-        memcpy(p, &v, n * sizeof(T));
+        return;
+    }
+#if FASTDDPM_VECTOR_BYTES == 64
+    const unsigned first = (1u << n) - 1;
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, first, (__m512i)v);
+    else _mm256_mask_storeu_epi16(p, first, (__m256i)v);
+#else
+    memcpy(p, &v, n * sizeof(T));
+#endif
 }
 
 INLINE VF load(const float* p, int64_t n = W) { return read_lanes<VF>(p, n); }

@@ -25,8 +25,8 @@ void plan(GroupNorm& a) {
         a.spans = a.groups;
     }
     a.block = std::min(a.block, std::max<int64_t>(1, pixels));
-    const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + 128;
-    a.draw_scratch = a.draw.sample ? 4 * (a.block + 256) : 0;
+    const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + MOST_DRAWN + 16;
+    a.draw_scratch = a.draw.sample ? 4 * (a.block + 2 * MOST_DRAWN) : 0;
     a.scratch = 16 * 16 + 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
 }
 
@@ -141,12 +141,13 @@ std::vector<Tensor> group_norm_silu_backward(
     std::vector<double> dweight(channels), dbias(channels), dscale(scale ? batch * channels : 0), dshift(shift ? batch * channels : 0);
     const bool per_sample = channel_bias && channel_bias->dim() == 2;
     std::vector<double> dchannel_bias(!channel_bias ? 0 : per_sample ? batch * channels : channels);
+    const int64_t of_group = channels / groups;
     for (int64_t b = 0; b < batch; ++b)
-        for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t c = 0, next = 0, g = -1; c < channels; ++c) {
+            if (c == next) next += of_group, ++g;
             const int64_t i = b * channels + c;
             const ChannelSums& s = sums[b * spans * channels + c];
-            const double rstd_c = a.rstd[b * groups + c / (channels / groups)], da_n = s.da_centred * rstd_c;
-            const double factor = scale ? 1 + number(*scale, i) : 1.0;
+            const double da_n = s.da_centred * a.rstd[b * groups + g], factor = scale ? 1 + number(*scale, i) : 1.0;
             dweight[c] += factor * da_n, dbias[c] += factor * s.da;
             if (scale) dscale[i] = number(weight, c) * da_n + number(bias, c) * s.da;
             if (shift) dshift[i] = s.da;

@@ -40,46 +40,49 @@ template <int N>
 struct Strip {
     static constexpr int K = N;
 };
-using Four = Strip<4>;
-using One = Strip<1>;
 
 // Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
 // for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
 // what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
-constexpr int64_t ROWS = 32;
+constexpr int64_t ROWS = 16;
 template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
         int64_t r = 0;
-        while (r + 4 <= b.rows) {
-            const int64_t fours = b.rows - r < ROWS ? (b.rows - r) / 4 : ROWS / 4;
-            for_vectors(b.cols, [&](int64_t c, int64_t n) {
-                f(Four{}, c, r * b.stride + c, b.stride, fours, 4 * b.stride, n);
-            });
-            r += 4 * fours;
-        }
-        for (; r < b.rows; ++r)
-            for_vectors(b.cols, [&](int64_t c, int64_t n) { f(One{}, c, r * b.stride + c, 0, 1, 0, n); });
+        const auto rows = [&](auto strip, int64_t most) {
+            constexpr int K = decltype(strip)::K;
+            while (r + K <= b.rows) {
+                const int64_t count = (b.rows - r < most ? b.rows - r : most) / K;
+                for_vectors(b.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                    f(strip, c, r * b.stride + c, b.stride, count, K * b.stride, n);
+                });
+                r += K * count;
+            }
+        };
+        rows(Strip<8>{}, ROWS), rows(Strip<2>{}, 8), rows(Strip<1>{}, 1);
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t fours = b.cols / (4 * W), ones = b.cols / W - 4 * fours, rest = b.cols % W;
+        const int64_t eights = b.cols / (8 * W), ones = b.cols / W - 8 * eights, rest = b.cols % W;
         const int64_t row = r * b.stride;
-        if (fours) f(Four{}, r, row, W, fours, 4 * W, W);
-        if (ones) f(One{}, r, row + 4 * W * fours, 0, ones, W, W);
-        if (rest) f(One{}, r, row + b.cols - rest, 0, 1, 0, rest);
+        if (eights) f(Strip<8>{}, r, row, W, eights, 8 * W, W);
+        if (ones) f(Strip<1>{}, r, row + 8 * W * eights, 0, ones, W, W);
+        if (rest) f(Strip<1>{}, r, row + b.cols - rest, 0, 1, 0, rest);
     }
 }
 
+// The sum of K vectors, in pairs.
 template <int K>
 INLINE VF added(const VF* x) {
-    return K == 4 ? (x[0] + x[1]) + (x[2] + x[3]) : x[0];
+    if constexpr (K == 1) return x[0];
+    else return added<K / 2>(x) + added<K / 2>(x + K / 2);
 }
 
 // Sums over the pixels of a block, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_pixels(const Block& b, const T* x, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{};
         for (int64_t i = 0; i < count; ++i)
@@ -91,7 +94,8 @@ INLINE void sum_pixels(const Block& b, const T* x, float* out) {
 // Of d = x - centre: the sum, and that of the squares.
 template <bool NHWC, class T>
 INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{}, squares[K]{}, mid = of_channel<NHWC>(centre, c, n);
         for (int64_t i = 0; i < count; ++i)
@@ -111,31 +115,48 @@ struct Affine {
     const float *centre, *gain, *offset;
 };
 
+// f(Strip<K>, offset, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
+template <bool NHWC, class F>
+INLINE void for_runs(const Block& b, F f) {
+    for (int64_t r = 0; r < b.rows; ++r) {
+        int64_t c = 0;
+        for (; c + 8 * W <= b.cols; c += 8 * W) f(Strip<8>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + 4 * W <= b.cols; c += 4 * W) f(Strip<4>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + W <= b.cols; c += W) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, W);
+        if (c < b.cols) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, b.cols - c);
+    }
+}
+
 template <bool NHWC, class T>
 INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
                       int64_t to_next = 0) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        const VF centre = of_channel<NHWC>(p.centre, c, n);
-        const VF gain = of_channel<NHWC>(p.gain, c, n);
-        const VF offset = of_channel<NHWC>(p.offset, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * gap;
-                __builtin_prefetch(x + e + to_next, 0, 2);  // the next sample comes nearer while this one is computed
-                VF a = (load(x + e, n) - centre) * gain + offset;
-                if (activation) a = a * (sizeof(T) == 2 ? coarse_sigmoid(a) : sigmoid(a));
-                if (factor) a = a * load(factor + e, n);
-                store(y + e, a, n);
-            }
+        const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
+        VF a[K], s[K];
+        side_by_side<K>([&](int k) {
+            const T* at_x = x + at + k * W;
+            __builtin_prefetch(at_x + to_next, 0, 2);  // comes nearer while this is computed
+            a[k] = (load(at_x, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
+            s[k] = a[k];
+        });
+        if (activation) {
+            sigmoids<sizeof(T) == 2>(s);
+            side_by_side<K>([&](int k) { a[k] = a[k] * s[k]; });
+        }
+        if (factor) side_by_side<K>([&](int k) { a[k] = a[k] * load(factor + at + k * W, n); });
+        side_by_side<K>([&](int k) { store(y + at + k * W, a[k], n); });
     });
 }
 
-// da = dy through dropout and the activation.
-INLINE VF before_activation(VF dy, VF a, bool activation) {
-    if (!activation) return dy;
-    VF s = sigmoid(a);
-    return dy * (s * (1.0f + a * (1.0f - s)));
+// Of N vectors: da = dy through dropout and the activation. ``dy`` becomes da.
+template <int N>
+INLINE void before_activation(VF (&dy)[N], const VF (&a)[N], bool activation) {
+    if (!activation) return;
+    VF s[N];
+    side_by_side<N>([&](int k) { s[k] = a[k]; });
+    sigmoids<false>(s);
+    side_by_side<N>([&](int k) { dy[k] = dy[k] * (s[k] * (1.0f + a[k] * (1.0f - s[k]))); });
 }
 
 // What is summed in backward, one float for each channel of the block.
@@ -147,26 +168,30 @@ struct BlockSums {
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        VF da_sum[K]{}, da_centred_sum[K]{}, centred_sum[K]{};
+        VF da_sum{}, da_centred_sum{}, centred_sum{};
         const VF centre = of_channel<NHWC>(p.centre, c, n);
         const VF gain = of_channel<NHWC>(p.gain, c, n);
         const VF offset = of_channel<NHWC>(p.offset, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
+        for (int64_t i = 0; i < count; ++i) {
+            VF centred[K], a[K], da[K];
+            side_by_side<K>([&](int k) {
                 const int64_t e = at + i * step + k * gap;
-                VF centred = load(x + e, n) - centre, g = load(dy + e, n);
-                if (factor) g = g * load(factor + e, n);
-                VF da = before_activation(g, centred * gain + offset, activation);
-                if (kept) store(kept + e, da, n);
-                da_sum[k] += da;
-                da_centred_sum[k] += da * centred;
-                centred_sum[k] += centred;
-            }
-        add_to_channel<NHWC>(out.da, c, added<K>(da_sum), n);
-        add_to_channel<NHWC>(out.da_centred, c, added<K>(da_centred_sum), n);
-        add_to_channel<NHWC>(out.centred, c, added<K>(centred_sum), n);
+                centred[k] = load(x + e, n) - centre, da[k] = load(dy + e, n);
+                if (factor) da[k] = da[k] * load(factor + e, n);
+                a[k] = centred[k] * gain + offset;
+            });
+            before_activation(da, a, activation);
+            if (kept) side_by_side<K>([&](int k) { store(kept + at + i * step + k * gap, da[k], n); });
+            da_sum += added<K>(da), centred_sum += added<K>(centred);
+            side_by_side<K>([&](int k) { centred[k] = da[k] * centred[k]; });
+            da_centred_sum += added<K>(centred);
+        }
+        add_to_channel<NHWC>(out.da, c, da_sum, n);
+        add_to_channel<NHWC>(out.da_centred, c, da_centred_sum, n);
+        add_to_channel<NHWC>(out.centred, c, centred_sum, n);
     });
 }
 
@@ -174,34 +199,31 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
 template <bool NHWC, class T>
 INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
                           const float* level, bool activation, const float* factor, const float* kept, T* dx) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
-        const VF centre = of_channel<NHWC>(p.centre, c, n);
-        const VF gain = of_channel<NHWC>(p.gain, c, n);
-        const VF offset = of_channel<NHWC>(p.offset, c, n);
-        const VF k1 = of_channel<NHWC>(slope, c, n);
-        const VF k0 = of_channel<NHWC>(level, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                const int64_t e = at + i * step + k * gap;
-                VF centred = load(x + e, n) - centre, da;
-                if (kept) {
-                    da = load(kept + e, n);
-                } else {
-                    VF g = load(dy + e, n);
-                    if (factor) g = g * load(factor + e, n);
-                    da = before_activation(g, centred * gain + offset, activation);
-                }
-                VF d = da * gain + (centred * k1 + k0);
-                if (dh) d += load(dh + e, n);
-                store(dx + e, d, n);
-            }
+        const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
+        VF centred[K], a[K], da[K];
+        side_by_side<K>([&](int k) {
+            const int64_t e = at + k * W;
+            centred[k] = load(x + e, n) - of(p.centre, k), da[k] = kept ? load(kept + e, n) : load(dy + e, n);
+            if (factor && !kept) da[k] = da[k] * load(factor + e, n);
+        });
+        if (!kept) {
+            side_by_side<K>([&](int k) { a[k] = centred[k] * of(p.gain, k) + of(p.offset, k); });
+            before_activation(da, a, activation);
+        }
+        side_by_side<K>([&](int k) {
+            VF d = da[k] * of(p.gain, k) + (centred[k] * of(slope, k) + of(level, k));
+            if (dh) d += load(dh + at + k * W, n);
+            store(dx + at + k * W, d, n);
+        });
     });
 }
 
 template <bool NHWC>
 INLINE void add_channels(const Block& b, const float* bias, float* x) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step, int64_t n) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
+                            int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
@@ -357,15 +379,17 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
     }
 }
 
-// f(block) over a work item.
+// f(block) over a work item; with ``most`` pixels, each as large as all before it together.
 template <bool NHWC, class F>
-INLINE void for_blocks(const GroupNorm& a, int64_t item, F f) {
+INLINE void for_blocks(const GroupNorm& a, int64_t item, F f, int64_t most = 0) {
     const int64_t pixels = a.shape.height * a.shape.width, of_group = a.shape.channels / a.groups;
     const int64_t sample = item / a.spans, span = item % a.spans;
     const int64_t first = NHWC ? span * a.span_pixels : 0;
     const int64_t end = NHWC && first + a.span_pixels < pixels ? first + a.span_pixels : pixels;
-    for (int64_t p = first; p < end; p += a.block) {
-        const int64_t n = end - p < a.block ? end - p : a.block;
+    for (int64_t p = first, n; p < end; p += n) {
+        n = p - first < most ? p - first : most;
+        n = n < a.block ? a.block : n;
+        n = end - p < n ? end - p : n;
         if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels});
         else f(Block{sample, span * of_group, p, of_group, n, pixels});
     }
@@ -401,19 +425,25 @@ INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 19
     a.count = count;
 }
 
-// Moments of the groups of a block; ``bias`` is added to each channel. The first sweep finds a centre, the second takes
-// the moments about it. ``centre`` and ``sums``: room for the channels, and for twice as many.
+// Moments of the groups of a block, merged to those of the blocks before; ``bias`` is added to each channel. They are
+// taken about the mean so far, or, of the first block, about its own, for which it is swept twice. A block far from the
+// mean so far costs no digits: its distance is in the deviation of the whole. ``centre`` and ``sums``: room for the
+// channels, and for twice as many.
 template <bool NHWC, class T>
 INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
                           float* centre, float* sums, double* means, Moments* moments) {
     const int64_t pixels = NHWC ? b.rows : b.cols;
     const double count = double(of_group) * pixels;
-    memset(sums, 0, 4 * groups * of_group);
-    sum_pixels<NHWC>(b, x, sums);
+    const bool first_block = moments[0].count == 0;
+    if (first_block) {
+        memset(sums, 0, 4 * groups * of_group);
+        sum_pixels<NHWC>(b, x, sums);
+    }
     for (int64_t g = 0; g < groups; ++g) {
         double total = 0;
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) total += double(sums[c]) + double(bias[c]) * pixels;
-        means[g] = float(total / count);
+        for (int64_t c = g * of_group; first_block && c < (g + 1) * of_group; ++c)
+            total += double(sums[c]) + double(bias[c]) * pixels;
+        means[g] = float(first_block ? total / count : moments[g].mean);
         for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g] - bias[c]);
     }
     float* of_squares = sums + groups * of_group;
@@ -429,6 +459,8 @@ INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of
         merge(moments[g], {count, means[g] + first / count, squares - first * first / count});
     }
 }
+
+constexpr int64_t MOST_PIXELS = 1024;  // of which moments are summed in float32
 
 template <bool NHWC>
 void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
@@ -452,7 +484,7 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
                 gather_input(a, b, buffer);
                 block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, centre, sums, means, moments);
             }
-        });
+        }, in_place(a) ? MOST_PIXELS : 0);
     }
 }
 
@@ -462,8 +494,11 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
+    // the next sample, where the cache of a core holds it beside x and y of this one
+    const int64_t bytes = a.x.sample_stride * (a.x.dtype == DType::f32 ? 4 : 2);
+    const int64_t to_next = bytes <= 1 << 19 ? a.x.sample_stride : 0;
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) {
             last = item / a.spans;
@@ -476,8 +511,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
             if (in_place(a)) {
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
                     auto* y = static_cast<decltype(x)>(a.y.data);  // which has the dtype of x
-                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b),
-                                    a.x.sample_stride);
+                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b), to_next);
                 });
                 return;
             }
@@ -507,7 +541,7 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float *rows = s.take(2 * channels + 16), *sums = s.take(4 * channels);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size);
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
@@ -552,7 +586,7 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float* rows = s.take(2 * channels + 16);
-    float *factors = a.draw.sample ? s.take(size + 4 * W) : nullptr, *words = s.take(a.draw_scratch);
+    float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size), *of_sum = s.take(size), *out = s.take(size);
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);

@@ -32,7 +32,7 @@ Tensor philox_words(int64_t size, int64_t seed, const MaybeTensor seed_tensor, c
                         drawing(seed, seed_tensor, sample, step, step_tensor, static_cast<uint32_t>(stream)),
                         static_cast<int64_t*>(out.data_ptr())};
     const auto kernel = FASTDDPM_KERNEL(philox_words);
-    parallel(a.batch, size, [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(64)); });
+    parallel(a.batch, size, [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(MOST_DRAWN)); });
     return out;
 }
 
