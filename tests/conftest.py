@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those written for it
-    import fastddpm  # noqa: F401  whose native module says what operators there are
+    from fastddpm import _native
 
+    assert _native.available()  # which loads the module: what is registered last is what runs
     torch.ops.load_library(os.environ["FASTDDPM_EMULATED"])
 
 
