@@ -20,12 +20,22 @@ __device__ __forceinline__ Stream stream(const Source& d, int64_t b) {
             d.step_tensor ? static_cast<uint32_t>(*d.step_tensor) : d.step, d.stream};
 }
 
+__device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(FASTDDPM_EMULATED)
+    return static_cast<uint64_t>(a) * b;
+#else
+    uint64_t result;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
+    return result;
+#endif
+}
+
 // The four words of a counter. A product of 64 bits is one wide multiplication (IMAD.WIDE).
 __device__ __forceinline__ uint4 philox(const Stream& s, uint32_t counter) {
     uint32_t c0 = counter, c1 = s.sample, c2 = s.step, c3 = s.stream, k0 = s.seed_low, k1 = s.seed_high;
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+        const uint64_t p0 = wide_product(c0, 0xD2511F53u), p1 = wide_product(c2, 0xCD9E8D57u);
         c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
         c1 = static_cast<uint32_t>(p1), c3 = static_cast<uint32_t>(p0);
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
