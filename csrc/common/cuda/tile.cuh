@@ -131,7 +131,8 @@ Launch over_tiles(const Shape& s, cudaStream_t stream) {
     Launch l;
     const int64_t blocks = ceil_div(T::per_sample(s), THREADS);
     l.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(s.batch < 65535 ? s.batch : 65535));
-    l.block = dim3(THREADS);
+    // one block is enough for a small sample, and then one of as many warps as it needs
+    l.block = dim3(blocks == 1 ? static_cast<unsigned>(ceil_div(T::per_sample(s), 32) * 32) : THREADS);
     l.stream = stream;
     l.dependent = true;
     return l;

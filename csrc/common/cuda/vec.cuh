@@ -85,17 +85,37 @@ __device__ __forceinline__ void load_words(const void* p, unsigned (&w)[Words]) 
         for (int i = 0; i < Words; ++i) w[i] = reinterpret_cast<const unsigned*>(p)[i];
     }
 }
+// To device memory by hand: nvcc takes a store of 16 bytes apart where the address was computed in smaller units. Which
+// memory it is, is known when this is compiled, or else a branch.
+__device__ __forceinline__ void store_16_bytes(void* p, unsigned a, unsigned b, unsigned c, unsigned d) {
+#if !defined(FASTDDPM_EMULATED)
+    if (__isGlobal(p)) {
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+        return;
+    }
+#endif
+    *static_cast<uint4*>(p) = make_uint4(a, b, c, d);
+}
+__device__ __forceinline__ void store_8_bytes(void* p, unsigned a, unsigned b) {
+#if !defined(FASTDDPM_EMULATED)
+    if (__isGlobal(p)) {
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(a), "r"(b) : "memory");
+        return;
+    }
+#endif
+    *static_cast<uint2*>(p) = make_uint2(a, b);
+}
 template <int Words>
 __device__ __forceinline__ void store_words(void* p, const unsigned (&w)[Words]) {
     if constexpr (Words % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < Words; i += 4) reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
+        for (int i = 0; i < Words; i += 4) store_16_bytes(static_cast<unsigned*>(p) + i, w[i], w[i + 1], w[i + 2], w[i + 3]);
     } else if constexpr (Words % 2 == 0) {
 #pragma unroll
-        for (int i = 0; i < Words; i += 2) reinterpret_cast<uint2*>(p)[i / 2] = make_uint2(w[i], w[i + 1]);
+        for (int i = 0; i < Words; i += 2) store_8_bytes(static_cast<unsigned*>(p) + i, w[i], w[i + 1]);
     } else {
 #pragma unroll
-        for (int i = 0; i < Words; ++i) reinterpret_cast<unsigned*>(p)[i] = w[i];
+        for (int i = 0; i < Words; ++i) static_cast<unsigned*>(p)[i] = w[i];
     }
 }
 
