@@ -32,11 +32,20 @@ __device__ __forceinline__ T* shared_memory() {
 }
 
 // Until every thread of every block of the cluster is here; what was written to shared memory before is seen behind.
-__device__ __forceinline__ void cluster_sync() {
+// In two halves: what lies between them waits for nobody.
+__device__ __forceinline__ void cluster_arrive() {
 #if defined(FASTDDPM_CLUSTERS)
     __cluster_barrier_arrive();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if defined(FASTDDPM_CLUSTERS)
     __cluster_barrier_wait();
 #endif
+}
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
 }
 
 __device__ __forceinline__ unsigned cluster_rank() {

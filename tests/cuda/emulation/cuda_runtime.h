@@ -126,7 +126,7 @@ static inline int __any_sync(unsigned mask, int predicate) { return __ballot_syn
 static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 // Clusters (sm_90 and later).
-static inline void __cluster_barrier_arrive() {}  // arrive and wait are always called one behind the other
+static inline void __cluster_barrier_arrive() {}  // whoever waits has arrived: here both happen then
 static inline void __cluster_barrier_wait() { emulation::wait(emulation::Barrier::cluster); }
 static inline unsigned __clusterRelativeBlockRank() { return emulation::cluster_rank; }
 static inline unsigned __clusterSizeInBlocks() { return emulation::cluster_size; }

@@ -1,0 +1,375 @@
+// With a = (h - mean) gain + offset before the activation, the gain with rstd in it: da is dy through dropout and SiLU;
+// dx = da gain - mean(da gain) - (h - mean) rstd^2 mean(da gain (h - mean)) + dh, the means over each group.
+//
+// The sums over the pixels of da, da (h - mean), h - mean and dh give every other gradient, and that of the channel
+// bias, the sum of dx, too: no further pass. Each sample leaves its share [3, B, C] of those that are summed over the
+// batch, and a small kernel adds them up: no atomics, so that the result is the same at every run.
+//
+// As forward: one read, where x, dy and the residual of a slab fit the shared memory of a block or of a cluster, which
+// exchanges the sums of its channels through distributed shared memory; or two, with sums of each part in between.
+//
+// Bytes an element in half precision: 4 read and 2 written; with two reads 8 and 2. Memory limits it.
+
+#include "group_norm_silu/group_norm_silu_cuda.cuh"
+
+namespace fastddpm::cuda {
+namespace {
+
+template <class A>
+struct Planes {
+    typename A::Plane x, residual, dy, dh;
+};
+struct Images {
+    bool residual, dh;
+};
+
+// da of an access, and d = x + residual - centre; ``word``: what dropout keeps.
+template <class A>
+__device__ __forceinline__ void gradient(const GroupNorm& a, const typename A::Raw& x, const typename A::Raw& residual,
+                                         const typename A::Raw& dy, const float (&centre)[A::CHANNELS],
+                                         const float (&gain)[A::CHANNELS], const float (&offset)[A::CHANNELS],
+                                         unsigned word, int access, float (&d)[A::N], float (&da)[A::N]) {
+    A::numbers(x, d), A::numbers(dy, da);
+    if (a.residual.data) {
+        float r[A::N];
+        A::numbers(residual, r);
+#pragma unroll
+        for (int i = 0; i < A::N; ++i) d[i] += r[i];
+    }
+#pragma unroll
+    for (int i = 0; i < A::N; ++i) {
+        const int k = A::NHWC ? i : 0;
+        d[i] -= centre[k];
+        if (a.draw.sample) da[i] = is_kept<A>(word, access, i) ? da[i] * a.keep_scale : 0.0f;
+        if (a.activation) {
+            const float t = d[i] * gain[k] + offset[k], sigma = sigmoid(t);
+            da[i] *= sigma * (1.0f + t * (1.0f - sigma));
+        }
+    }
+}
+
+// Sums over the pixels of a part, for each channel. dh is summed where it matters: for the gradient of a channel bias.
+template <class A, class PlanesOf, class Keep>
+__device__ __forceinline__ void part_sums(const GroupNorm& a, const Part& part, const Tables& s, Entry* entries,
+                                          PlanesOf planes_of, Keep keep) {
+    constexpr int N = A::N, C = A::CHANNELS;
+    const Lanes<A> lanes(part.channels, a.plan);
+    const bool sum_dh = a.dh.data && a.channel_bias.data;
+    lanes.for_channels(part.channels, [&](int c, bool live) {
+        const Planes<A> planes = planes_of(live ? c : 0);
+        float centre[C], gain[C], offset[C], sums[3][N]{};
+        load_table(s.centre, c, live, centre), load_table(s.gain, c, live, gain), load_table(s.offset, c, live, offset);
+        lanes.for_batches(live, part.pixels, [&](int p) {
+            const unsigned word = a.draw.sample ? keep(lanes, c, p) : 0;
+            lanes.for_accesses(p, part.pixels, [&](int j, int q) {
+                const auto x = planes.x.load(q), dy = planes.dy.load(q);
+                typename A::Raw residual{};
+                if (a.residual.data) residual = planes.residual.load(q);
+                float d[N], da[N];
+                gradient<A>(a, x, residual, dy, centre, gain, offset, word, j, d, da);
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    sums[0][i] += da[i];
+                    sums[1][i] += da[i] * d[i];
+                    sums[2][i] += d[i];
+                }
+            });
+        });
+        float total[3][C], of_dh[1][C]{};
+#pragma unroll
+        for (int k = 0; k < 3; ++k) collapse<A>(sums[k], total[k]);
+        add_up(lanes, live, s.room, total);
+        if (sum_dh) {
+            float more[N]{};
+            lanes.for_batches(live, part.pixels, [&](int p) {
+                lanes.for_accesses(p, part.pixels, [&](int, int q) {
+                    float g[N];
+                    A::numbers(planes.dh.load(q), g);
+#pragma unroll
+                    for (int i = 0; i < N; ++i) more[i] += g[i];
+                });
+            });
+            collapse<A>(more, of_dh[0]);
+            add_up(lanes, live, s.room, of_dh);
+        }
+        if (live && lanes.row == 0)
+#pragma unroll
+            for (int i = 0; i < C; ++i) entries[c + i] = {total[0][i], total[1][i], total[2][i], of_dh[0][i]};
+    });
+}
+
+// dx of a part, from what is in the tables.
+template <class A, class PlanesOf, class Keep>
+__device__ __forceinline__ void make_gradient(const GroupNorm& a, const Part& part, const Tables& s, PlanesOf planes_of,
+                                              Keep keep) {
+    constexpr int N = A::N, C = A::CHANNELS;
+    const Lanes<A> lanes(part.channels, a.plan);
+    lanes.for_channels(part.channels, [&](int c, bool live) {
+        if (!live) return;
+        const Planes<A> planes = planes_of(c);
+        float centre[C], gain[C], offset[C], slope[C], level[C];
+        load_table(s.centre, c, live, centre), load_table(s.gain, c, live, gain), load_table(s.offset, c, live, offset);
+        load_table(s.slope, c, live, slope), load_table(s.level, c, live, level);
+        const auto dx = plane<A>(a.dx, a.dx2, a.channels1, part, c);
+        const auto dresidual = plane<A>(a.dresidual, part, c);
+        lanes.for_batches(live, part.pixels, [&](int p) {
+            const unsigned word = a.draw.sample ? keep(lanes, c, p) : 0;
+            lanes.for_accesses(p, part.pixels, [&](int j, int q) {
+                const auto x = planes.x.load(q), dy = planes.dy.load(q);
+                typename A::Raw residual{};
+                if (a.residual.data) residual = planes.residual.load(q);
+                float d[N], da[N];
+                gradient<A>(a, x, residual, dy, centre, gain, offset, word, j, d, da);
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    const int k = A::NHWC ? i : 0;
+                    d[i] = da[i] * gain[k] + (d[i] * slope[k] + level[k]);
+                }
+                if (a.dh.data) {
+                    float g[N];
+                    A::numbers(planes.dh.load(q), g);
+#pragma unroll
+                    for (int i = 0; i < N; ++i) d[i] += g[i];
+                }
+                dx.store(q, d);
+                if (a.residual.data) dresidual.store(q, d);
+            });
+        });
+    });
+}
+
+__device__ __forceinline__ void put(const Image& to, int64_t sample, int64_t channel, float x) {
+    const int64_t at = sample * to.sample_stride + channel;
+    if (to.dtype == DType::f64) static_cast<double*>(to.data)[at] = x;
+    else write(to.dtype, to.data, at, x);
+}
+
+// Of a group: the mean of dn = da gain, and -rstd^2 mean(dn (h - mean)).
+struct Means {
+    float dn, slope;
+};
+
+// What the parameters need of the sums of a channel over all pixels.
+__device__ __forceinline__ void parameters(const GroupNorm& a, int64_t sample, int64_t channel, const Entry& sums,
+                                           float rest, float gain, float rstd, const Means& of_group) {
+    const float pixels = static_cast<float>(a.shape.height * a.shape.width);
+    const float da_n = (sums.b - rest * sums.a) * rstd, centred = sums.c - rest * pixels;
+    const float factor = 1.0f + read(a.scale, sample, channel, 0.0f);
+    const int64_t at = sample * a.shape.channels + channel, size = a.shape.batch * a.shape.channels;
+    a.small[at] = factor * da_n;
+    a.small[size + at] = factor * sums.a;
+    if (a.scale.data)
+        put(a.dscale, sample, channel, read(a.weight, sample, channel, 0.0f) * da_n + read(a.bias, sample, channel, 0.0f) * sums.a);
+    if (a.shift.data) put(a.dshift, sample, channel, sums.a);
+    if (a.channel_bias.data) {
+        const float of_dx = (gain * sums.a - of_group.dn * pixels) + of_group.slope * centred + sums.d;
+        if (a.channel_bias.row_stride) put(a.dchannel_bias, sample, channel, of_dx);
+        else a.small[2 * size + at] = of_dx;
+    }
+}
+
+// Tables of dx, each thread for its channels; means(c) of the channel's group.
+template <class MeansOf>
+__device__ __forceinline__ void finish_channels(const Part& part, const Tables& s, MeansOf means_of) {
+    for (int c = static_cast<int>(threadIdx.x); c < part.channels; c += static_cast<int>(blockDim.x)) {
+        const Means m = means_of(c);
+        s.slope[c] = m.slope, s.level[c] = -m.dn - m.slope * s.rest[c];
+    }
+}
+
+template <class T, bool NHWC>
+__global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNorm a) {
+    using W = Wide<T, NHWC>;
+    using S = Narrow<T, NHWC>;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const GroupNormPlan& plan = a.plan;
+    const Part part(a.shape, plan);
+    const Tables s(plan);
+    const Lanes<W> lanes(part.channels, plan);
+    fetch<W>(a.x, a.x2, a.channels1, plan, part, lanes, 0);
+    fetch<W>(a.dy, a.dy, a.shape.channels, plan, part, lanes, 1);
+    if (a.residual.data) fetch<W>(a.residual, a.residual, a.shape.channels, plan, part, lanes, 2);
+    commit_copies();
+    read_parameters(a, part, s);
+    centre_channels(a, part, s);
+    if (a.draw.sample) draw_masks<W>(a, part, lanes);
+    wait_for_copies();
+    __syncthreads();
+
+    const auto planes_of = [&]<class A>(int c) {
+        return Planes<A>{plane<A>(slab<A>(plan, 0), plan, part, c), plane<A>(slab<A>(plan, 2), plan, part, c),
+                         plane<A>(slab<A>(plan, 1), plan, part, c), plane<A>(a.dh, part, c)};
+    };
+    part_sums<S>(
+        a, part, s, s.entries, [&](int c) { return planes_of.template operator()<S>(c); },
+        [&](const Lanes<S>& own, int c, int p) { return stored_mask<S>(plan, part, own, c, p); });
+    if (plan.parts > 1) cluster_sync();
+    else __syncthreads();
+
+    // A warp for each group; every block of the cluster comes to the same numbers.
+    const int of_group = static_cast<int>(a.shape.channels / a.groups), groups = part.channels / of_group;
+    const int lane = static_cast<int>(threadIdx.x % 32), warps = static_cast<int>(blockDim.x / 32);
+    const float elements = static_cast<float>(of_group) * static_cast<float>(a.shape.height * a.shape.width);
+    float *dn_of = reinterpret_cast<float*>(s.mean), *slope_of = dn_of + groups;
+    for (int g = static_cast<int>(threadIdx.x / 32); g < groups; g += warps) {
+        float dn = 0, dn_centred = 0;
+        for (int i = lane; i < plan.parts * of_group; i += 32) {
+            const int c = g * of_group + i % of_group;
+            const Entry e = *in_block(s.entries + c, static_cast<unsigned>(i / of_group));
+            dn += s.gain[c] * e.a;
+            dn_centred += s.gain[c] * (e.b - s.rest[c] * e.a);
+        }
+        dn = sum_over_warp(dn), dn_centred = sum_over_warp(dn_centred);
+        const float rstd = a.rstd[part.sample * a.groups + part.channel / of_group + g];
+        if (lane == 0) dn_of[g] = dn / elements, slope_of[g] = -rstd * rstd * (dn_centred / elements);
+    }
+    __syncthreads();
+    const auto means_of = [&](int c) { return Means{dn_of[c / of_group], slope_of[c / of_group]}; };
+    finish_channels(part, s, means_of);
+    // The blocks of the cluster share the channels.
+    for (int c = part.rank + plan.parts * static_cast<int>(threadIdx.x); c < part.channels;
+         c += plan.parts * static_cast<int>(blockDim.x)) {
+        Entry sums{};
+        for (int r = 0; r < plan.parts; ++r) {
+            const Entry e = *in_block(s.entries + c, static_cast<unsigned>(r));
+            sums.a += e.a, sums.b += e.b, sums.c += e.c, sums.d += e.d;
+        }
+        const float rstd = a.rstd[part.sample * a.groups + (part.channel + c) / of_group];
+        parameters(a, part.sample, part.channel + c, sums, s.rest[c], s.gain[c], rstd, means_of(c));
+    }
+    if (plan.parts > 1) cluster_arrive();  // has read what the others hold
+    __syncthreads();
+
+    make_gradient<W>(
+        a, part, s, [&](int c) { return planes_of.template operator()<W>(c); },
+        [&](const Lanes<W>& own, int c, int p) { return stored_mask<W>(plan, part, own, c, p); });
+    if (plan.parts > 1) cluster_wait();  // the others have read what this block holds
+}
+
+// Two reads.
+
+template <class A>
+__device__ __forceinline__ Planes<A> planes_of(const GroupNorm& a, const Part& part, int c) {
+    return {plane<A>(a.x, a.x2, a.channels1, part, c), plane<A>(a.residual, part, c), plane<A>(a.dy, part, c),
+            plane<A>(a.dh, part, c)};
+}
+
+template <class A>
+__global__ void __launch_bounds__(MOST_THREADS) sums_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const Part part(a.shape, a.plan);
+    const Tables s(a.plan);
+    read_parameters(a, part, s);
+    centre_channels(a, part, s);
+    __syncthreads();
+    const Stream noise = a.draw.sample ? stream(a.draw, part.sample) : Stream{};
+    Entry* entries = a.entries + (part.sample * a.plan.parts + part.rank) * a.shape.channels + part.channel;
+    part_sums<A>(
+        a, part, s, entries, [&](int c) { return planes_of<A>(a, part, c); },
+        [&](const Lanes<A>& lanes, int c, int p) { return draw(a, noise, part, lanes, c, p); });
+}
+
+// A block for each group of a sample, a warp for each of its channels.
+__global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const int64_t of_group = a.shape.channels / a.groups, sample = blockIdx.x / a.groups, group = blockIdx.x % a.groups;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const double mean = a.mean[blockIdx.x];
+    const float rstd = a.rstd[blockIdx.x];
+    const auto rest_of = [&](int64_t c) { return Centre(mean, read(a.channel_bias, sample, c, 0.0f)).rest; };
+    double dn = 0, dn_centred = 0;
+    for (int64_t i = warp; i < of_group; i += blockDim.x / 32) {
+        const int64_t c = group * of_group + i;
+        Entry sums{};
+        Entry* own = a.entries + sample * a.plan.parts * a.shape.channels + c;
+        for (int part = lane; part < a.plan.parts; part += 32) {
+            const Entry e = own[part * a.shape.channels];
+            sums.a += e.a, sums.b += e.b, sums.c += e.c, sums.d += e.d;
+        }
+        sums = {sum_over_warp(sums.a), sum_over_warp(sums.b), sum_over_warp(sums.c), sum_over_warp(sums.d)};
+        if (lane == 0) {
+            *own = sums;
+            const float gain = gain_of(a, sample, c).gain * rstd;
+            dn += static_cast<double>(gain * sums.a);
+            dn_centred += static_cast<double>(gain * (sums.b - rest_of(c) * sums.a));
+        }
+    }
+    const double elements = static_cast<double>(of_group) * static_cast<double>(a.shape.height * a.shape.width);
+    dn = sum_over_block(dn, shared_memory<double>()), dn_centred = sum_over_block(dn_centred, shared_memory<double>());
+    const Means means{static_cast<float>(dn / elements), static_cast<float>(-rstd * rstd * (dn_centred / elements))};
+    if (threadIdx.x == 0) a.means[2 * blockIdx.x] = means.dn, a.means[2 * blockIdx.x + 1] = means.slope;
+    for (int64_t i = threadIdx.x; i < of_group; i += blockDim.x) {
+        const int64_t c = group * of_group + i;
+        const Entry& sums = a.entries[sample * a.plan.parts * a.shape.channels + c];
+        parameters(a, sample, c, sums, rest_of(c), gain_of(a, sample, c).gain * rstd, rstd, means);
+    }
+}
+
+template <class A>
+__global__ void __launch_bounds__(MOST_THREADS) dx_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const Part part(a.shape, a.plan);
+    const Tables s(a.plan);
+    read_parameters(a, part, s);
+    centre_channels(a, part, s);
+    const int of_group = static_cast<int>(a.shape.channels / a.groups);
+    finish_channels(part, s, [&](int c) {
+        const float* means = a.means + 2 * (part.sample * a.groups + (part.channel + c) / of_group);
+        return Means{means[0], means[1]};
+    });
+    __syncthreads();
+    const Stream noise = a.draw.sample ? stream(a.draw, part.sample) : Stream{};
+    make_gradient<A>(
+        a, part, s, [&](int c) { return planes_of<A>(a, part, c); },
+        [&](const Lanes<A>& lanes, int c, int p) { return draw(a, noise, part, lanes, c, p); });
+}
+
+// Shares of the samples added up: eight channels a block, 32 rows of threads along the batch. What limits it is the time
+// of a launch.
+__global__ void __launch_bounds__(MOST_THREADS) over_batch_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    constexpr int COLUMNS = 8, ROWS = MOST_THREADS / COLUMNS;
+    float* room = shared_memory<float>();
+    const int column = static_cast<int>(threadIdx.x) % COLUMNS, row = static_cast<int>(threadIdx.x) / COLUMNS;
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * COLUMNS + column, channels = a.shape.channels;
+    const int count = a.channel_bias.data && !a.channel_bias.row_stride ? 3 : 2;
+    for (int k = 0; k < count; ++k) {
+        float sum = 0;
+        if (channel < channels)
+            for (int64_t b = row; b < a.shape.batch; b += ROWS) sum += a.small[(k * a.shape.batch + b) * channels + channel];
+        room[threadIdx.x] = sum;
+        __syncthreads();
+        if (row == 0 && channel < channels) {
+            for (int r = 1; r < ROWS; ++r) sum += room[r * COLUMNS + column];
+            put(k == 0 ? a.dweight : k == 1 ? a.dbias : a.dchannel_bias, 0, channel, sum);
+        }
+        __syncthreads();
+    }
+}
+
+}  // namespace
+
+cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream) {
+    const Launch l = over_parts(a, stream);
+    Launch small = l;
+    small.block = dim3(MOST_THREADS), small.shared = MOST_THREADS * sizeof(float), small.cluster = 1;
+    cudaError_t error;
+    if (a.plan.one_read) {
+        error = with_vectors(a, [&]<class T, bool NHWC>() { return launch(one_read_kernel<T, NHWC>, l, a); });
+    } else {
+        error = with_access(a, [&]<class A>() { return launch(sums_kernel<A>, l, a); });
+        small.grid = dim3(static_cast<unsigned>(a.shape.batch * a.groups));
+        if (error == cudaSuccess) error = launch(merge_sums_kernel, small, a);
+        if (error == cudaSuccess) error = with_access(a, [&]<class A>() { return launch(dx_kernel<A>, l, a); });
+    }
+    if (error != cudaSuccess) return error;
+    small.grid = dim3(static_cast<unsigned>(ceil_div(a.shape.channels, 8)));
+    return launch(over_batch_kernel, small, a);
+}
+
+}  // namespace fastddpm::cuda

@@ -1,0 +1,152 @@
+// How a call of group_norm_silu is cut into blocks. Its result is the same on every device of one architecture, and does
+// not depend on what else runs; host code alone.
+
+#include "group_norm_silu/group_norm_silu_cuda.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace fastddpm::cuda {
+namespace {
+
+constexpr int BATCHES = 16;         // that a thread takes of a part, without one_read, and at most
+constexpr int MOST_CHANNELS = 1024;  // of a slab in one_read
+constexpr int PORTABLE = 8;          // blocks of a cluster that every device with clusters runs; 16 is for measurements
+
+int wanted_slab = 0, wanted_cluster = 0;  // by fastddpm_group_norm_plan
+
+int round_up(int64_t n, int64_t to) { return static_cast<int>(ceil_div(n, to) * to); }
+
+// The largest power of two up to n.
+int power_of_two(int64_t n) {
+    int p = 1;
+    while (2 * p <= n) p *= 2;
+    return p;
+}
+
+// Whether 16-byte accesses suit an image: neighbours in its order, as many as fill them, and aligned.
+bool suits(const Image& t, int64_t channels, int64_t pixels, DType dtype, bool nhwc) {
+    if (!t.data) return true;
+    const int64_t n = 16 / element_size(dtype);
+    if (t.dtype != dtype || dtype == DType::f64 || alignment(t, element_size(dtype)) < 16) return false;
+    return nhwc ? t.channel_stride == 1 && channels % n == 0 && t.pixel_stride % n == 0
+                : t.pixel_stride == 1 && pixels % n == 0 && t.channel_stride % n == 0;
+}
+
+bool all_suit(const GroupNorm& a, bool nhwc) {
+    const int64_t c = a.shape.channels, c1 = a.channels1, pixels = a.shape.height * a.shape.width;
+    for (const Image* t : {&a.residual, &a.y, &a.h, &a.dy, &a.dh, &a.dresidual})
+        if (!suits(*t, c, pixels, a.x.dtype, nhwc)) return false;
+    return suits(a.x, c1, pixels, a.x.dtype, nhwc) && suits(a.dx, c1, pixels, a.x.dtype, nhwc) &&
+           suits(a.x2, c - c1, pixels, a.x.dtype, nhwc) && suits(a.dx2, c - c1, pixels, a.x.dtype, nhwc);
+}
+
+// Lays out the shared memory; ``slabs``: images of the part that stay in it.
+void lay_out(const GroupNorm& a, GroupNormPlan& p, int slabs) {
+    const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
+    const int of_group = static_cast<int>(a.shape.channels / a.groups);
+    p.lanes = power_of_two(std::min<int64_t>(32, std::max(1, p.pixels / n)));
+    p.groups_at = round_up(4 * TABLES * round_up(p.slab, 4), 16);
+    p.entries_at = p.groups_at + 16 * (p.one_read ? p.slab / of_group : 0);
+    p.sums_at = p.entries_at + 16 * (p.one_read ? p.slab : 0);
+    int sums = 0;  // the most that add_up takes: three sums in backward
+    if (p.nhwc) {
+        const int channels = p.one_read ? 4 : n, columns = std::min(p.slab / channels, p.threads), rows = p.threads / columns;
+        sums = 4 * 3 * static_cast<int>(ceil_div(rows, 4)) * columns * channels;
+    }
+    p.arrays_at = p.sums_at + round_up(sums, 16);
+    p.array_bytes = p.one_read ? round_up(int64_t(p.pixels) * p.slab * element_size(a.x.dtype), 16) : 0;
+    p.masks_at = p.arrays_at + slabs * p.array_bytes;
+    int64_t masks = 0;
+    if (p.one_read && a.draw.sample)
+        masks = p.nhwc ? ceil_div(p.pixels, 4) * (p.slab / 4) * 2
+                       : int64_t(p.slab) * ceil_div(p.pixels, BATCH * p.lanes * n) * p.lanes * 4;
+    p.shared = p.masks_at + round_up(masks, 16);
+}
+
+// Threads for this many accesses: a batch for each, where there are few.
+int threads_for(int64_t accesses) { return std::clamp(power_of_two(accesses / BATCH), 64, MOST_THREADS); }
+
+// What a plan costs: the elements that a processor has to move, more where a block moves few, where runs of memory are
+// short, and where no second block fits beside the first to load while it computes. From public figures (128 bytes a run;
+// two or three blocks a processor), not yet from measurements of these kernels.
+double cost(const GroupNorm& a, const GroupNormPlan& p, const Device& d) {
+    const double blocks = static_cast<double>(a.shape.batch) * static_cast<double>(ceil_div(a.shape.channels, p.slab)) * p.parts;
+    const double turns = std::max(1.0, std::ceil(blocks / d.processors));
+    double elements = double(p.slab) * p.pixels + 1024 + 512 * std::log2(double(p.parts));
+    const double run = double(p.slab) * static_cast<double>(element_size(a.x.dtype));
+    if (p.nhwc && run < 128) elements *= std::sqrt(128 / run);
+    const int together = (228 << 10) / (p.shared + 1024);
+    elements *= together >= 3 ? 1.0 : together == 2 ? 1.05 : 1.2;
+    return turns * elements;
+}
+
+bool one_read(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& best) {
+    const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width, of_group = channels / a.groups;
+    const int64_t n = 16 / element_size(a.x.dtype);
+    const int64_t unit = best.nhwc ? std::lcm(of_group, n) : of_group, units = channels / unit;
+    if (pixels == 0 || pixels * unit > (int64_t(1) << 24)) return false;
+    bool found = false;
+    double least = 0;
+    const int most = d.architecture < 90 ? 1 : wanted_cluster ? 16 : PORTABLE;
+    for (int parts = 1; parts <= most; parts *= 2) {
+        if (wanted_cluster && d.architecture >= 90 && parts != wanted_cluster) continue;
+        if (parts > 1 && ceil_div(pixels, parts) < 8) break;
+        for (int64_t count = 1; count <= units; ++count) {
+            GroupNormPlan p = best;
+            p.one_read = true;
+            p.slab = static_cast<int>(ceil_div(units, count) * unit);
+            if (p.slab > MOST_CHANNELS || (count > 1 && ceil_div(units, count) == ceil_div(units, count - 1))) continue;
+            if (wanted_slab && p.slab != round_up(std::min<int64_t>(wanted_slab, channels), unit)) continue;
+            p.parts = parts, p.pixels = round_up(ceil_div(pixels, parts), 8);
+            if (int64_t(p.pixels) * p.slab * slabs * element_size(a.x.dtype) > d.shared_memory) continue;
+            p.threads = threads_for(int64_t(p.pixels) * p.slab / n);
+            lay_out(a, p, slabs);
+            if (p.shared > d.shared_memory) continue;
+            const double c = cost(a, p, d);
+            if (!found || c < least) found = true, least = c, best = p;
+        }
+    }
+    return found;
+}
+
+void two_reads(const GroupNorm& a, const Device& d, GroupNormPlan& p) {
+    const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
+    const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
+    p.threads = MOST_THREADS;
+    // Pixels of a batch of all threads of a block.
+    int64_t step;
+    if (p.nhwc) {
+        const int64_t most = std::min<int64_t>(MOST_CHANNELS / 2, MOST_THREADS * n);
+        p.slab = round_up(ceil_div(channels, ceil_div(channels, most)), n);
+        step = BATCH * std::max(1, MOST_THREADS / (p.slab / n));
+    } else {
+        const int lanes = power_of_two(std::min<int64_t>(32, std::max<int64_t>(1, pixels / n)));
+        p.slab = static_cast<int>(std::min<int64_t>(channels, MOST_THREADS / lanes));
+        step = int64_t(BATCH) * lanes * n;
+    }
+    const int64_t steps = std::max<int64_t>(1, ceil_div(pixels, step)), slabs = a.shape.batch * ceil_div(channels, p.slab);
+    const int64_t enough = 16 * int64_t(d.processors);  // blocks
+    const int64_t of_part = std::clamp<int64_t>(steps * slabs / enough, 1, BATCHES);
+    p.pixels = round_up(of_part * step, 8);
+    p.parts = static_cast<int>(std::max<int64_t>(1, ceil_div(pixels, p.pixels)));
+    lay_out(a, p, 0);
+}
+
+}  // namespace
+
+GroupNormPlan plan(const GroupNorm& a, int slabs) {
+    const Device d = device();
+    GroupNormPlan p{};
+    p.nhwc = a.shape.nhwc || a.shape.height * a.shape.width == 1;  // of one pixel the channels lie side by side
+    p.vectors = all_suit(a, p.nhwc);
+    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, d, p);
+    return p;
+}
+
+}  // namespace fastddpm::cuda
+
+extern "C" void fastddpm_group_norm_plan(int slab, int cluster) {
+    fastddpm::cuda::wanted_slab = slab, fastddpm::cuda::wanted_cluster = cluster;
+}
