@@ -46,7 +46,7 @@ def runtime(cxx: str, name: str) -> str | None:
 
 def ops(csrc: Path = ROOT / "csrc") -> list[str]:
     """The ops that have CUDA kernels."""
-    return sorted(path.parent.name for path in csrc.glob("*/*_cuda.cu"))
+    return sorted({path.parent.name for path in csrc.glob("*/*_cuda.cu")})
 
 
 def library(names: list[str] | None = None, csrc: Path = ROOT / "csrc") -> Path:
@@ -68,7 +68,7 @@ def library(names: list[str] | None = None, csrc: Path = ROOT / "csrc") -> Path:
 
     wanted = ops(csrc) if names is None else names
     sources = [EMULATION / "emulator.cpp"]
-    sources += [csrc / op / f"{op}_cuda{suffix}" for op in wanted for suffix in (".cu", ".cpp")]
+    sources += [path for op in wanted for end in ("cu", "cpp") for path in csrc.glob(f"{op}/*_cuda.{end}")]
     BUILD.mkdir(parents=True, exist_ok=True)
     with locked(BUILD / "lock"):
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
