@@ -45,7 +45,7 @@ constexpr int MANY = W == 16 ? 8 : 4, HALF = MANY / 2;  // vectors side by side:
 // Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
 // for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
 // what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
-constexpr int64_t ROWS = 16;
+constexpr int64_t ROWS = 32;
 template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
@@ -60,7 +60,7 @@ INLINE void for_strips(const Block& b, F f) {
                 r += K * count;
             }
         };
-        rows(Strip<MANY>{}, ROWS), rows(Strip<HALF>{}, MANY), rows(Strip<1>{}, 1);
+        rows(Strip<4>{}, ROWS), rows(Strip<1>{}, 1);  // with eight, sums of three tensors out of the cache are slower
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
