@@ -1,8 +1,8 @@
 // h = [x, x2] + channel_bias + residual;  y = drop(silu((h - mean) rstd gain + offset)), gain = weight (1 + scale),
 // offset = bias (1 + scale) + shift; mean and variance over each group of channels (Wu and He 2018, eq. 1-2).
 //
-// Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken in two sweeps
-// while it lies in the cache, about its own mean, and merged after Chan et al. (1983): nothing cancels.
+// Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken about the mean
+// of those before it, of the first about its own, and merged after Chan et al. (1983): nothing cancels.
 // Backward: per channel the sums of da, da (h - mean) and (h - mean) over the pixels, which give every gradient but
 // dx; then dx. The activation is computed again in both passes.
 //
