@@ -1,8 +1,8 @@
 // h = [x, x2] + channel_bias + residual;  y = drop(silu((h - mean) rstd gain + offset)), gain = weight (1 + scale),
 // offset = bias (1 + scale) + shift; mean and variance over each group of channels (Wu and He 2018, eq. 1-2).
 //
-// Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken in two sweeps
-// while it lies in the cache, about its own mean, and merged after Chan et al. (1983): nothing cancels.
+// Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken about the mean
+// of those before it, of the first about its own, and merged after Chan et al. (1983): nothing cancels.
 // Backward: per channel the sums of da, da (h - mean) and (h - mean) over the pixels, which give every gradient but
 // dx; then dx. The activation is computed again in both passes.
 //
@@ -40,11 +40,12 @@ template <int N>
 struct Strip {
     static constexpr int K = N;
 };
+constexpr int MANY = W == 16 ? 8 : 4, HALF = MANY / 2;  // vectors side by side: AVX2 has registers for fewer
 
 // Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
 // for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
 // what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
-constexpr int64_t ROWS = 16;
+constexpr int64_t ROWS = 32;
 template <bool NHWC, class F>
 INLINE void for_strips(const Block& b, F f) {
     if (NHWC) {
@@ -59,14 +60,14 @@ INLINE void for_strips(const Block& b, F f) {
                 r += K * count;
             }
         };
-        rows(Strip<8>{}, ROWS), rows(Strip<2>{}, 8), rows(Strip<1>{}, 1);
+        rows(Strip<4>{}, ROWS), rows(Strip<1>{}, 1);  // with eight, sums of three tensors out of the cache are slower
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t eights = b.cols / (8 * W), ones = b.cols / W - 8 * eights, rest = b.cols % W;
+        const int64_t many = b.cols / (MANY * W), ones = b.cols / W - MANY * many, rest = b.cols % W;
         const int64_t row = r * b.stride;
-        if (eights) f(Strip<8>{}, r, row, W, eights, 8 * W, W);
-        if (ones) f(Strip<1>{}, r, row + 8 * W * eights, 0, ones, W, W);
+        if (many) f(Strip<MANY>{}, r, row, W, many, MANY * W, W);
+        if (ones) f(Strip<1>{}, r, row + MANY * W * many, 0, ones, W, W);
         if (rest) f(Strip<1>{}, r, row + b.cols - rest, 0, 1, 0, rest);
     }
 }
@@ -120,8 +121,8 @@ template <bool NHWC, class F>
 INLINE void for_runs(const Block& b, F f) {
     for (int64_t r = 0; r < b.rows; ++r) {
         int64_t c = 0;
-        for (; c + 8 * W <= b.cols; c += 8 * W) f(Strip<8>{}, r * b.stride + c, NHWC ? c : r, W);
-        for (; c + 4 * W <= b.cols; c += 4 * W) f(Strip<4>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + MANY * W <= b.cols; c += MANY * W) f(Strip<MANY>{}, r * b.stride + c, NHWC ? c : r, W);
+        for (; c + HALF * W <= b.cols; c += HALF * W) f(Strip<HALF>{}, r * b.stride + c, NHWC ? c : r, W);
         for (; c + W <= b.cols; c += W) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, W);
         if (c < b.cols) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, b.cols - c);
     }
