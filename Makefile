@@ -56,7 +56,7 @@ bench: $(TEST)/installed
 
 clean:
 	rm -rf .venv build dist *.egg-info demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
-	rm -f fastddpm/_C.*.so fastddpm/_native_reason.txt
+	rm -f fastddpm/_*.so fastddpm/_*_build.json
 	find fastddpm tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The package, editable. The tests need the native module; the demo takes it where it can be built.

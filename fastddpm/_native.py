@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_REASON_FILE = Path(__file__).with_name("_native_reason.txt")  # setup.py leaves it where it could not build
+_NOT_BUILT = "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
 _PACKAGES = ("torch", "numpy", "pillow", "safetensors", "triton")
 
 
@@ -59,14 +60,19 @@ def build_info() -> dict[str, Any]:
 def _load() -> tuple[ModuleType | None, str | None]:
     """The native module, or the reason why there is none."""
     if importlib.util.find_spec("fastddpm._C") is None:
-        if _REASON_FILE.exists():
-            return None, _REASON_FILE.read_text(encoding="utf-8").strip()
-        return None, "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
+        return None, _record("_C").get("reason", _NOT_BUILT)
     try:
         importlib.import_module("torch")  # whose library the module is linked with
         return importlib.import_module("fastddpm._C"), None
     except ImportError as error:
         return None, f"it was built for another Python or system: {error}"
+
+
+def _record(library: str) -> dict[str, Any]:
+    """What setup.py left beside a library: how it was built, or the reason why it was not; empty without a build."""
+    path = Path(__file__).with_name(f"{library}_build.json")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record
 
 
 def _version(package: str) -> str | None:
