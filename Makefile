@@ -7,6 +7,7 @@
 #   TORCH=torch==2.11.0          another torch; this is the oldest
 #   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
 #   JOBS=2                       test processes; every core otherwise
+#   CUDA_ARCHS=90                the GPUs that the tests compile the CUDA kernels for
 
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -16,12 +17,17 @@ PYTHON ?= python3
 SYSTEM_SITE_PACKAGES ?= 0
 TORCH ?= $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),torch>=2.11,torch==2.13.0)
 JOBS ?= auto
+CUDA_ARCHS ?= $(or $(FASTDDPM_CUDA_ARCHS),80;90;100)
 
 DEMO := .venv/demo
 TEST := .venv/test
 EXTRAS_demo := digits,plot
 EXTRAS_test := test,peer,datasets,tensorboard
+# the CUDA compiler, for the tests, where the machine has none
+NVCC := cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*
 NATIVE := pyproject.toml setup.py $(shell find csrc -type f)
+
+FIND_NVCC = [ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]
 
 # one test process a core, so one thread each
 PYTEST = OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(JOBS)
@@ -56,12 +62,18 @@ bench: $(TEST)/installed
 
 clean:
 	rm -rf .venv build dist *.egg-info demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
-	rm -f fastddpm/_C.*.so fastddpm/_native_reason.txt
+	rm -f fastddpm/_*.so fastddpm/_*_build.json
 	find fastddpm tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The package, editable. The tests need the native module; the demo takes it where it can be built.
+# The package, editable. The tests need the native module, and the CUDA kernels wherever there is nvcc; the demo takes
+# the module where it can be built, and does not wait for nvcc. Both lie in this checkout: what the demo's build leaves
+# is a reason for the tests to build again.
+.venv/test/installed: $(wildcard fastddpm/_cuda_build.json)
+.venv/test/installed: export FASTDDPM_REQUIRE_NATIVE := 1
+.venv/test/installed: export FASTDDPM_CUDA_ARCHS := $(CUDA_ARCHS)
+.venv/demo/installed: export FASTDDPM_NO_CUDA := 1
 .venv/%/installed: .venv/%/ready $(NATIVE)
-	FASTDDPM_REQUIRE_NATIVE=$(if $(filter test,$*),1,0) .venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
+	.venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
 	touch $@
 
 # An environment with torch and what setup.py needs; made anew when it is asked for with another Python or torch.
@@ -71,6 +83,7 @@ clean:
 	rm -rf .venv/$*
 	$(PYTHON) -m venv $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),--system-site-packages) .venv/$*
 	.venv/$*/bin/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
+	$(if $(filter test,$*),@$(FIND_NVCC) || .venv/$*/bin/python -m pip install --quiet '$(NVCC)' || echo 'no nvcc: the tests of the CUDA kernels will be skipped')
 	touch $@
 
 .venv/%.wanted: FORCE

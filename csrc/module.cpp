@@ -108,7 +108,6 @@ pybind11::dict build_info() {
     for (const auto& [name, isa] : KERNELS) kernels.push_back(name);
     info["kernel_instruction_sets"] = kernels;
     info["instruction_set"] = instruction_set();
-    info["cuda_architectures"] = std::vector<std::string>{};  // no CUDA source is compiled into this module
     return info;
 }
 

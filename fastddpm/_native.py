@@ -1,4 +1,7 @@
-"""The native module ``fastddpm._C``: whether it is there, how it was built, and otherwise why it is not.
+"""The native code: whether it is there, how it was built, and otherwise why it is not.
+
+It is two libraries: the module ``fastddpm._C`` with the operators and their kernels for the CPU, and ``_cuda.so`` with
+their kernels for NVIDIA GPUs, which torch loads.
 
 It stands below everything else and imports only the standard library, so that it can answer wherever Python runs.
 """
@@ -9,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -16,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_REASON_FILE = Path(__file__).with_name("_native_reason.txt")  # setup.py leaves it where it could not build
+_CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
+_NOT_BUILT = "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
 _PACKAGES = ("torch", "numpy", "pillow", "safetensors", "triton")
 
 
@@ -30,18 +35,35 @@ def reason() -> str | None:
     return _load()[1]
 
 
+@functools.cache
+def cuda_reason(capability: tuple[int, int] | None = None) -> str | None:
+    """Why the CUDA C++ kernels cannot run beside this torch, in words; None where they are loaded.
+
+    Args:
+        capability: that of a GPU, as torch.cuda.get_device_capability tells it: whether they run on it, too.
+    """
+    why = _load_cuda()
+    if why is not None or capability is None:
+        return why
+    built = _cuda_build()["architectures"]
+    if any(_serves(architecture, capability) for architecture in built):
+        return None
+    number = "{}{}".format(*capability)
+    return f"they were built for {', '.join(built)}; build with FASTDDPM_CUDA_ARCHS={number} for this GPU"
+
+
 def build_info() -> dict[str, Any]:
-    """Versions and machine, and how the native module was built.
+    """Versions and machine, and how the native code was built.
 
     Returns:
         ``python``, ``platform``, ``cpu`` (its model), ``cpus`` (how many this process may use), ``packages`` (name to
-        version, None where a package is not installed), ``reason`` (see `reason`), and ``native``: None, or
+        version, None where a package is not installed), ``reason`` and ``cuda_reason`` (see there), ``cuda`` (None, or
+        ``nvcc``, its version, ``architectures`` and ``flags``), and ``native``: None, or
 
         - ``compiler``, ``cxx_standard`` (the value of __cplusplus), ``flags``;
         - ``torch_headers``: the version of the headers it was compiled with;
         - ``baseline_instruction_sets``: what the module needs; ``cpu_instruction_sets``: what this processor has;
-        - ``kernel_instruction_sets``: what the kernels were compiled for; ``instruction_set``: what they run with;
-        - ``cuda_architectures``: empty, since no CUDA source was compiled.
+        - ``kernel_instruction_sets``: what the kernels were compiled for; ``instruction_set``: what they run with.
     """
     module, why = _load()
     return {
@@ -52,6 +74,8 @@ def build_info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "native": module.build_info() if module is not None else None,
         "reason": why,
+        "cuda": _cuda_build() or None,
+        "cuda_reason": cuda_reason(),
     }
 
 
@@ -59,14 +83,55 @@ def build_info() -> dict[str, Any]:
 def _load() -> tuple[ModuleType | None, str | None]:
     """The native module, or the reason why there is none."""
     if importlib.util.find_spec("fastddpm._C") is None:
-        if _REASON_FILE.exists():
-            return None, _REASON_FILE.read_text(encoding="utf-8").strip()
-        return None, "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
+        return None, _record("_C").get("reason", _NOT_BUILT)
     try:
         importlib.import_module("torch")  # whose library the module is linked with
         return importlib.import_module("fastddpm._C"), None
     except ImportError as error:
         return None, f"it was built for another Python or system: {error}"
+
+
+@functools.cache
+def _load_cuda() -> str | None:
+    """Load the CUDA C++ kernels where they fit, or give the reason why not."""
+    if not available():
+        return f"there is no native code: {reason()}"
+    built = _cuda_build()
+    if not built:
+        return str(_record("_cuda").get("reason", _NOT_BUILT))
+    torch = importlib.import_module("torch")
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if built["nvcc"].split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"they were built with CUDA {built['nvcc']}, and torch with {torch.version.cuda}; build with that nvcc"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"they were built for another torch or system: {error.__cause__ or error}"
+    return None
+
+
+def _cuda_build() -> dict[str, Any]:
+    """How the CUDA C++ kernels were built; empty where they were not."""
+    record = _record("_cuda")
+    return record if _CUDA_LIBRARY.exists() and "nvcc" in record else {}
+
+
+def _serves(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for it runs on a GPU: sm_86 on 8.6 and 8.9, sm_90a on 9.0 alone, compute_90 (PTX) on all since."""
+    kind, _, number = architecture.partition("_")
+    digits = number.rstrip("af")
+    since = int(digits[:-1]), int(digits[-1])
+    if number.endswith("a"):
+        return capability == since
+    return capability >= since and (capability[0] == since[0] or (kind == "compute" and number == digits))
+
+
+def _record(library: str) -> dict[str, Any]:
+    """What setup.py left beside a library: how it was built, or the reason why it was not; empty without a build."""
+    path = Path(__file__).with_name(f"{library}_build.json")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record
 
 
 def _version(package: str) -> str | None:

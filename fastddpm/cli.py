@@ -209,7 +209,12 @@ def info(args: argparse.Namespace) -> None:
     if built["native"] is None:
         print(f"native code  none: {built['reason']}")
     else:
-        print("native code  " + "; ".join(f"{n.replace('_', ' ')}: {_listed(v)}" for n, v in built["native"].items()))
+        print(f"native code  {_told(built['native'])}")
+    if built["cuda"] is None:
+        print(f"CUDA kernels none: {built['cuda_reason']}")
+    else:
+        loaded = "loaded" if built["cuda_reason"] is None else f"not loaded: {built['cuda_reason']}"
+        print(f"CUDA kernels {loaded}; {_told(built['cuda'])}")
     for extra, package in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None
         print(f"extra        {extra}: {'present' if there else f'pip install fastddpm[{extra}]'}")
@@ -555,6 +560,10 @@ def _filming(frames: list[Tensor], count: int) -> Callback:
 
 def _is_checkpoint(path: str) -> bool:
     return (Path(path) / "state.json").exists()
+
+
+def _told(how_built: dict[str, Any]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}: {_listed(value)}" for name, value in how_built.items())
 
 
 def _listed(value: object) -> str:

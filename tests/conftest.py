@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastddpm import _native
+
 
 def _take_scalars_as_numpy_does() -> None:
     """In the interpreter of a Triton before 3.7.1, as torch 2.11 brings: numpy 2.4 makes no int of an array [1]."""
@@ -31,10 +33,12 @@ if not torch.cuda.is_available():
         _take_scalars_as_numpy_does()
 
 if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those for it
-    from fastddpm import _native
-
     assert _native.available()  # which loads the module: what is registered last is what runs
     torch.ops.load_library(os.environ["FASTDDPM_EMULATED"])
+
+
+# Why the CUDA C++ kernels may be missing; any other reason is a failure.
+WITHOUT_NVCC = ("no nvcc", "FASTDDPM_NO_CUDA", "there is no native code", "this version has no kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA GPU"
+    if torch.version.cuda is None:
+        reasons["cuda"] = "needs a torch that is built for CUDA"
+    if (_native.cuda_reason() or "").startswith(WITHOUT_NVCC):
+        reasons["nvcc"] = f"needs the CUDA C++ kernels: {_native.cuda_reason()}"
     if importlib.util.find_spec("diffusers") is None:
         reasons["peer"] = "needs the extra: pip install fastddpm[peer]"
     if not config.getoption("--run-slow"):
@@ -58,8 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the tests that this machine could not run, and count them."""
     skipped = terminalreporter.stats.get("skipped", [])
-    for marker in ("gpu", "peer"):
-        names = sorted(report.nodeid for report in skipped if marker in report.keywords)
+    for marker in ("gpu", "cuda", "nvcc", "peer"):
+        names = sorted(report.nodeid for report in skipped if f"Skipped: {marker}: " in str(report.longrepr))
         if names or marker == "gpu":
             terminalreporter.section(f"{marker} tests skipped: {len(names)}")
             for name in names:

@@ -46,6 +46,7 @@ def test_build_info_tells_versions_and_machine() -> None:
     assert info["packages"]["torch"] == torch.__version__
     assert (info["native"] is None) == (info["reason"] is not None)
     assert _native.available() == (_native.reason() is None)
+    assert info["cuda"] is not None or info["cuda_reason"]
 
 
 @pytest.mark.skipif(not _native.available(), reason=f"no native module: {_native.reason()}")
@@ -57,7 +58,6 @@ def test_native_module_tells_how_it_was_built() -> None:
     assert tuple(int(n) for n in native["torch_headers"].split(".")[:2]) >= (2, 11)
     assert native["baseline_instruction_sets"]
     assert set(native["baseline_instruction_sets"]) <= set(native["cpu_instruction_sets"])
-    assert native["cuda_architectures"] == []
 
 
 @pytest.fixture
@@ -147,7 +147,8 @@ def test_no_module_imports_an_optional_package() -> None:
         before = set(sys.modules)
         import fastddpm
         for module in pkgutil.walk_packages(fastddpm.__path__, "fastddpm."):
-            if not module.name.endswith(("__main__", "triton_impl", "triton_common")):  # imported on first use
+            # those of Triton are imported on first use, and _cuda.so is no module
+            if not module.name.endswith(("__main__", "triton_impl", "triton_common", "_cuda")):
                 importlib.import_module(module.name)
         print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     """)

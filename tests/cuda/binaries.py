@@ -1,0 +1,199 @@
+"""Reads the CUDA C++ kernels as compiled: registers, local memory, width of the memory accesses. Needs no GPU.
+
+    python -m tests.cuda.binaries --arch sm_90                      every kernel, as lines of JSON
+    python -m tests.cuda.binaries --table >docs/cuda-binaries.md    the hot ones, as a table
+
+The disassembler comes with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastddpm import _native
+
+LIBRARY = Path(_native.__file__).with_name("_cuda.so")
+TABLE_OF = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Hot:
+    """What a kernel that takes the time of a training step or of a sampling step must look like.
+
+    ``kernel`` is a regular expression for its whole name, ``registers`` what leaves room for the blocks planned (65,536
+    on a multiprocessor), ``narrow`` how many accesses to device memory may move less than 16 bytes: numbers of a
+    sample, a channel or a group. ``loads`` and ``stores``: whether there must be any of 16 bytes.
+    """
+
+    kernel: str
+    registers: int
+    narrow: int
+    loads: bool = True
+    stores: bool = True
+
+
+HOT = [
+    Hot(r"normal_kernel<Tile<4, [03]>, float>", registers=40, narrow=3, loads=False),
+    Hot(r"normal_kernel<Tile<8, 0>, bf16>", registers=32, narrow=3, loads=False),
+]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel as compiled for one architecture. ``stack`` is in bytes; ``local`` counts the instructions that touch
+    local memory, spills among them; ``loads`` and ``stores`` those to device memory, by the bytes that one moves."""
+
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+    @property
+    def narrow(self) -> int:
+        return sum(n for accesses in (self.loads, self.stores) for width, n in accesses.items() if width < 16)
+
+    def wide(self, accesses: dict[int, int]) -> int:
+        return sum(n for width, n in accesses.items() if width >= 16)
+
+
+def disassembler() -> str | None:
+    """Triton's cuobjdump, else the one on the path."""
+    triton = importlib.util.find_spec("triton")
+    homes = (triton.submodule_search_locations or []) if triton else []
+    tools = (Path(home, "backends", "nvidia", "bin", "cuobjdump") for home in homes)
+    return next((str(tool) for tool in tools if tool.exists()), shutil.which("cuobjdump"))
+
+
+def binaries(arch: str, library: Path = LIBRARY) -> list[Binary]:
+    """Every kernel of a library (or cubin) for an architecture such as sm_90, by name."""
+    code = dict(instructions(dumped("-sass", "-arch", arch, str(library))))
+    found = []
+    for symbol, usage in resources(dumped("-res-usage", "-arch", arch, str(library))).items():
+        loads, stores = (accesses(code[symbol], opcodes) for opcodes in (("LDG", "LDGSTS"), ("STG",)))
+        local = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in code[symbol])
+        stack = usage["STACK"] + usage["LOCAL"]
+        found.append(Binary(symbol, arch, usage["REG"], usage["SHARED"], stack, local, loads, stores))
+    names = demangled([binary.kernel for binary in found])
+    return sorted((Binary(**asdict(b) | {"kernel": names[b.kernel]}) for b in found), key=lambda b: b.kernel)
+
+
+def architectures(library: Path = LIBRARY) -> list[str]:
+    """What a library has machine code for."""
+    archs = set(re.findall(r"\.(sm_\w+)\.cubin", dumped("--list-elf", str(library))))
+    return sorted(archs, key=lambda arch: (len(arch), arch))
+
+
+def dumped(*options: str) -> str:
+    tool = disassembler()
+    assert tool is not None, "no cuobjdump; pip install triton"
+    return subprocess.run([tool, *options], check=True, capture_output=True, text=True).stdout
+
+
+def resources(text: str) -> dict[str, dict[str, int]]:
+    """Symbol to what cuobjdump -res-usage says that it needs."""
+    found = re.findall(r"^ Function (\S+):\n\s+(REG:.*)$", text, re.MULTILINE)
+    return {symbol: {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)} for symbol, usage in found}
+
+
+def instructions(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The symbol and the opcodes of each kernel, of what cuobjdump -sass prints."""
+    for part in text.split("\t\tFunction : ")[1:]:
+        symbol, _, lines = part.partition("\n")
+        yield symbol.strip(), re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", lines, re.MULTILINE)
+
+
+def accesses(code: list[str], opcodes: tuple[str, ...]) -> dict[int, int]:
+    """Bytes that one instruction moves, to how many such there are."""
+    parts = [opcode.split(".") for opcode in code]
+    return dict(sorted(Counter(width(rest) for name, *rest in parts if name in opcodes).items()))
+
+
+def width(modifiers: list[str]) -> int:
+    """Bytes a thread moves: LDG.E.LTC128B.64 has 8, STG.E.U16 has 2, LDG.E has 4."""
+    bits = [int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US](8|16)|64|128|256", m)]
+    return bits[0] // 8 if bits else 4
+
+
+def demangled(symbols: list[str]) -> dict[str, str]:
+    """Symbol to the name in the source: without namespaces, return type and parameters."""
+    run = subprocess.run(["c++filt"], input="\n".join(symbols), check=True, capture_output=True, text=True)
+    without = re.sub(r"\(anonymous namespace\)::|\bfastddpm::|\bcuda::|^void ", "", run.stdout, flags=re.MULTILINE)
+    names = re.sub(r"\([^()]*\)$", "", without, flags=re.MULTILINE).splitlines()
+    return dict(zip(symbols, names, strict=True))
+
+
+def hot(found: list[Binary]) -> list[tuple[Hot, Binary]]:
+    """The kernels that HOT names, in its order."""
+    return [(rule, binary) for rule in HOT for binary in found if re.fullmatch(rule.kernel, binary.kernel)]
+
+
+def complaints(rule: Hot, binary: Binary) -> list[str]:
+    """In what a kernel is not what it must be; empty where it is."""
+    checks = {
+        f"{binary.registers} registers, and {rule.registers} are planned": binary.registers > rule.registers,
+        f"{binary.narrow} accesses of less than 16 bytes, and {rule.narrow} are planned": binary.narrow > rule.narrow,
+        "no load of 16 bytes": rule.loads and not binary.wide(binary.loads),
+        "no store of 16 bytes": rule.stores and not binary.wide(binary.stores),
+    }
+    return [f"{binary.kernel} for {binary.arch}: {words}" for words, wrong in checks.items() if wrong]
+
+
+def table(found: dict[str, list[Binary]], nvcc: str) -> str:
+    """A page about the kernels of each architecture."""
+    lines = [
+        "# The CUDA C++ kernels as compiled",
+        "",
+        f"What `python -m tests.cuda.binaries --table` read from the library that nvcc {nvcc} made: no figure here is",
+        "a speed. `local` counts the instructions that touch local memory, spills among them; `16 bytes` and `less`",
+        "the loads and stores of device memory by width: what belongs to a sample, a channel or a group is narrow.",
+        "",
+        "| architecture | kernels | most registers | with local memory |",
+        "| --- | --- | --- | --- |",
+    ]
+    for arch, every in found.items():
+        local = sum(b.stack + b.local > 0 for b in every)
+        lines.append(f"| {arch} | {len(every)} | {max(b.registers for b in every)} | {local} |")
+    lines += [
+        "",
+        "The hot ones:",
+        "",
+        "| kernel | architecture | registers | shared bytes | local | 16 bytes | less |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for _, b in sorted((row for every in found.values() for row in hot(every)), key=lambda row: HOT.index(row[0])):
+        wide = b.wide(b.loads) + b.wide(b.stores)
+        lines.append(f"| `{b.kernel}` | {b.arch} | {b.registers} | {b.shared} | {b.local} | {wide} | {b.narrow} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, default=LIBRARY, help="or a cubin; by default that of this package")
+    parser.add_argument("--arch", action="append", help="such as sm_90; by default all, with --table those of the page")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    archs = options.arch or (TABLE_OF if options.table else architectures(options.library))
+    found = {arch: binaries(arch, options.library) for arch in archs}
+    if options.table:
+        print(table(found, _native.build_info()["cuda"]["nvcc"]))
+    else:
+        for every in found.values():
+            for binary in every:
+                print(json.dumps(asdict(binary)))
+
+
+if __name__ == "__main__":
+    main()
