@@ -204,73 +204,57 @@ __global__ void __launch_bounds__(FINISHING) finish_kernel(const float* __restri
     if (thread == 0) *loss = static_cast<float>(totals[0] / static_cast<double>(batch));
 }
 
-// Images that suit the tiles of a call, as f.template operator()<Path, Tile, In, T>(); looked at again by both of its uses.
-template <class In, class T, class F>
-auto with_fast_tile(const DiffusionLoss& a, F f) {
-    constexpr int WIDTH = 16 / sizeof(T);
-    const bool eps = a.objective == Objective::eps;
-    if (!a.shape.nhwc) {
-        using Tile = Elements<WIDTH, 8 / WIDTH>;
-        return eps ? f.template operator()<Path::eps, Tile, uint8_t, T>() : f.template operator()<Path::v, Tile, In, T>();
-    }
-    if (a.shape.channels == 3)
-        return eps ? f.template operator()<Path::eps, Pixels<3>, uint8_t, T>() : f.template operator()<Path::v, Pixels<3>, In, T>();
-    return eps ? f.template operator()<Path::eps, Pixels<4>, uint8_t, T>() : f.template operator()<Path::v, Pixels<4>, In, T>();
+// The kernel for a call, as f.template operator()<Path, Tile, In, T>().
+template <class Tile, class T, class F>
+auto with_fast_kernel(const DiffusionLoss& a, F f) {
+    if (a.objective == Objective::eps) return f.template operator()<Path::eps, Tile, uint8_t, T>();
+    if (a.x0.dtype == DType::u8) return f.template operator()<Path::v, Tile, uint8_t, T>();
+    return f.template operator()<Path::v, Tile, T, T>();
 }
 
-template <class F>
-auto with_any_tile(const DiffusionLoss& a, F f) {
-    const bool mirrors = a.flip != nullptr;
-    if (suits_pixels(a.shape, mirrors)) switch (a.shape.channels) {
-            case 2: return f.template operator()<Path::any, Pixels<2>, Any, Any>();
-            case 3: return f.template operator()<Path::any, Pixels<3>, Any, Any>();
-            default: return f.template operator()<Path::any, Pixels<4>, Any, Any>();
-        }
-    bool in_fours = suits_elements(a.shape, 4, mirrors);
-    for (const Image* image : {&a.pred, &a.variance, &a.target, &a.x0, &a.gradient, &a.variance_gradient})
-        in_fours = in_fours && (!image->data || (image->in_order && aligned(*image, 4)));
-    if (in_fours) return f.template operator()<Path::any, Elements<4, 1>, Any, Any>();
-    return f.template operator()<Path::any, Scattered, Any, Any>();
+template <class Tile>
+bool suits(const DiffusionLoss& a) {
+    const bool known = a.objective == Objective::eps ||
+                       (a.objective == Objective::v && (a.x0.dtype == DType::u8 || a.x0.dtype == a.pred.dtype));
+    return known && !a.target.data && !a.vlb.data && Tile::at_once(a.pred) && (!a.x0.data || Tile::at_once(a.x0));
 }
 
 template <class T, class F>
-auto with_tile_of(const DiffusionLoss& a, F f) {
-    const bool mirrors = a.flip != nullptr, pixels = suits_pixels(a.shape, mirrors) && a.shape.channels > 2;
-    const int64_t width = pixels ? 4 * a.shape.channels : static_cast<int64_t>(16 / sizeof(T));
-    const auto suits = [&](const Image& image) { return !image.data || (image.in_order && aligned(image, width)); };
-    const bool fast = (pixels || suits_elements(a.shape, static_cast<int>(width), mirrors)) && !a.target.data && !a.vlb.data &&
-                      a.objective != Objective::x0 && suits(a.pred) && suits(a.x0) && suits(a.gradient);
-    if (fast && (a.objective == Objective::eps || a.x0.dtype == DType::u8)) return with_fast_tile<uint8_t, T>(a, f);
-    if (fast && a.x0.dtype == a.pred.dtype) return with_fast_tile<T, T>(a, f);
-    return with_any_tile(a, f);
+auto with_kernel_of(const DiffusionLoss& a, F f) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    using Runs = Elements<WIDTH, 8 / WIDTH>;
+    const bool mirrors = a.flip != nullptr, pixels = suits_pixels(a.shape, mirrors);
+    if (suits_elements(a.shape, WIDTH, mirrors) && suits<Runs>(a)) return with_fast_kernel<Runs, T>(a, f);
+    if (pixels && a.shape.channels == 3 && suits<Pixels<3>>(a)) return with_fast_kernel<Pixels<3>, T>(a, f);
+    if (pixels && a.shape.channels == 4 && suits<Pixels<4>>(a)) return with_fast_kernel<Pixels<4>, T>(a, f);
+    return with_any_tile(a.shape, mirrors, {&a.pred, &a.variance, &a.target, &a.x0, &a.gradient, &a.variance_gradient},
+                         [&]<class Tile>() { return f.template operator()<Path::any, Tile, Any, Any>(); });
 }
 
 template <class F>
-auto with_tile(const DiffusionLoss& a, F f) {
+auto with_kernel(const DiffusionLoss& a, F f) {
     switch (a.pred.dtype) {
-        case DType::bf16: return with_tile_of<bf16>(a, f);
-        case DType::f16: return with_tile_of<f16>(a, f);
-        default: return with_tile_of<float>(a, f);
+        case DType::bf16: return with_kernel_of<bf16>(a, f);
+        case DType::f16: return with_kernel_of<f16>(a, f);
+        default: return with_kernel_of<float>(a, f);
     }
 }
 
 }  // namespace
 
 int64_t diffusion_loss_blocks(const DiffusionLoss& a) {
-    return with_tile(a, [&]<Path P, class Tile, class In, class T>() {
+    return with_kernel(a, [&]<Path P, class Tile, class In, class T>() {
         return static_cast<int64_t>(over_samples<Tile>(a.shape, nullptr).grid.x);
     });
 }
 
 cudaError_t diffusion_loss(const DiffusionLoss& a, cudaStream_t stream) {
-    const cudaError_t error = with_tile(a, [&]<Path P, class Tile, class In, class T>() {
+    const cudaError_t error = with_kernel(a, [&]<Path P, class Tile, class In, class T>() {
         Launch l = over_samples<Tile>(a.shape, stream);
         l.shared += BLOCK / 32 * sizeof(float);
-        DiffusionLoss looked_at = a;
-        if (Tile::LEAST_ACROSS == 32)  // Pixels read and write what is not aligned number by number
-            for (Image* image : {&looked_at.pred, &looked_at.variance, &looked_at.target, &looked_at.x0})
-                image->in_order = image->in_order && aligned(*image, Tile::SIZE);
-        return launch(diffusion_loss_kernel<P, Tile, In, T>, l, looked_at, Tile::count(a.shape));
+        DiffusionLoss noted = a;
+        look_at<Tile>({&noted.pred, &noted.variance, &noted.target, &noted.x0, &noted.gradient, &noted.variance_gradient});
+        return launch(diffusion_loss_kernel<P, Tile, In, T>, l, noted, Tile::count(a.shape));
     });
     if (error != cudaSuccess) return error;
     const int64_t blocks = diffusion_loss_blocks(a), elements = a.shape.channels * a.shape.height * a.shape.width;

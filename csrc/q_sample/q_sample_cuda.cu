@@ -42,52 +42,40 @@ __global__ void __launch_bounds__(BLOCK) q_sample_kernel(const QSample a, const 
 }
 
 template <class Tile, class In, class Out>
-cudaError_t run(const QSample& a, cudaStream_t stream) {
+cudaError_t run(QSample a, cudaStream_t stream) {
+    look_at<Tile>({&a.x0, &a.noise, &a.x_t, &a.second});
     return launch(q_sample_kernel<Tile, In, Out>, over_samples<Tile>(a.shape, stream), a, Tile::count(a.shape));
 }
 
-// Types known, noise drawn: outputs are in order and aligned, x0 must be.
-template <class In, class Out>
-cudaError_t run_fast(const QSample& a, cudaStream_t stream) {
-    constexpr int WIDTH = 16 / sizeof(Out);
-    if (!a.shape.nhwc) return run<Elements<WIDTH, 8 / WIDTH>, In, Out>(a, stream);
-    return a.shape.channels == 3 ? run<Pixels<3>, In, Out>(a, stream) : run<Pixels<4>, In, Out>(a, stream);
+// Types known, noise drawn.
+template <class Tile, class Out>
+bool suits(const QSample& a) {
+    return !a.noise.data && Tile::at_once(a.x0) && (a.x0.dtype == DType::u8 || a.x0.dtype == a.x_t.dtype);
 }
-
-cudaError_t run_any(QSample a, cudaStream_t stream) {
-    const bool mirrors = a.flip != nullptr;
-    if (suits_pixels(a.shape, mirrors)) {
-        for (Image* image : {&a.x0, &a.noise}) image->in_order = image->in_order && aligned(*image, 4 * a.shape.channels);
-        switch (a.shape.channels) {
-            case 2: return run<Pixels<2>, Any, Any>(a, stream);
-            case 3: return run<Pixels<3>, Any, Any>(a, stream);
-            default: return run<Pixels<4>, Any, Any>(a, stream);
-        }
-    }
-    const auto in_fours = [&](const Image& image) { return !image.data || (image.in_order && aligned(image, 4)); };
-    if (suits_elements(a.shape, 4, mirrors) && in_fours(a.x0) && in_fours(a.noise))
-        return run<Elements<4, 1>, Any, Any>(a, stream);
-    return run<Scattered, Any, Any>(a, stream);
+template <class Tile, class Out>
+cudaError_t run_fast(const QSample& a, cudaStream_t stream) {
+    return a.x0.dtype == DType::u8 ? run<Tile, uint8_t, Out>(a, stream) : run<Tile, Out, Out>(a, stream);
 }
 
 template <class Out>
-cudaError_t run_to(const QSample& a, DType same, cudaStream_t stream) {
-    const bool mirrors = a.flip != nullptr, pixels = suits_pixels(a.shape, mirrors) && a.shape.channels > 2;
+cudaError_t run_to(const QSample& a, cudaStream_t stream) {
     constexpr int WIDTH = 16 / sizeof(Out);
-    const bool fast = (pixels || suits_elements(a.shape, WIDTH, mirrors)) && !a.noise.data && a.x0.in_order &&
-                      aligned(a.x0, pixels ? 4 * a.shape.channels : WIDTH);
-    if (fast && a.x0.dtype == DType::u8) return run_fast<uint8_t, Out>(a, stream);
-    if (fast && a.x0.dtype == same) return run_fast<Out, Out>(a, stream);
-    return run_any(a, stream);
+    using Runs = Elements<WIDTH, 8 / WIDTH>;
+    const bool mirrors = a.flip != nullptr, pixels = suits_pixels(a.shape, mirrors);
+    if (suits_elements(a.shape, WIDTH, mirrors) && suits<Runs, Out>(a)) return run_fast<Runs, Out>(a, stream);
+    if (pixels && a.shape.channels == 3 && suits<Pixels<3>, Out>(a)) return run_fast<Pixels<3>, Out>(a, stream);
+    if (pixels && a.shape.channels == 4 && suits<Pixels<4>, Out>(a)) return run_fast<Pixels<4>, Out>(a, stream);
+    return with_any_tile(a.shape, mirrors, {&a.x0, &a.noise},
+                         [&]<class Tile>() { return run<Tile, Any, Any>(a, stream); });
 }
 
 }  // namespace
 
 cudaError_t q_sample(const QSample& a, cudaStream_t stream) {
     switch (a.x_t.dtype) {
-        case DType::bf16: return run_to<bf16>(a, DType::bf16, stream);
-        case DType::f16: return run_to<f16>(a, DType::f16, stream);
-        default: return run_to<float>(a, DType::f32, stream);
+        case DType::bf16: return run_to<bf16>(a, stream);
+        case DType::f16: return run_to<f16>(a, stream);
+        default: return run_to<float>(a, stream);
     }
 }
 

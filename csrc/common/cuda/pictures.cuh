@@ -1,7 +1,8 @@
 // A batch of pictures dealt out to the threads of kernels that draw noise in registers and mirror pictures.
 //
-// A thread takes one tile of a sample: Elements, Pixels or Scattered. Each has
+// A thread takes one tile of a sample: Elements, Pixels, Patch or Scattered. Each has
 //   SIZE                      numbers of the tile
+//   at_once(image)            whether neighbours are read and written together; the launcher notes it as in_order
 //   has(i)                    whether number i is one of the sample's
 //   load<T>(image, .., x)     as floats; T is their type in memory, or Any: what the image says
 //   store<T>(image, .., x)    rounded once
@@ -17,6 +18,12 @@ namespace fastddpm::cuda {
 constexpr int BLOCK = 128;  // threads: of blocks this small every processor has its share, for small batches too
 
 struct Any {};
+
+// Whether N neighbours of an image can be loaded at once, wherever a multiple of N begins in a sample.
+inline bool aligned(const Image& a, int64_t n) {
+    const int64_t size = element_size(a.dtype), bytes = size == 8 ? 8 : n * size, needed = bytes & -bytes;
+    return alignment(a, size) >= (needed < 16 ? needed : 16);
+}
 
 // N neighbours of an image.
 template <class T, int N>
@@ -67,6 +74,7 @@ struct Elements {
     bool exists[Runs];
 
     static int64_t count(const Shape& s) { return s.channels * s.height * s.width / Width; }
+    static bool at_once(const Image& a) { return a.in_order && aligned(a, Width); }  // must be so
 
     __device__ __forceinline__ Elements(const Shape&, int64_t count, const Sample& sample) {
 #pragma unroll
@@ -130,6 +138,7 @@ struct Pixels {
     bool exists;
 
     static int64_t count(const Shape& s) { return s.height * s.width / 4; }
+    static bool at_once(const Image& a) { return a.in_order && aligned(a, SIZE); }
 
     __device__ __forceinline__ Pixels(const Shape&, int64_t count, const Sample& sample) {
         const uint32_t number = blockIdx.x * blockDim.x + threadIdx.x, all = static_cast<uint32_t>(count);
@@ -218,6 +227,75 @@ private:
     }
 };
 
+// Four neighbouring pixels with four of their many channels, in NHWC order: four from each counter of the noise.
+// The channels are a multiple of four, and so are the pixels of a sample and, for mirroring, those of a row.
+struct Patch {
+    static constexpr int SIZE = 16, RUNS = 1, LEAST_ACROSS = 1, SHARED = 0;
+    uint32_t four, channel;  // pixels 4 four .. 4 four + 3, channels channel .. channel + 3
+    bool exists;
+
+    static int64_t count(const Shape& s) { return s.channels * s.height * s.width / SIZE; }
+    static bool at_once(const Image& a) { return a.channel_stride == 1 && a.pixel_stride % 4 == 0 && aligned(a, 4); }
+
+    __device__ __forceinline__ Patch(const Shape& s, int64_t count, const Sample& sample) {
+        const uint32_t number = blockIdx.x * blockDim.x + threadIdx.x, all = static_cast<uint32_t>(count);
+        const uint32_t tile = number < all ? number : all - 1, across = static_cast<uint32_t>(s.channels) / 4;
+        exists = sample.exists && number < all;
+        four = tile / across, channel = tile % across * 4;
+    }
+
+    __device__ __forceinline__ bool has(int) const { return exists; }
+
+    __device__ __forceinline__ int64_t place(const Image& a, int64_t row, uint32_t from, int pixel) const {
+        return row * a.sample_stride + channel * a.channel_stride + (4 * static_cast<int64_t>(from) + pixel) * a.pixel_stride;
+    }
+
+    template <class T>
+    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE], bool mirror = false) const {
+        const uint32_t from = mirror ? mirrored(four, static_cast<uint32_t>(s.width) / 4) : four;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+            const int64_t at = place(a, row, from, mirror ? 3 - v : v);
+            float channels[4];
+            if (a.in_order) {
+                load_run<T>(a, at, channels);
+            } else {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) channels[c] = read(a.dtype, a.data, at + c * a.channel_stride);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; ++c) x[4 * v + c] = channels[c];
+        }
+    }
+
+    template <class T>
+    __device__ __forceinline__ void store(const Image& a, const Shape&, int64_t row, const float (&x)[SIZE]) const {
+        if (!exists) return;
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+            const int64_t at = place(a, row, four, v);
+            const float channels[4] = {x[4 * v], x[4 * v + 1], x[4 * v + 2], x[4 * v + 3]};
+            if (a.in_order) {
+                store_run<T>(a, at, channels);
+            } else {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) write(a.dtype, a.data, at + c * a.channel_stride, channels[c]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void draw(const Stream& stream, const Shape& s, float (&z)[SIZE]) const {
+        const uint32_t fours = static_cast<uint32_t>(s.height * s.width / 4);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            float of_channel[4];
+            normals(stream, (channel + c) * fours + four, of_channel);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) z[4 * v + c] = of_channel[v];
+        }
+    }
+};
+
 // Any other size, order or mirroring: four elements in C, H, W order, each where its strides say.
 struct Scattered {
     static constexpr int SIZE = 4, RUNS = 1, LEAST_ACROSS = 1, SHARED = 0;
@@ -225,6 +303,7 @@ struct Scattered {
     int size;
 
     static int64_t count(const Shape& s) { return ceil_div(s.channels * s.height * s.width, 4); }
+    static bool at_once(const Image&) { return false; }
 
     __device__ __forceinline__ Scattered(const Shape& s, int64_t count, const Sample& sample) {
         const int64_t number = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -263,14 +342,8 @@ struct Scattered {
     }
 };
 
-// Whether N neighbours of an image can be loaded at once, wherever a multiple of N begins.
-inline bool aligned(const Image& a, int64_t n) {
-    const int64_t size = element_size(a.dtype), bytes = size == 8 ? 8 : n * size, needed = bytes & -bytes;
-    return alignment(a, size) >= (needed < 16 ? needed : 16);
-}
-
-// Whether tiles Elements<Width, ..> and Pixels<C>, C the channels, suit a sample. Images are looked at apart from that.
-inline bool suits_elements(const Shape& s, int width, bool mirrors) {
+// Whether tiles Elements<Width, ..>, Pixels<C>, C the channels, or Patch suit a sample; of Elements its images, too.
+inline bool suits_elements(const Shape& s, int64_t width, bool mirrors) {
     const int64_t elements = s.channels * s.height * s.width;
     return !s.nhwc && elements % width == 0 && elements < (int64_t(1) << 32) && !(mirrors && s.width % width);
 }
@@ -278,6 +351,32 @@ inline bool suits_pixels(const Shape& s, bool mirrors) {
     const int64_t pixels = s.height * s.width;
     return s.nhwc && 2 <= s.channels && s.channels <= 4 && pixels % 16 == 0 && pixels < (int64_t(1) << 32) &&
            !(mirrors && s.width % 4);
+}
+inline bool suits_patch(const Shape& s, bool mirrors) {
+    const int64_t pixels = s.height * s.width;
+    return s.nhwc && s.channels % 4 == 0 && pixels % 4 == 0 && s.channels * pixels < (int64_t(1) << 32) &&
+           !(mirrors && s.width % 4);
+}
+
+// The tile for a call with any options, as f.template operator()<Tile>().
+template <class F>
+auto with_any_tile(const Shape& s, bool mirrors, std::initializer_list<const Image*> images, F f) {
+    if (suits_pixels(s, mirrors)) switch (s.channels) {
+            case 2: return f.template operator()<Pixels<2>>();
+            case 3: return f.template operator()<Pixels<3>>();
+            default: return f.template operator()<Pixels<4>>();
+        }
+    if (suits_patch(s, mirrors)) return f.template operator()<Patch>();
+    bool in_fours = suits_elements(s, 4, mirrors);
+    for (const Image* a : images) in_fours = in_fours && (!a->data || Elements<4, 1>::at_once(*a));
+    if (in_fours) return f.template operator()<Elements<4, 1>>();
+    return f.template operator()<Scattered>();
+}
+
+// Note which images are read and written at once.
+template <class Tile>
+void look_at(std::initializer_list<Image*> images) {
+    for (Image* a : images) a->in_order = Tile::at_once(*a);
 }
 
 // Blocks along a sample, by blocks of samples. A block is so wide that it fits along a sample, and takes several samples
