@@ -180,7 +180,9 @@ def test_more_tensors_than_a_launch_takes(count: int) -> None:
     found, expected = native(case, inputs | unclipped), native(step_case(1, 1), copied(inputs | joined | unclipped))
     assert_equal_to_rounding(found["output 0"], expected["output 0"])
     for name in names:
-        assert torch.equal(torch.cat([found[f"{name} {i}"] for i in range(1, len(inputs["params"]))]), expected[f"{name} 1"])
+        assert torch.equal(
+            torch.cat([found[f"{name} {i}"] for i in range(1, len(inputs["params"]))]), expected[f"{name} 1"]
+        )
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65])
