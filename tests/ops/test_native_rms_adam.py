@@ -15,6 +15,7 @@ from fastddpm import _native
 from tests.ops.cases import DTYPES, LAYOUTS, STATE, Case, Inputs, copied, rand, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
 from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+from tests.tolerance import assert_equal_to_rounding
 
 pytestmark = [
     pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}"),
@@ -166,6 +167,24 @@ def test_sizes_around_a_chunk(first: int) -> None:
         assert torch.equal(found[f"mirror {i}"], found[f"params {i}"].to(mirror.dtype))
 
 
+@pytest.mark.parametrize("count", [57, 505])
+def test_more_tensors_than_a_launch_takes(count: int) -> None:
+    """The kernels for a GPU take a table of 56 tensors, or of 504, in their parameters; empty ones take no place."""
+    case = step_case(CHUNK + 1, *(0 if i % 9 == 5 else 30 + i % 7 for i in range(count + count // 8)))
+    inputs = step_inputs(case)
+    for name in ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "mirror"):  # those of the same kind end to end
+        inputs[name][1:] = [x.to(inputs[name][1].dtype) for x in inputs[name][1:]]
+    names = ("params", "exp_avg", "exp_avg_sq", "ema", "mirror")
+    joined = {name: [x[0], torch.cat(x[1:])] for name, x in inputs.items() if name in (*names, "grads")}
+    unclipped = dict(max_grad_norm=None)
+    found, expected = native(case, inputs | unclipped), native(step_case(1, 1), copied(inputs | joined | unclipped))
+    assert_equal_to_rounding(found["output 0"], expected["output 0"])
+    for name in names:
+        assert torch.equal(
+            torch.cat([found[f"{name} {i}"] for i in range(1, len(inputs["params"]))]), expected[f"{name} 1"]
+        )
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65])
 def test_no_element_beyond_the_end_is_touched(size: int) -> None:
     """Short tensors amid memory that must stay as it is, beside a longer one to compare numbers with."""
@@ -196,6 +215,17 @@ def test_the_norm_of_gradients_of_any_size(size: float) -> None:
     norm = stepped(grads)["norm"]
     assert (norm - expected).abs() <= 1e-6 * expected + 1e-45, (norm, expected)
     assert stepped([torch.zeros(100)])["norm"] == 0
+
+
+def test_the_norm_where_large_and_small_gradients_are_neighbours() -> None:
+    """What is too small for the square of a float counts neither twice nor not at all beside what is not."""
+    for dtype, small in itertools.product((torch.float32, torch.bfloat16), (1e-30, 1e-14, 1e18)):
+        for begin, end in ((0, 4), (4, 1024), (1, CHUNK - 1), (CHUNK // 2, CHUNK)):
+            grads = [torch.full((CHUNK + 5,), small, dtype=dtype)]
+            grads[0][begin:end] = 1.5
+            expected = grads[0].double().norm().float()
+            norm = stepped(grads)["norm"]
+            assert (norm - expected).abs() <= 1e-6 * expected, (dtype, small, begin, end)
 
 
 def stepped(grads: list[Tensor], **options: Any) -> dict[str, Any]:

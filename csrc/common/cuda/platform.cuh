@@ -113,7 +113,7 @@ inline Device device() {
 
 // Run a kernel; nothing where the grid is empty. Returns the error of the launch.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), const Launch& l, A... arguments) {
+cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments) {
     if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return cudaSuccess;
     cudaError_t error = cudaSuccess;
     if (l.shared > 48 * 1024)

@@ -23,6 +23,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -226,6 +227,7 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) { *blocks = 2; return cudaSuccess; }
 static inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+static inline cudaError_t cudaDriverGetVersion(int* version) { *version = 13000; return cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 static inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : "the emulated device cannot launch this";
