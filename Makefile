@@ -6,7 +6,7 @@
 #   PYTHON=python3.12            the Python (3.10 or later) to make environments with
 #   TORCH=torch==2.12.0          another torch
 #   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
-#   PEERS=--peers-settings=all    options of make bench-peers
+#   PEERS=--peers-settings=all   options of make bench-peers
 #   JOBS=2                       test processes; every core otherwise
 
 SHELL := bash

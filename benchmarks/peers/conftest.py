@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,12 +23,22 @@ def rows(pytestconfig: pytest.Config) -> Iterator[list[Row]]:
     yield pytestconfig.stash.setdefault(ROWS, [])
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that take part and are installed."""
+    found = {}
+    for name in ("diffusers", "denoising-diffusion-pytorch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     found = [asdict(row) for row in config.stash.get(ROWS, [])]
     if not found:
         return
     about = machine()
+    about["packages"].update(versions())
     terminalreporter.section("against other libraries")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

@@ -24,7 +24,10 @@ from fastddpm.bench import Work
 
 Call = Callable[[], object]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKAGES = {"diffusers": ("diffusers",), "denoising-diffusion-pytorch": ("denoising_diffusion_pytorch", "einops", "scipy")}
+PACKAGES = {
+    "diffusers": ("diffusers",),
+    "denoising-diffusion-pytorch": ("denoising_diffusion_pytorch", "einops", "scipy"),
+}
 NOT_NEEDED = ("torchvision", "pytorch_fid", "ema_pytorch", "accelerate")  # by what is used of that library here
 
 

@@ -103,11 +103,7 @@ def _against(what: str, peer: Row | None, ours: Row | None, bar: float | None) -
 
 def _memory(name: str, case: list[Row], dtype: str, bar: float | None) -> str:
     """Ours over that of diffusers in the same precision."""
-    found = {
-        row["library"]: row["memory"]
-        for row in case
-        if row["memory"] is not None and row["dtype"] == dtype and not (row["default"] and dtype != "float32")
-    }
+    found = {row["library"]: row["memory"] for row in case if row["memory"] is not None and row["dtype"] == dtype}
     reached = found[OURS] / found["diffusers"] if {OURS, "diffusers"} <= found.keys() else None
     return _verdict(f"{name}: peak memory to diffusers, {dtype}", reached, bar, at_most=True)
 

@@ -146,8 +146,14 @@ def row_of(
     )  # fmt: skip
     if seconds is None:
         return replace(row, floor=None, note="not installed" if who.missing else "not of this size")
-    if case.task != "train" or who.compiled or who.library not in (OURS, DIFFUSERS) or who.ema != (who.library == OURS):
+    ours = who.library == OURS
+    if case.task != "train" or who.compiled or not (ours or is_memory_yardstick(who)):
         return row
-    memory = None if who.channels_last and who.library != OURS else peak_of(who, case.network, case.batch, case.threads)
-    parts = time_by_part(calls[who], torch.device(DEVICE)) if who.default or who.library == OURS else {}
-    return replace(row, memory=memory, parts=parts)
+    parts = time_by_part(calls[who], torch.device(DEVICE)) if ours or who.default else {}
+    return replace(row, memory=peak_of(who, case.network, case.batch, case.threads), parts=parts)
+
+
+def is_memory_yardstick(who: Contestant) -> bool:
+    """Diffusers without an average of the weights: as its example does, and the same in bfloat16."""
+    as_it_is = not (who.channels_last or who.ema or who.compiled)
+    return who.library == DIFFUSERS and as_it_is and who.default == (who.dtype == "float32")

@@ -2,8 +2,6 @@
 
 On a GPU it is what torch allocated at the most. On a CPU it is measured in a process of its own, whose allocator has
 not been used before: the peak of its resident size less what it had after importing.
-
-    python -m fastddpm.bench.memory '{"kind": "train", ...}'     # a `Work` as JSON; prints bytes
 """
 
 from __future__ import annotations
@@ -72,10 +70,11 @@ def peak_since(before: int | None) -> int | None:
 
 def peak_of_work(work: dict[str, Any], threads: int | None = None) -> int | None:
     """Bytes that a `Work`, as plain data, takes on the CPU in a process of its own."""
-    return peak_of_child([sys.executable, "-m", __name__, json.dumps(work)], threads)
+    code = f"import sys; from {__name__} import do_and_tell; do_and_tell(sys.argv[1])"
+    return peak_of_child([sys.executable, "-c", code, json.dumps(work)], threads)
 
 
-def main(argument: str) -> None:
+def do_and_tell(argument: str) -> None:
     """Do a work twice, which is given as JSON, and print the bytes that it took."""
     from .work import Work  # here, so that it is imported before the size is taken
 
@@ -84,7 +83,3 @@ def main(argument: str) -> None:
     call()
     call()
     print(peak_since(before))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -11,13 +11,13 @@ import torch
 from .timing import Call, wait
 
 PARTS: tuple[tuple[str, str], ...] = (
-    ("optimizer", r"adam|lerp|clip_grad|_foreach"),
+    ("optimizer", r"adam|optimizer|_foreach|lerp|addcmul|addcdiv|vector_norm"),
     ("attention", r"attention|softmax"),
-    ("norm", r"norm_silu|group_norm|layer_norm|batch_norm|native_norm|rms_norm"),
-    ("noise, loss, solver", r"q_sample|diffusion_loss|solver_step|fastddpm::normal|philox|randn|mse_loss"),
+    ("norm, activation", r"group_?norm|layer_?norm|batch_?norm|rms_?norm|silu"),
+    ("noise, loss, solver", r"q_?sample|diffusion_?loss|solver_?step|fastddpm::normal|philox|randn|normal_|mse_loss"),
     ("convolution", r"conv"),
-    ("linear", r"addmm|bmm|\bmm\b|::mm|linear|matmul|gemm"),
-    ("copies", r"copy_|clone|contiguous|::cat\b|_to_copy|::pad|constant_pad|upsample|memcpy"),
+    ("linear", r"addmm|bmm|\bmm\b|linear|matmul|gemm"),
+    ("copies", r"copy|clone|contiguous|::cat\b|::pad|constant_pad|upsample|memcpy"),
 )
 """A part, and the names of ops that belong to it; the first that matches counts, and what matches none is "other"."""
 
