@@ -1,11 +1,12 @@
 # make demo    train, sample and evaluate on handwritten digits; says where the pictures are
 # make test    lint, types, import contracts, all tests but the slow ones, and a short run of the demo
-# make test-all    the same with the slow tests;   make lint, make bench, make clean
+# make test-all    the same with the slow tests;   make lint, make bench, make bench-peers, make clean
 #
 # Each sets up its own environment under .venv/ first, and again when what it was made from changes. By variable:
 #   PYTHON=python3.12            the Python (3.10 or later) to make environments with
 #   TORCH=torch==2.11.0          another torch; this is the oldest
 #   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
+#   PEERS=--peers-settings=all   options of make bench-peers
 #   JOBS=2                       test processes; every core otherwise
 #   CUDA_ARCHS=90                the GPUs that the tests compile the CUDA kernels for
 
@@ -33,7 +34,7 @@ FIND_NVCC = [ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || [ -x /usr/loca
 PYTEST = OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(JOBS)
 SUMMARY := $(TEST)/summary.txt
 
-.PHONY: demo test test-all smoke lint bench clean FORCE
+.PHONY: demo test test-all smoke lint bench bench-peers clean FORCE
 .SECONDARY:
 
 demo: $(DEMO)/installed
@@ -59,6 +60,12 @@ lint: $(TEST)/installed
 
 bench: $(TEST)/installed
 	$(TEST)/bin/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds
+
+# the last package asks for others that are not needed here, so it is installed without them
+bench-peers: $(TEST)/installed
+	$(TEST)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test,peers]'
+	$(TEST)/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
+	$(TEST)/bin/python -m pytest benchmarks/peers --benchmark-only $(PEERS)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks

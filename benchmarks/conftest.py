@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", default=None, help="threads, such as 1,3 (default: 1 and all cores but one)")
     group.addoption("--bench-seconds", type=float, default=0.7, help="seconds for each case (default 0.7)")
     group.addoption("--bench-record", type=Path, default=None, help="where the record goes (default: none is written)")
+    # of benchmarks/peers; here, since pytest reads the options before it looks there
+    settings = ("eager", "some", "all")
+    group.addoption("--peers-settings", choices=settings, default="some", help="what is compiled (default some)")
+    group.addoption("--peers-seconds", type=float, default=15.0, help="seconds for each contestant (default 15)")
+    group.addoption("--peers-record", type=Path, default=None, help="where the record goes (default: none is written)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""The command line: fastddpm train | sample | evaluate | info. Options of a training are made from the
+"""The command line: fastddpm train | sample | evaluate | bench | info. Options of a training are made from the
 configurations."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import __version__, _native, diffusion, pictures
+from . import __version__, _native, bench, diffusion, pictures
 from .diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from .likelihood import BitsPerDim, bits_per_dim, histogram_bits_per_dim, plot_bits_per_dim
 from .nn import UNet, UNetConfig
@@ -60,6 +60,11 @@ CHOICES = {
 }
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard", "datasets": "datasets", "digits": "sklearn"}
 MOST_FRAMES = 60
+BENCH_EXAMPLES = {
+    "op": "fastddpm bench op --preset cifar10 --batch-size 16 --only group_norm_silu",
+    "train": "fastddpm bench train --preset cifar10 --batch-size 8 --trace trace.json",
+    "sample": "fastddpm bench sample runs/photos --batch-size 16 --sampler ddim",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,6 +201,33 @@ def evaluate(args: argparse.Namespace) -> None:
     print("\n".join(f"made {p}" for p in [path, *drawn]))
 
 
+def bench_what(args: argparse.Namespace) -> None:
+    """fastddpm bench op | train | sample [RUN]."""
+    given = {part: _given(args, part) for part in PARTS}
+    if args.checkpoint is not None and args.preset is not None:
+        raise ValueError("bench: expected a RUN or --preset, got both; leave one of them out")
+    options = _configured(args.checkpoint, args.preset, given)
+    if args.what == "sample":
+        options.update(sampler=args.sampler, num_steps=args.num_steps, measured_steps=args.measured_steps)
+    work = bench.Work("train" if args.what == "train" else "sample", **options)
+    if args.what == "op":
+        found = bench.measure_ops(work, repeat=args.repeat, seconds=args.seconds, only=args.only)
+        print(f"ops of one step, batch {work.config.batch_size}, {torch.get_num_threads()} threads")
+        print("\n".join(bench.table_of(found)))
+        record: Any = [row.to_dict() for row in found]
+    else:
+        peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
+        trace = None if args.trace is None else Path(args.trace)
+        report = bench.measure(work, repeat=args.repeat, seconds=args.seconds, peak_flops=peak, trace=trace)
+        print("\n".join(bench.lines_of(report)))
+        record = report.to_dict()
+        if trace is not None:
+            print(f"made {trace}; open it at https://ui.perfetto.dev")
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"made {args.json}")
+
+
 def info(args: argparse.Namespace) -> None:
     """fastddpm info [RUN]."""
     built = _native.build_info()
@@ -234,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train denoising diffusion models on your images, draw new images, and measure bits per dimension.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate | info")
+    commands = parser.add_subparsers(required=True, metavar="train | sample | evaluate | bench | info")
 
     def command(run: Callable[[argparse.Namespace], None], help: str, example: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
@@ -265,10 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         default="resize",
         help="what to do with images of another size (default: resize)",
     )
-    flags: dict[str, str] = {}
-    for part, (config, title) in PARTS.items():
-        _add_fields(p.add_argument_group(f"{title} (defaults are those without a preset)"), part, config, flags)
-    p.set_defaults(flags=flags)
+    _add_parts(p)
 
     p = command(sample, "Draw images from a trained model, into one picture.",
                 "fastddpm sample runs/photos --out grid.png --sampler ddim --num-steps 50 --film film.gif")  # fmt: skip
@@ -332,9 +361,66 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_options(p)
     _add_model_options(p)
 
+    p = commands.add_parser(
+        "bench", help="How fast a configuration runs here: images per second, share of the floor, peak memory.",
+        description="Measure random images on this machine, with a network that is made or that of a RUN.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    kinds = p.add_subparsers(required=True, metavar="op | train | sample")
+    for what, help in (
+        ("op", "Each op at the shapes of the network, against a copy of as many bytes."),
+        ("train", "A training step."),
+        ("sample", "Sampling, by a few steps."),
+    ):
+        _add_bench(kinds, what, help)
+
     p = command(info, "Versions, hardware, native code; with RUN, a training run.", "fastddpm info runs/photos")
     p.add_argument("checkpoint", metavar="RUN", nargs="?", help="directory of a training run, or a checkpoint")
     return parser
+
+
+def _add_parts(p: argparse.ArgumentParser) -> None:
+    """An option for each field of the three configurations."""
+    flags: dict[str, str] = {}
+    for part, (config, title) in PARTS.items():
+        _add_fields(p.add_argument_group(f"{title} (defaults are those without a preset)"), part, config, flags)
+    p.set_defaults(flags=flags)
+
+
+def _add_bench(kinds: Any, what: str, help: str) -> None:
+    p = kinds.add_parser(
+        what, help=help, description=help, epilog=f"example:\n  {BENCH_EXAMPLES[what]}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.usage = f"fastddpm bench {what} [RUN | --preset NAME] [options]"
+    p.set_defaults(run=bench_what, what=what)
+    p.add_argument("checkpoint", metavar="RUN", nargs="?", help="directory of a training run, or a checkpoint")
+    p.add_argument("--preset", choices=PRESETS, help="start from a named recipe; other options change it")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    p.add_argument("--repeat", type=_at_least(1), default=20, help="calls of each, the best counts (default: 20)")
+    p.add_argument("--json", metavar="FILE", help="write what was found, too")
+    if what == "op":
+        p.add_argument("--only", metavar="OP", help="one op by its name (default: all that a step calls)")
+    if what == "sample":
+        p.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: %(default)s)")
+        p.add_argument(
+            "--num-steps", type=_at_least(1),
+            help="calls of the network an image (default: all for ddpm, 50 for ddim, 20 for dpmpp_2m)",
+        )  # fmt: skip
+        p.add_argument(
+            "--measured-steps", type=_at_least(1), default=5, help="how many of them are measured (default: 5)"
+        )
+    if what != "op":
+        p.add_argument("--trace", metavar="FILE", help="write what ran when, as JSON for https://ui.perfetto.dev")
+        p.add_argument(
+            "--peak-tflops", type=_number(0), metavar="X",
+            help="what the device can do by its data sheet (default: that of a large matrix product, measured)",
+        )  # fmt: skip
+    p.add_argument(
+        "--seconds", type=_number(0), default=2.0 if what == "op" else 60.0,
+        help="end a measurement there once three calls are timed (default: %(default)s)",
+    )  # fmt: skip
+    _add_parts(p)
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
@@ -444,12 +530,29 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     """Parse, and name the nearest option where one is unknown."""
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        chosen: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        known = [flag for action in chosen.choices[args.run.__name__]._actions for flag in action.option_strings]
+        command = ["bench", args.what] if args.run is bench_what else [args.run.__name__]
+        for name in command:
+            chosen: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+            parser = chosen.choices[name]
+        known = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; see fastddpm {args.run.__name__} --help"
+        hint = f"; did you mean {near[0]}?" if near else f"; see fastddpm {' '.join(command)} --help"
         _exit(_fail(f"unknown option {unknown[0]}{hint}", 2))
     return args
+
+
+def _configured(run: str | None, preset: str | None, given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The fields of the three configurations: those of a run or preset, with what the call sets."""
+    base: Any = PRESETS[preset] if preset is not None else {part: {} for part in PARTS}
+    if run is not None:
+        base = open_checkpoint(run).config
+        if base["unet"] is None:
+            raise ValueError(f"bench: expected a run of a fastddpm.UNet, got {run} of another network; use --preset")
+    fields: dict[str, Any] = {part: {**base[part], **given[part]} for part in PARTS}
+    if fields["diffusion"].get("variance", "").startswith("learned"):
+        fields["unet"]["learned_variance"] = True
+    make_configs(**fields)  # a number out of its range is told here
+    return fields
 
 
 def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""The most memory that a training of one contestant takes, in a process of its own: `peak_of`.
+
+On the CPU it is the peak of the resident size less what the process had after its imports; on a GPU it is what torch
+allocated at the most.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.peers.contestants import CIFAR10, DIFFUSERS, LARGE, TINY, Contestant, Network, Workshop
+from fastddpm.bench.memory import peak_of_child, peak_since, resident
+
+NETWORKS = {network.name: network for network in (CIFAR10, LARGE, TINY)}
+
+
+def peak_of(who: Contestant, network: Network, batch: int, threads: int) -> int | None:
+    """Bytes of two training steps; None where the system does not tell."""
+    argument = json.dumps({"who": asdict(who), "network": network.name, "batch": batch})
+    return peak_of_child([sys.executable, "-m", __name__, argument], threads)
+
+
+def main(argument: str) -> None:
+    """Train as the argument says, and print the bytes."""
+    work = json.loads(argument)
+    who = Contestant(**work["who"])
+    if who.library == DIFFUSERS:
+        for name in ("UNet2DModel", "DDPMScheduler"):
+            getattr(importlib.import_module("diffusers"), name)
+    before = resident("VmRSS")
+    step = Workshop(NETWORKS[work["network"]]).training_step(who, work["batch"])
+    step()
+    step()
+    print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_since(before))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,64 @@
+"""What the time of a step goes to, by kind of op, and a trace of it for Perfetto (https://ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import Call, wait
+
+PARTS: tuple[tuple[str, str], ...] = (
+    ("optimizer", r"adam|optimizer|_foreach|lerp|addcmul|addcdiv|vector_norm"),
+    ("attention", r"attention|softmax"),
+    ("norm, activation", r"group_?norm|layer_?norm|batch_?norm|rms_?norm|silu"),
+    ("noise, loss, solver", r"q_?sample|diffusion_?loss|solver_?step|fastddpm::normal|philox|randn|normal_|mse_loss"),
+    ("convolution", r"conv"),
+    ("linear", r"addmm|bmm|\bmm\b|linear|matmul|gemm"),
+    ("copies", r"copy|clone|contiguous|::cat\b|::pad|constant_pad|upsample|memcpy"),
+)
+"""A part, and the names of ops that belong to it; the first that matches counts, and what matches none is "other"."""
+
+
+def part_of(name: str) -> str:
+    """The part that an op of this name belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def time_by_part(call: Call, device: torch.device, steps: int = 1, trace: Path | None = None) -> dict[str, float]:
+    """Seconds of a step by kind of op, from torch's profiler, the longest first.
+
+    Each op counts without those that it calls, so the parts add up; on a GPU its kernels count, and Python does not.
+    The profiler makes a step slower: read the parts as shares of it.
+
+    Args:
+        call: one step. device: where it computes. steps: how many to average, >= 1.
+        trace: where to write what happened when, as JSON that Perfetto opens.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    call()
+    wait(device)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(steps):
+            call()
+        wait(device)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(trace))
+    seconds: dict[str, float] = {}
+    for event in profile.key_averages():
+        spent = _microseconds(event, device) / 1e6 / steps
+        if spent > 0:
+            seconds[part_of(event.key)] = seconds.get(part_of(event.key), 0.0) + spent
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def _microseconds(event: Any, device: torch.device) -> float:
+    """Of an op: what it spent itself. Kernels have events of their own, whose time is already that of an op."""
+    if event.device_type.name != "CPU":
+        return 0.0
+    return float(event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
