@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _dispatch, _native
 
 AVAILABLE = _native.available()  # which loads the module, and so registers its operators
 
@@ -16,14 +16,24 @@ Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
 def reason_against(*tensors: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """Why the kernels for the CPU cannot compute in ``dtype`` (that of the first tensor, by default)."""
+    """Why the kernels written in C++ cannot compute in ``dtype`` (that of the first tensor, by default) where it is."""
     if not AVAILABLE:
         return f"fastddpm was installed without native code: {_native.reason()}"
-    if tensors[0].device.type != "cpu":
-        return f"the native kernels are for the CPU, and the tensors are on {tensors[0].device}"
+    device = tensors[0].device
+    if device.type == "cuda":
+        why = _against_cuda(device.index)
+        if why is not None:
+            return f"the CUDA C++ kernels cannot run on {device}: {why}"
+    elif device.type != "cpu":
+        return f"the native kernels are for the CPU and for CUDA, and the tensors are on {device}"
     if (dtype or tensors[0].dtype) == torch.float64:
         return "the native kernels compute in float32; the reference computes in float64"
     return None
+
+
+@_dispatch._constant
+def _against_cuda(index: int | None) -> str | None:
+    return _native.cuda_reason(torch.cuda.get_device_capability(index))
 
 
 def number_or_tensor(x: Tensor | int | None) -> tuple[int, Tensor | None]:

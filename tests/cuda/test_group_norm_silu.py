@@ -1,4 +1,4 @@
-"""How the CUDA kernels of group_norm_silu are cut: slabs, clusters, both orders, run on a CPU (tests/cuda/emulation)."""
+"""How the CUDA kernels of group_norm_silu are cut: slabs, clusters, both orders; run on a CPU (see emulation)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ IMAGES = [p for p in EVERY if p.values[1].op != "adam_ema"]
 # Without a GPU, Triton's kernels run in its interpreter, which torch.compile and opcheck cannot see into.
 REGISTERED = [p for p in EVERY if p.values[0] != "triton" or torch.cuda.is_available()]
 COMPILED = [p for p in REGISTERED if p.values[1].compiled]
-ON_GPU = [(op, backend) for op, backend in IMPLEMENTATIONS if backend != "native"]  # whose kernels are for the CPU
 FIRST = {op: next(case for case in CASES if case.op == op) for op in OPS}
 
 
@@ -600,7 +599,7 @@ def ones(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "backend"), ON_GPU)
+@pytest.mark.parametrize(("op", "backend"), IMPLEMENTATIONS)
 def test_values_on_a_gpu(op: str, backend: str) -> None:
     for case, dtype, layout in itertools.product([c for c in CASES if c.op == op], DTYPES, LAYOUTS):
         inputs = on_gpu(case, dtype, layout)
@@ -610,7 +609,7 @@ def test_values_on_a_gpu(op: str, backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "backend"), ON_GPU)
+@pytest.mark.parametrize(("op", "backend"), IMPLEMENTATIONS)
 def test_no_sync_on_a_gpu(op: str, backend: str) -> None:
     for case in [c for c in CASES if c.op == op]:
         inputs = on_gpu(case)
@@ -623,7 +622,7 @@ def test_no_sync_on_a_gpu(op: str, backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "backend"), ON_GPU)
+@pytest.mark.parametrize(("op", "backend"), IMPLEMENTATIONS)
 def test_graph_capture(op: str, backend: str) -> None:
     """Captured once, forward and backward; a replay gives the bits of a direct call, for rewritten inputs too."""
     for case in [c for c in CASES if c.op == op]:
