@@ -167,8 +167,17 @@ __device__ __forceinline__ void step_tile(const SolverStep& a, int64_t b, const 
     tile.template store_as<X>(a.next, a.shape, b, y);
 }
 
+// Blocks that a processor is to hold: as many as leave the registers that a tile needs. Left to itself, nvcc aims at more,
+// and puts what is left over into local memory.
+constexpr int resident(int size, bool plain) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    if (size == 12 && !plain) return 1;
+#endif
+    return size <= 4 ? (plain ? 5 : 3) : size <= 8 ? (plain ? 4 : 2) : size <= 12 ? (plain ? 3 : 2) : (plain ? 2 : 1);
+}
+
 template <class Tile, class X, class O, bool Plain>
-__global__ void __launch_bounds__(THREADS) solver_step_kernel(const SolverStep a, const int64_t per_sample) {
+__global__ void __launch_bounds__(THREADS, resident(Tile::SIZE, Plain)) solver_step_kernel(const SolverStep a, const int64_t per_sample) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     for_tiles<Tile>(a.shape, per_sample, [&](int64_t b, const Tile& tile) { step_tile<Tile, X, O, Plain>(a, b, tile); });
@@ -196,18 +205,17 @@ bool is_fast(const SolverStep& a, int v) {
     return suits(a.shape, v, {&a.out, &a.variance, &a.uncond});
 }
 
-// By tiles of 16 bytes of the state in NCHW order, of four pixels in NHWC order.
+// By tiles of 16 bytes of the state in NCHW order, of four pixels in NHWC order (of 3 or 4 channels: images, latents).
 template <class X, class O>
 cudaError_t fast(const SolverStep& a, cudaStream_t stream) {
     constexpr int V = 16 / sizeof(X);
     const bool nhwc = a.shape.nhwc && a.shape.channels > 1;
-    if (!is_fast(a, nhwc ? 4 : V)) return run<AnyTile, float, float, false>(a, stream);
+    if (!is_fast(a, nhwc ? 4 : V) || (nhwc && a.shape.channels == 2)) return run<AnyTile, float, float, false>(a, stream);
     const bool plain = !a.variance.data && !a.uncond.data && !a.pred_prev.data && !a.noise.data && !a.mask.data;
     const auto run_tiles = [&]<class Tile>() {
         return plain ? run<Tile, X, O, true>(a, stream) : run<Tile, X, O, false>(a, stream);
     };
     switch (nhwc ? a.shape.channels : 1) {
-        case 2: return run_tiles.template operator()<Tile<4, 2>>();
         case 3: return run_tiles.template operator()<Tile<4, 3>>();
         case 4: return run_tiles.template operator()<Tile<4, 4>>();
         default: return run_tiles.template operator()<Tile<V, 0>>();
