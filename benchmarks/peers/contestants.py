@@ -186,8 +186,10 @@ class Workshop:
             made = made.to(DEVICE, dtype).train(training)
             if who.channels_last:
                 made = made.to(memory_format=torch.channels_last)
-            if who.compiled:
-                made.compile(mode=who.compiled, dynamic=False)
+            if (
+                who.compiled
+            ):  # the inner network, which then has the same inputs from either library: one graph for both
+                made.unet.compile(mode=who.compiled, dynamic=False)
             self._made[key] = made
         return self._made[key]
 
@@ -208,7 +210,10 @@ class Workshop:
 
 
 class PeerNetwork(nn.Module):
-    """The network of diffusers, called as the others are, with what denoising-diffusion-pytorch asks of a network."""
+    """The network of diffusers, called as the others are, with what denoising-diffusion-pytorch asks of a network.
+
+    Inputs are brought to the dtype and the memory order of its weights, where they are not so already.
+    """
 
     self_condition = False
     random_or_learned_sinusoidal_cond = False
@@ -222,8 +227,13 @@ class PeerNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, x_self_cond: None = None) -> Tensor:
         """[B, C, H, W] and [B] to [B, C, H, W] in the dtype of x."""
-        out: Tensor = self.unet(x.to(self.unet.dtype), t, return_dict=False)[0]
+        out: Tensor = self.unet(x.to(self.unet.dtype, memory_format=self.layout), t, return_dict=False)[0]
         return out.to(x.dtype)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of its weights."""
+        return torch.contiguous_format if self.unet.conv_in.weight.is_contiguous() else torch.channels_last
 
 
 class Cast(nn.Module):
@@ -242,15 +252,14 @@ class Cast(nn.Module):
         return out.float()
 
 
-def _diffusers_loss(network: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+def _diffusers_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
     """As in examples/unconditional_image_generation/train_unconditional.py."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler()
-    layout = torch.channels_last if _is_channels_last(network) else torch.contiguous_format
 
     def loss() -> Tensor:
-        clean = (images.float() / 127.5 - 1).to(memory_format=layout)
+        clean = (images.float() / 127.5 - 1).to(memory_format=network.layout)
         noise = torch.randn_like(clean)
         t = torch.randint(0, 1000, (len(clean),), device=clean.device)
         return F.mse_loss(network(scheduler.add_noise(clean, noise, t), t).float(), noise)
@@ -280,14 +289,10 @@ def _diffusers_sampling(who: Contestant, network: nn.Module, shape: tuple[int, .
         x = torch.randn(shape, dtype=dtype, device=DEVICE).to(memory_format=layout)
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t.to(DEVICE).expand(len(x))), t, x).prev_sample
+            x = scheduler.step(network(x, t.to(DEVICE).repeat(len(x))), t, x).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
 
     return sample
-
-
-def _is_channels_last(network: nn.Module) -> bool:
-    return any(p.dim() == 4 and not p.is_contiguous() for p in network.parameters())
 
 
 def lucidrains() -> types.ModuleType:

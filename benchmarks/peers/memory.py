@@ -10,22 +10,27 @@ import importlib
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from benchmarks.peers.contestants import CIFAR10, DIFFUSERS, LARGE, TINY, Contestant, Network, Workshop
 from fastddpm.bench.memory import peak_of_child, peak_since, resident
 
+ROOT = Path(__file__).parents[2]
 NETWORKS = {network.name: network for network in (CIFAR10, LARGE, TINY)}
 
 
 def peak_of(who: Contestant, network: Network, batch: int, threads: int) -> int | None:
     """Bytes of two training steps; None where the system does not tell."""
     argument = json.dumps({"who": asdict(who), "network": network.name, "batch": batch})
-    return peak_of_child([sys.executable, "-m", __name__, argument], threads)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {__name__} import do_and_tell; do_and_tell(sys.argv[1])"
+    )
+    return peak_of_child([sys.executable, "-c", code, argument], threads)
 
 
-def main(argument: str) -> None:
+def do_and_tell(argument: str) -> None:
     """Train as the argument says, and print the bytes."""
     work = json.loads(argument)
     who = Contestant(**work["who"])
@@ -37,7 +42,3 @@ def main(argument: str) -> None:
     step()
     step()
     print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_since(before))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

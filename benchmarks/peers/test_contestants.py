@@ -16,6 +16,7 @@ import torch
 from benchmarks import conv_floor
 from benchmarks.peers import contestants, report
 from benchmarks.peers.contestants import CIFAR10, DIFFUSERS, LARGE, LUCIDRAINS, OURS, TINY, Contestant, PeerNetwork
+from benchmarks.peers.memory import peak_of
 from benchmarks.peers.records import Row
 from benchmarks.peers.test_peers import Case, calls_of, row_of
 from fastddpm import UNet
@@ -91,6 +92,12 @@ def test_who_is_not_installed_has_a_row_that_says_so(monkeypatch: pytest.MonkeyP
     row = row_of(case, who, None, {}, {})
     assert row.seconds is None
     assert any("not installed" in line for line in report.lines_of([asdict(row)]))
+
+
+def test_the_memory_of_a_training_is_that_of_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the child finds this package from anywhere
+    found = peak_of(Contestant(OURS, ema=True), TINY, 2, threads=1)
+    assert found is None or 2**20 < found < 2**30
 
 
 def test_settings_are_told_apart() -> None:

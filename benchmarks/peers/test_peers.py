@@ -58,7 +58,7 @@ class Case:
 
 
 @pytest.fixture
-def threads(pytestconfig: pytest.Config) -> Iterator[int]:
+def most_threads(pytestconfig: pytest.Config) -> Iterator[int]:
     """The most of those to try: all cores but one."""
     before, wanted = torch.get_num_threads(), threads_to_try(pytestconfig)[-1]
     torch.set_num_threads(wanted)
@@ -70,15 +70,21 @@ def threads(pytestconfig: pytest.Config) -> Iterator[int]:
 @pytest.mark.benchmark(group="peers")
 @pytest.mark.parametrize(("network", "batch", "task"), CASES, ids=lambda v: getattr(v, "name", str(v)))
 def test_peers(
-    network: Network, batch: int, task: str, threads: int, rows: list[Row], benchmark: Any, pytestconfig: pytest.Config
+    network: Network,
+    batch: int,
+    task: str,
+    most_threads: int,
+    rows: list[Row],
+    benchmark: Any,
+    pytestconfig: pytest.Config,
 ) -> None:
     if benchmark.disabled:  # each runs once on a tiny network, to see that it runs
-        case = Case(task, TINY, 2, threads)
+        case = Case(task, TINY, 2, most_threads)
         for call in calls_of(case, contestants("eager")).values():
             call()
         benchmark(lambda: None)
         return
-    case = Case(task, network, batch, threads)
+    case = Case(task, network, batch, most_threads)
     everyone = contestants(pytestconfig.getoption("--peers-settings"))
     if task == "sample":  # with whatever weights
         everyone = list(dict.fromkeys(replace(who, ema=False) for who in everyone))

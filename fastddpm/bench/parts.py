@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def time_by_part(call: Call, device: torch.device, steps: int = 1, trace: Path |
         call: one step. device: where it computes. steps: how many to average, >= 1.
         trace: where to write what happened when, as JSON that Perfetto opens.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes lines of its own to stderr
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
