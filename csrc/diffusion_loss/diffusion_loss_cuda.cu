@@ -3,8 +3,8 @@
 //
 // A thread takes 8 elements of one sample in C, H, W order, or 4 pixels in NHWC order (common/cuda/pictures.cuh). The
 // target is made again from the images and the counter of the noise. Each block leaves the sum of its terms; a second,
-// small kernel adds these up in their order, in float64: no atomics, and a result that depends on the shape alone. Bytes
-// an element: 4 (float32) or 2 read and as many written, and 1 (uint8) for v. What limits it: memory, closely followed
+// small kernel adds these up in their order, in float64: no atomics, and a result that depends on the shape alone.
+// Bytes an element: 4 (float32) or 2 read and as many written, and 1 (uint8) for v. What limits it: memory, closely followed
 // by the multiplications of Philox.
 
 #include "diffusion_loss/diffusion_loss_cuda.h"
@@ -66,7 +66,8 @@ __device__ __forceinline__ float normal_between(float lower, float upper) {
         const float more = (s - 1.0f) * (1.0f / 24) + w * (s * s - 6.0f * s + 3.0f) * (1.0f / 1920);
         return phi(middle) * width * (1.0f + w * more);
     }
-    return 0.5f * (complementary_error_function(b * -0.7071067811865476f) - complementary_error_function(a * -0.7071067811865476f));
+    return 0.5f * (complementary_error_function(b * -0.7071067811865476f) -
+                   complementary_error_function(a * -0.7071067811865476f));
 }
 
 struct Bits {
@@ -99,7 +100,8 @@ __device__ __forceinline__ Bits bound_bits(const Bound& q, float v, float differ
 // The sum over a row of threads of the block, for its first thread: by shuffles, then over the warps of the row.
 __device__ __forceinline__ float sum_of_row(float x, float* of_warps) {
     const unsigned across = blockDim.x, lanes = across < 32 ? across : 32;
-    for (unsigned distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, static_cast<int>(distance));
+    for (unsigned distance = lanes / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(ALL_LANES, x, static_cast<int>(distance));
     if (across <= 32) return x;
     const unsigned thread = threadIdx.y * across + threadIdx.x;
     if (thread % 32 == 0) of_warps[thread / 32] = x;
@@ -159,7 +161,8 @@ __global__ void __launch_bounds__(BLOCK) diffusion_loss_kernel(const DiffusionLo
         const int64_t t = a.t[b];
         const Bound bound{entry(a.vlb, t, 0), entry(a.vlb, t, 1), entry(a.vlb, t, 2), entry(a.vlb, t, 3),
                           1.0f / static_cast<float>(a.levels - 1), t == 0};
-        const float bound_weight = read(a.vlb_weight_tensor, b, 0, a.vlb_weight), scale = bound_weight * a.gradient_scale;
+        const float bound_weight = read(a.vlb_weight_tensor, b, 0, a.vlb_weight);
+        const float scale = bound_weight * a.gradient_scale;
         float bits = 0.0f;
         tile.template load<T>(a.variance, a.shape, b, out);
 #pragma unroll
@@ -176,9 +179,11 @@ __global__ void __launch_bounds__(BLOCK) diffusion_loss_kernel(const DiffusionLo
 }
 
 // The loss of each sample, and their mean: one block. ``lanes`` neighbours, a power of two, take a sample together.
-__global__ void __launch_bounds__(FINISHING) finish_kernel(const float* __restrict__ sums, float* __restrict__ per_sample,
-                                                           float* __restrict__ loss, const int64_t batch, const int64_t blocks,
-                                                           const int64_t elements, const int lanes) {
+__global__ void __launch_bounds__(FINISHING) finish_kernel(const float* __restrict__ sums,
+                                                           float* __restrict__ per_sample,
+                                                           float* __restrict__ loss, const int64_t batch,
+                                                           const int64_t blocks, const int64_t elements,
+                                                           const int lanes) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, together = FINISHING / lanes;
@@ -188,7 +193,8 @@ __global__ void __launch_bounds__(FINISHING) finish_kernel(const float* __restri
         double of_sample = 0.0;
         if (b < batch)
             for (int64_t i = lane; i < blocks; i += lanes) of_sample += sums[b * blocks + i];
-        for (int distance = lanes / 2; distance > 0; distance /= 2) of_sample += __shfl_xor_sync(ALL_LANES, of_sample, distance);
+        for (int distance = lanes / 2; distance > 0; distance /= 2)
+            of_sample += __shfl_xor_sync(ALL_LANES, of_sample, distance);
         if (lane == 0 && b < batch) {
             of_sample /= static_cast<double>(elements);
             per_sample[b] = static_cast<float>(of_sample);
@@ -253,7 +259,8 @@ cudaError_t diffusion_loss(const DiffusionLoss& a, cudaStream_t stream) {
         Launch l = over_samples<Tile>(a.shape, stream);
         l.shared += BLOCK / 32 * sizeof(float);
         DiffusionLoss noted = a;
-        look_at<Tile>({&noted.pred, &noted.variance, &noted.target, &noted.x0, &noted.gradient, &noted.variance_gradient});
+        look_at<Tile>({&noted.pred, &noted.variance, &noted.target, &noted.x0, &noted.gradient,
+                       &noted.variance_gradient});
         return launch(diffusion_loss_kernel<P, Tile, In, T>, l, noted, Tile::count(a.shape));
     });
     if (error != cudaSuccess) return error;

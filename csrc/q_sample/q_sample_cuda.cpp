@@ -37,4 +37,6 @@ std::vector<Tensor> q_sample_op(const Tensor x0, const Tensor t, const Tensor ta
 }  // namespace
 }  // namespace fastddpm::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fastddpm, FASTDDPM_DEVICE_KEY, m) { m.impl("q_sample", TORCH_BOX(&fastddpm::cuda::q_sample_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastddpm, FASTDDPM_DEVICE_KEY, m) {
+    m.impl("q_sample", TORCH_BOX(&fastddpm::cuda::q_sample_op));
+}

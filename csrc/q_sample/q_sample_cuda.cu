@@ -1,8 +1,8 @@
 // x_t = signal x_0 + sigma eps, x_0 = pixel_scale * flip(image[index]) + pixel_shift (Ho et al. 2020, eq. 4).
 //
 // A thread takes 8 elements of one sample in C, H, W order, or 4 pixels in NHWC order (common/cuda/pictures.cuh); what
-// belongs to the sample, it reads once. The noise never is in memory unless it is asked for. Bytes an element: 1 (uint8)
-// + 4 (float32) or 2. What limits it: memory, closely followed by the multiplications of Philox and by Box-Muller.
+// belongs to the sample, it reads once. The noise never is in memory unless it is asked for. Bytes an element: 1 (uint8) +
+// 4 (float32) or 2. What limits it: memory, closely followed by the multiplications of Philox and by Box-Muller.
 
 #include "q_sample/q_sample_cuda.h"
 

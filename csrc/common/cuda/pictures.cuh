@@ -56,7 +56,8 @@ struct Sample {
 // A number of a table [rows, columns] in float32 or float64.
 __device__ __forceinline__ float entry(const Values& table, int64_t row, int column) {
     const int64_t i = row * table.row_stride + column;
-    return table.dtype == DType::f64 ? to_float(static_cast<const double*>(table.data)[i]) : static_cast<const float*>(table.data)[i];
+    return table.dtype == DType::f64 ? to_float(static_cast<const double*>(table.data)[i])
+                                     : static_cast<const float*>(table.data)[i];
 }
 
 // Which run of a row takes the place of another in the picture turned left to right; the runs of a row are whole ones.
@@ -65,8 +66,8 @@ __device__ __forceinline__ uint32_t mirrored(uint32_t run, uint32_t runs_of_row)
 }
 
 // Runs of ``Width`` elements that are neighbours in C, H, W order: where this is the order in memory, they are numbers
-// of 16 bytes or less. The runs of a thread lie as far apart as the threads of its row, so that each access of a warp is
-// to one piece of memory. The elements of a sample are a multiple of Width; for mirroring, those of a row too.
+// of 16 bytes or less. The runs of a thread lie as far apart as the threads of its row, so that each access of a warp
+// is to one piece of memory. The elements of a sample are a multiple of Width; for mirroring, those of a row too.
 template <int Width, int Runs>
 struct Elements {
     static constexpr int SIZE = Width * Runs, RUNS = Runs, LEAST_ACROSS = 1, SHARED = 0;
@@ -79,7 +80,8 @@ struct Elements {
     __device__ __forceinline__ Elements(const Shape&, int64_t count, const Sample& sample) {
 #pragma unroll
         for (int k = 0; k < Runs; ++k) {
-            const uint32_t number = (blockIdx.x * Runs + k) * blockDim.x + threadIdx.x, all = static_cast<uint32_t>(count);
+            const uint32_t number = (blockIdx.x * Runs + k) * blockDim.x + threadIdx.x;
+            const uint32_t all = static_cast<uint32_t>(count);
             exists[k] = sample.exists && number < all;
             run[k] = number < all ? number : all - 1;
         }
@@ -88,7 +90,8 @@ struct Elements {
     __device__ __forceinline__ bool has(int i) const { return exists[i / Width]; }
 
     template <class T>
-    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE], bool mirror = false) const {
+    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE],
+                                         bool mirror = false) const {
         float in[Runs][Width];
 #pragma unroll
         for (int k = 0; k < Runs; ++k) {
@@ -124,8 +127,8 @@ struct Elements {
     }
 };
 
-// Four neighbouring pixels with all their channels, in NHWC order: four from each counter of the noise. Side by side the
-// tiles of a warp are one piece of memory. What is stored goes through shared memory there, so that neighbouring lanes
+// Four neighbouring pixels with all their channels, in NHWC order: four from each counter of the noise. Side by side
+// the tiles of a warp are one piece of memory. What is stored goes through shared memory there, so that neighbouring lanes
 // write neighbouring 16 bytes; what is loaded can count on the first cache. An image that lies in another order, or has
 // more channels, is read and written number by number.
 // The pixels of a sample are a multiple of 16; for mirroring, those of a row one of 4.
@@ -157,7 +160,8 @@ struct Pixels {
     }
 
     template <class T>
-    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE], bool mirror = false) const {
+    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE],
+                                         bool mirror = false) const {
         float in[SIZE];
         const uint32_t from = mirror ? mirrored(four, static_cast<uint32_t>(s.width) / 4) : four;
         if (!std::is_same_v<T, Any> || a.in_order) {
@@ -212,7 +216,8 @@ private:
         if constexpr (WORDS % 4 == 0) {
 #pragma unroll
             for (int j = 0; j < WORDS / 4; ++j)
-                place[bank<WORDS>(lane * (WORDS / 4) + j)] = make_uint4(w[4 * j], w[4 * j + 1], w[4 * j + 2], w[4 * j + 3]);
+                place[bank<WORDS>(lane * (WORDS / 4) + j)] =
+                    make_uint4(w[4 * j], w[4 * j + 1], w[4 * j + 2], w[4 * j + 3]);
         } else {
             store_words(reinterpret_cast<unsigned*>(place) + lane * WORDS, w);
         }
@@ -247,11 +252,13 @@ struct Patch {
     __device__ __forceinline__ bool has(int) const { return exists; }
 
     __device__ __forceinline__ int64_t place(const Image& a, int64_t row, uint32_t from, int pixel) const {
-        return row * a.sample_stride + channel * a.channel_stride + (4 * static_cast<int64_t>(from) + pixel) * a.pixel_stride;
+        const int64_t number = 4 * static_cast<int64_t>(from) + pixel;
+        return row * a.sample_stride + channel * a.channel_stride + number * a.pixel_stride;
     }
 
     template <class T>
-    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE], bool mirror = false) const {
+    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[SIZE],
+                                         bool mirror = false) const {
         const uint32_t from = mirror ? mirrored(four, static_cast<uint32_t>(s.width) / 4) : four;
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
@@ -327,7 +334,8 @@ struct Scattered {
         return row * a.sample_stride + channel[i] * a.channel_stride + p * a.pixel_stride;
     }
     template <class>
-    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[4], bool mirror = false) const {
+    __device__ __forceinline__ void load(const Image& a, const Shape& s, int64_t row, float (&x)[4],
+                                         bool mirror = false) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = has(i) ? read(a.dtype, a.data, place(a, s, row, i, mirror)) : 0.0f;
     }
@@ -379,8 +387,8 @@ void look_at(std::initializer_list<Image*> images) {
     for (Image* a : images) a->in_order = Tile::at_once(*a);
 }
 
-// Blocks along a sample, by blocks of samples. A block is so wide that it fits along a sample, and takes several samples
-// where these are small. It depends on the shape of a sample alone, and so does the order of every sum.
+// Blocks along a sample, by blocks of samples. A block is so wide that it fits along a sample, and takes several
+// samples where these are small. It depends on the shape of a sample alone, and so does the order of every sum.
 template <class Tile>
 Launch over_samples(const Shape& s, cudaStream_t stream) {
     const int64_t threads = ceil_div(Tile::count(s), Tile::RUNS);
