@@ -100,9 +100,11 @@ struct Device {
 };
 
 inline Device device() {
+    static thread_local Device known[64];
     int index = 0, major = 0, minor = 0;
-    Device d{};
     cudaGetDevice(&index);
+    Device& d = known[index % 64];
+    if (d.processors != 0) return d;
     cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, index);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
@@ -129,7 +131,7 @@ cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments)
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {l.cluster, 1, 1};
     }
-    if (l.dependent) {
+    if (l.dependent && device().architecture >= 90) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
