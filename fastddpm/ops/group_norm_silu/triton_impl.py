@@ -38,7 +38,7 @@ from ..triton_common import (
 
 Saved = tuple[Tensor, ...]
 
-TILE = 32768  # elements of a tile that stays in registers; half as many with a residual, or two inputs and dropout
+TILE = 32768  # elements of a tile that stays in registers; half as many with a residual or dropout
 BACKWARD_TILE = 16384  # x and dy stay there
 CHUNK_TILE = 8192  # elements of a chunk
 WARP, BACKWARD_WARP = 2048, 1024  # elements of a tile to a warp, as long as there are no more warps than these:
@@ -109,7 +109,7 @@ def place(
 ):  # fmt: skip
     """Of this program: sample, chunk, pixel [LANES, ROWS / LANES, 1], channel [WIDE], and which of them are real.
 
-    EVEN: all are, so that no access is masked.
+    EVEN: 2, all are, so that no access is masked; 1, all pixels are, so that one mask of the channels does; 0, neither.
     """
     program = tl.program_id(0)
     column, part = tl.arange(0, WIDE), program // slabs
@@ -117,12 +117,15 @@ def place(
     channel = program % slabs * (GROUPS * OF_GROUP) + column
     row, lane = tl.arange(0, ROWS // LANES), tl.arange(0, LANES)
     pixel = chunk * ROWS + row[None, :, None] * LANES + lane[:, None, None]
-    if EVEN:
+    if EVEN == 2:
         real = tl.full([WIDE], 1, tl.int1)
         inside = tl.full([LANES, ROWS // LANES, WIDE], 1, tl.int1)
     else:
         real = (column < GROUPS * OF_GROUP) & (channel < channels)
-        inside = (pixel < pixels) & real[None, None, :]
+        if EVEN == 1:
+            inside = tl.broadcast_to(real[None, None, :], [LANES, ROWS // LANES, WIDE])
+        else:
+            inside = (pixel < pixels) & real[None, None, :]
     return sample, chunk, pixel, channel, real, inside
 
 
@@ -148,8 +151,22 @@ def of_groups(x, real, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
+def within(pixel, channel, pixel_stride, channel_stride):
+    """Where the elements of a tile lie in a sample.
+
+    The lanes of a pixel row belong in one thread (see `kept`). Triton deals out a tile along the dimension of the
+    longest runs first, then along the next; rows and lanes are equal in that, and 3.6 takes the lanes first where 3.9
+    takes the rows. The hint decides it: of the dimensions that are not the first nothing else is made of it.
+    """
+    at = pixel * pixel_stride
+    if pixel.shape[0] > 1:
+        at = tl.max_contiguous(at, [1, 2, 1])
+    return at + channel[None, None, :] * channel_stride
+
+
+@triton.jit
 def load_image(image, sample, pixel, channel, inside, elements, channel_stride, pixel_stride):
-    at = pixel * pixel_stride + channel[None, None, :] * channel_stride
+    at = within(pixel, channel, pixel_stride, channel_stride)
     return tl.load(image + sample * elements + at, mask=inside, other=0).to(tl.float32)
 
 
@@ -229,10 +246,17 @@ def dropped(a, keep, keep_scale, LANES: tl.constexpr):
 
 
 @triton.jit
-def moments(h, inside, real, count, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, WIDE: tl.constexpr):
-    """Of each column's group in a tile: the mean, what its rounding took away, and the squares of the deviations."""
-    mean = of_groups(of_channels(tl.where(inside, h, 0.0)), real, GROUPS, OF_GROUP, WIDE) / count
-    d = tl.where(inside, h - mean[None, None, :], 0.0)
+def moments(
+    h, inside, real, count, EVEN: tl.constexpr, GROUPS: tl.constexpr, OF_GROUP: tl.constexpr, WIDE: tl.constexpr
+):
+    """Of each column's group in a tile: the mean, what its rounding took away, and the squares of the deviations.
+
+    What columns that are not real sum up to enters no group: only pixels that are not need a mask, and it has a cost.
+    """
+    mean = of_groups(of_channels(h if EVEN else tl.where(inside, h, 0.0)), real, GROUPS, OF_GROUP, WIDE) / count
+    d = h - mean[None, None, :]
+    if EVEN == 0:
+        d = tl.where(inside, d, 0.0)
     rest = of_groups(of_channels(d), real, GROUPS, OF_GROUP, WIDE) / count
     squares = of_groups(of_channels(d * d), real, GROUPS, OF_GROUP, WIDE) - count * rest * rest
     return mean, rest, squares
@@ -269,7 +293,7 @@ def forward_kernel(
     of_group = sample * num_groups + channel // OF_GROUP
     if ONE_READ:
         count = tl.cast(pixels * OF_GROUP, tl.float32)
-        m, rest, squares = moments(h, inside, real, count, GROUPS, OF_GROUP, WIDE)
+        m, rest, squares = moments(h, inside, real, count, EVEN, GROUPS, OF_GROUP, WIDE)
         r = 1.0 / tl.sqrt_rn(squares / count + eps)
         first_of_group = real & (channel % OF_GROUP == 0)
         tl.store(mean + of_group * 2, m, mask=first_of_group)
@@ -287,7 +311,7 @@ def forward_kernel(
         a = a / (1.0 + tl.exp(-a))
     if DROP:
         a = dropped(a, keep, keep_scale, LANES)
-    at = sample * channels * pixels + pixel * y_pixel + channel[None, None, :] * y_channel
+    at = sample * channels * pixels + within(pixel, channel, y_pixel, y_channel)
     save(y + at, a, inside)
     if RESIDUAL:
         save(h_out + at, h, inside)
@@ -309,7 +333,7 @@ def moments_kernel(
         x_pixel, x2_channel, x2_pixel, residual_channel, residual_pixel, bias_stride, X2, RESIDUAL, BIAS,
     )  # fmt: skip
     count = (tl.minimum(ROWS, pixels - chunk * ROWS) * OF_GROUP).to(tl.float32)
-    mean, rest, squares = moments(h, inside, real, count, GROUPS, OF_GROUP, WIDE)
+    mean, rest, squares = moments(h, inside, real, count, EVEN, GROUPS, OF_GROUP, WIDE)
     first_of_group = real & (channel % OF_GROUP == 0)
     of_all = num_groups * chunks
     at = partial + sample * 3 * of_all + channel // OF_GROUP * chunks + chunk
@@ -447,15 +471,14 @@ def backward_kernel(
             if PASS == 0:
                 total_dh = of_channels(of_sum)
         if X2:
-            at = sample * channels1 * pixels + pixel * x_pixel + channel[None, None, :] * x_channel
+            at = sample * channels1 * pixels + within(pixel, channel, x_pixel, x_channel)
             save(dx + at, d, inside & (channel < channels1)[None, None, :])
-            at = sample * (channels - channels1) * pixels + pixel * x2_pixel
-            at += (channel - channels1)[None, None, :] * x2_channel
+            at = sample * (channels - channels1) * pixels + within(pixel, channel - channels1, x2_pixel, x2_channel)
             save(dx2 + at, d, inside & (channel >= channels1)[None, None, :])
         else:
-            save(dx + sample * elements + pixel * x_pixel + channel[None, None, :] * x_channel, d, inside)
+            save(dx + sample * elements + within(pixel, channel, x_pixel, x_channel), d, inside)
         if RESIDUAL:
-            at = sample * elements + pixel * residual_pixel + channel[None, None, :] * residual_channel
+            at = sample * elements + within(pixel, channel, residual_pixel, residual_channel)
             save(dresidual + at, d, inside)
         if PASS == 0:
             of_parameters(
@@ -521,7 +544,8 @@ def _arguments(
         pixels=pixels, num_groups=num_groups, slabs=triton.cdiv(num_groups, cut.groups), chunks=cut.chunks,
         bias_stride=channels if channel_bias is not None and channel_bias.dim() == 2 else 0,
         X2=x2 is not None, RESIDUAL=residual is not None, BIAS=channel_bias is not None,
-        EVEN=of_slab == cut.columns and channels % of_slab == 0 and pixels % cut.pixels == 0, GROUPS=cut.groups,
+        EVEN=0 if pixels % cut.pixels else 2 if of_slab == cut.columns and channels % of_slab == 0 else 1,
+        GROUPS=cut.groups,
         OF_GROUP=channels // num_groups, LANES=4 if fours else 1, ROWS=cut.pixels, WIDE=cut.columns,
         num_warps=cut.warps,
     )  # fmt: skip
@@ -556,7 +580,7 @@ def _forward(
     batch, channels, pixels = x.shape[0], weight.shape[0], x.shape[2] * x.shape[3]
     y = like_in_order(x, (batch, channels, *x.shape[2:]))
     y_channel, y_pixel = strides(y)
-    tile = TILE // 2 if residual is not None or (x2 is not None and dropout > 0) else TILE
+    tile = TILE if residual is None and dropout == 0 else TILE // 2
     cut = plan(batch, channels, pixels, num_groups, tile, WIDTH, nhwc=y_channel == 1)
     shared = _arguments(x, weight, num_groups, channel_bias, residual, x2, cut, dropout)
     options = _options(
