@@ -46,6 +46,14 @@ HOT = [
     Hot(r"normal_kernel<Tile<8, 0>, bf16>", registers=32, narrow=3, loads=False),
 ]
 
+# Known failures: kernels that use local memory on an architecture, and must not. A line whose kernels no longer do, on
+# any architecture, fails, too: take it out.
+TO_REPAIR = [
+    r"one_read_kernel<.*>",
+    r"(moments|sums|merge_moments|merge_sums|dx|apply)_kernel.*",
+    r"backward_any<.*>|(forward|backward)_tiles<.*>",
+]
+
 
 @dataclass(frozen=True)
 class Binary:
@@ -77,13 +85,15 @@ def disassembler() -> str | None:
     return next((str(tool) for tool in tools if tool.exists()), shutil.which("cuobjdump"))
 
 
-def binaries(arch: str, library: Path = LIBRARY) -> list[Binary]:
-    """Every kernel of a library (or cubin) for an architecture such as sm_90, by name."""
-    code = dict(instructions(dumped("-sass", "-arch", arch, str(library))))
+def binaries(arch: str, library: Path = LIBRARY, sass: bool = True) -> list[Binary]:
+    """Every kernel of a library (or cubin) for an architecture such as sm_90, by name. Without ``sass`` none is
+    disassembled, which takes most of the time, and nothing counted."""
+    code = dict(instructions(dumped("-sass", "-arch", arch, str(library)))) if sass else {}
     found = []
     for symbol, usage in resources(dumped("-res-usage", "-arch", arch, str(library))).items():
-        loads, stores = (accesses(code[symbol], opcodes) for opcodes in (("LDG", "LDGSTS"), ("STG",)))
-        local = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in code[symbol])
+        opcodes = code.get(symbol, [])
+        loads, stores = (accesses(opcodes, names) for names in (("LDG", "LDGSTS"), ("STG",)))
+        local = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes)
         stack = usage["STACK"] + usage["LOCAL"]
         found.append(Binary(symbol, arch, usage["REG"], usage["SHARED"], stack, local, loads, stores))
     names = demangled([binary.kernel for binary in found])
