@@ -186,9 +186,8 @@ class Workshop:
             made = made.to(DEVICE, dtype).train(training)
             if who.channels_last:
                 made = made.to(memory_format=torch.channels_last)
-            if (
-                who.compiled
-            ):  # the inner network, which then has the same inputs from either library: one graph for both
+            if who.compiled:
+                # the inner network: its inputs look the same from either library, so one graph serves both
                 made.unet.compile(mode=who.compiled, dynamic=False)
             self._made[key] = made
         return self._made[key]
@@ -200,13 +199,8 @@ class Workshop:
     def _lucidrains(self, who: Contestant, network: nn.Module, steps: int) -> Any:
         if who.own and next(network.parameters()).dtype != torch.float32:
             network = Cast(network)
-        return (
-            lucidrains()
-            .GaussianDiffusion(
-                network, image_size=self.network.size, timesteps=steps, objective="pred_noise", beta_schedule="linear"
-            )
-            .to(DEVICE)
-        )
+        options = dict(image_size=self.network.size, timesteps=steps, objective="pred_noise", beta_schedule="linear")
+        return lucidrains().GaussianDiffusion(network, **options).to(DEVICE)
 
 
 class PeerNetwork(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from ..nn.unet import UNet, UNetConfig
@@ -97,6 +98,7 @@ class Work:
     def prepare(self) -> Call:
         """Make network, images and state, and return what does the work: an optimiser step, or a sampling."""
         network = UNet(UNetConfig(**self.unet))
+        fill_zeros(network)
         diffusion = GaussianDiffusion(network, config=DiffusionConfig(**self.diffusion))
         return self._training(diffusion) if self.kind == "train" else self._sampling(diffusion)
 
@@ -116,8 +118,8 @@ class Work:
         # nothing is written there: a step writes no files
         nowhere = Path(tempfile.gettempdir()) / "fastddpm-bench-writes-nothing"
         data = random_images(diffusion, 4 * self.config.batch_size)
-        trainer = Trainer(diffusion, data, self.config, output_dir=str(nowhere), resume=False, progress=False)
-        return trainer.step
+        options: dict[str, Any] = dict(output_dir=str(nowhere), warmup_images=0)
+        return Trainer(diffusion, data, self.config, resume=False, progress=False, **options).step
 
     def _sampling(self, diffusion: GaussianDiffusion) -> Call:
         diffusion.to(self.device).eval()
@@ -128,6 +130,18 @@ class Work:
         options: dict[str, Any] = dict(sampler=self.sampler, num_steps=self.steps)
         labels = None if classes is None else torch.arange(batch) % classes
         return lambda: diffusion.sample(batch, batch_size=batch, seed=self.config.seed, labels=labels, **options)
+
+
+@torch.no_grad()
+def fill_zeros(network: nn.Module) -> None:
+    """Give weights that start at 0 the size of the others, as they have in the middle of a training.
+
+    Left at 0 they make gradients 0, and a step later so small that their squares are denormal numbers, which take a
+    processor many times as long.
+    """
+    for p in network.parameters():
+        if p.dim() > 1 and not bool(p.any()):
+            nn.init.xavier_uniform_(p)
 
 
 def random_images(diffusion: GaussianDiffusion, count: int) -> ImageDataset:

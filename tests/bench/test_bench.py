@@ -13,6 +13,8 @@ from fastddpm import cli
 from fastddpm.bench import Work, lines_of, measure, measure_ops, report, time_by_part
 from fastddpm.bench.memory import peak_of_child, peak_of_work, resident
 from fastddpm.bench.parts import part_of
+from fastddpm.bench.work import fill_zeros
+from fastddpm.nn import UNet
 
 UNET = dict(
     image_size=(8, 8), base_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4
@@ -46,6 +48,18 @@ def test_a_training_step_is_measured(no_child: None, tmp_path: Path) -> None:
     text = "\n".join(lines_of(found))
     for word in ("images/s", "floor", "step/floor", "utilisation", "time by part", "peak memory"):
         assert word in text
+
+
+def test_weights_are_those_of_a_network_that_has_learnt() -> None:
+    """A new network gives 0, and gradients whose squares are denormal after a few steps of a warm-up."""
+    network = UNet(**UNET)
+    x, t = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    assert not network(x, t).any()
+    fill_zeros(network)
+    network(x, t).square().mean().backward()
+    for name, p in network.named_parameters():
+        assert p.grad is not None
+        assert float(p.grad.square().sum()) > torch.finfo(torch.float32).tiny or "bias" in name, name
 
 
 def test_micro_batches_do_the_work_of_a_batch() -> None:
