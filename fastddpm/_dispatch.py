@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ._checks import is_nhwc
-from ._gpu_defaults import preferred
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
@@ -57,8 +56,7 @@ class Op:
     Args:
         package: ``__package__`` of the op's interface.
         reference: the imported reference module; the others are imported on first use.
-        prefer: backends in the order in which they are tried when none is forced, but for tensors on a GPU, where
-            `_gpu_defaults` says it.
+        prefer: backends in the order in which they are tried when none is forced.
     """
 
     def __init__(self, package: str, reference: ModuleType, prefer: tuple[str, ...] = BACKENDS) -> None:
@@ -95,7 +93,7 @@ class Op:
         return reason
 
     def choose(self, **arguments: Any) -> ModuleType:
-        """The implementation to run: the forced one, else the first of those preferred that can.
+        """The implementation to run: the forced one, else the first of `prefer` that can.
 
         Raises:
             NotImplementedError: a backend is forced and cannot run; the message gives its reason.
@@ -108,20 +106,10 @@ class Op:
                     f"leave the use_backend block, or see fastddpm.explain({self.name}, ...)"
                 )
             return self.implementation(_forced)
-        x = _first_tensor(arguments)
-        for backend in preferred(self.name, x.numel()) if x is not None and x.is_cuda else self.prefer:
+        for backend in self.prefer:
             if backend in self.present and self.reason_against(backend, arguments) is None:
                 return self.implementation(backend)
         raise AssertionError(f"{self.name}: the reference runs everywhere")
-
-
-def _first_tensor(arguments: dict[str, Any]) -> Tensor | None:
-    for value in arguments.values():
-        if isinstance(value, list | tuple) and value:
-            value = value[0]
-        if isinstance(value, Tensor):
-            return value
-    return None
 
 
 @contextlib.contextmanager

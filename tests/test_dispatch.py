@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import fastddpm
-from fastddpm import _gpu_defaults
 from fastddpm._dispatch import Op
 from fastddpm.ops.rms_norm_silu.interface import OP
 
@@ -108,12 +107,3 @@ print(counter.frame_count)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["1"]
-
-
-def test_the_order_on_a_gpu_comes_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (_gpu_defaults.RECORD is None) == (not _gpu_defaults.FASTEST)  # what was not measured prefers nothing
-    monkeypatch.setattr(_gpu_defaults, "FASTEST", {"q_sample": ((1000, "native"), (50_000, "triton"))})
-    assert _gpu_defaults.preferred("q_sample", 1000) == ("native", "triton", "reference")
-    assert _gpu_defaults.preferred("q_sample", 1001) == ("triton", "native", "reference")
-    assert _gpu_defaults.preferred("q_sample", 10**9) == ("triton", "native", "reference")
-    assert _gpu_defaults.preferred("adam_ema", 5) == ("triton", "native", "reference")
