@@ -85,14 +85,16 @@ __device__ __forceinline__ void load_words(const void* p, unsigned (&w)[Words]) 
         for (int i = 0; i < Words; ++i) w[i] = reinterpret_cast<const unsigned*>(p)[i];
     }
 }
+// (__stwb is a plain store that the compiler leaves whole: it splits one of a uint4 into four where paths join.)
 template <int Words>
 __device__ __forceinline__ void store_words(void* p, const unsigned (&w)[Words]) {
     if constexpr (Words % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < Words; i += 4) reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
+        for (int i = 0; i < Words; i += 4)
+            __stwb(reinterpret_cast<uint4*>(p) + i / 4, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
     } else if constexpr (Words % 2 == 0) {
 #pragma unroll
-        for (int i = 0; i < Words; i += 2) reinterpret_cast<uint2*>(p)[i / 2] = make_uint2(w[i], w[i + 1]);
+        for (int i = 0; i < Words; i += 2) __stwb(reinterpret_cast<uint2*>(p) + i / 2, make_uint2(w[i], w[i + 1]));
     } else {
 #pragma unroll
         for (int i = 0; i < Words; ++i) reinterpret_cast<unsigned*>(p)[i] = w[i];
