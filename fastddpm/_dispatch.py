@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import _gpu_defaults
 from ._checks import is_nhwc
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -56,13 +57,11 @@ class Op:
     Args:
         package: ``__package__`` of the op's interface.
         reference: the imported reference module; the others are imported on first use.
-        prefer: backends in the order in which they are tried when none is forced.
     """
 
-    def __init__(self, package: str, reference: ModuleType, prefer: tuple[str, ...] = BACKENDS) -> None:
+    def __init__(self, package: str, reference: ModuleType) -> None:
         self.package = package
         self.name = package.rpartition(".")[2]
-        self.prefer = prefer
         folder = Path(str(reference.__file__)).parent
         self.present = ("reference", *(b for b in BACKENDS if (folder / f"{b}_impl.py").exists()))
         self.loaded: dict[str, ModuleType] = {"reference": reference}
@@ -81,6 +80,14 @@ class Op:
         if backend not in self.loaded:
             self.loaded[backend] = importlib.import_module(f"{self.package}.{backend}_impl")
 
+    def order(self, arguments: dict[str, Any]) -> tuple[str, ...]:
+        """Backends in the order in which they are tried when none is forced: on a GPU as `_gpu_defaults` says."""
+        images = _images(arguments)
+        if not images or not images[0].is_cuda:
+            return BACKENDS
+        elements = torch.Size(arguments["shape"]).numel() if "shape" in arguments else sum(x.numel() for x in images)
+        return _gpu_defaults.range_of(self.name, elements).prefer
+
     def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
         """Why this backend cannot run on these arguments, in words; None where it can."""
         if backend not in self.present:
@@ -93,7 +100,7 @@ class Op:
         return reason
 
     def choose(self, **arguments: Any) -> ModuleType:
-        """The implementation to run: the forced one, else the first of `prefer` that can.
+        """The implementation to run: the forced one, else the first of `order` that can.
 
         Raises:
             NotImplementedError: a backend is forced and cannot run; the message gives its reason.
@@ -106,10 +113,20 @@ class Op:
                     f"leave the use_backend block, or see fastddpm.explain({self.name}, ...)"
                 )
             return self.implementation(_forced)
-        for backend in self.prefer:
+        for backend in self.order(arguments):
             if backend in self.present and self.reason_against(backend, arguments) is None:
                 return self.implementation(backend)
         raise AssertionError(f"{self.name}: the reference runs everywhere")
+
+
+def _images(arguments: dict[str, Any]) -> list[Tensor]:
+    """The first tensor of a call, or the first list of them: what it is about."""
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            return [x]
+        if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor):
+            return list(x)
+    return []
 
 
 @contextlib.contextmanager
@@ -172,14 +189,16 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         )
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    order = (*holder.prefer, *(backend for backend in BACKENDS if backend not in holder.prefer))
+    order = holder.order(bound.arguments)
     reasons = {backend: holder.reason_against(backend, bound.arguments) for backend in order}
-    candidates = (_forced,) if _forced is not None else holder.prefer
+    candidates = (_forced,) if _forced is not None else order
     chosen = next((b for b in candidates if reasons[b] is None), None)
     lines = [f"{holder.name}" + (f" (forced: {_forced})" if _forced is not None else "")]
     for backend in order:
         note = "chosen" if backend == chosen else "can run" if reasons[backend] is None else reasons[backend]
         lines.append(f"  {backend:<10} {note}")
+    if order is not BACKENDS:
+        lines.append(f"  in the order for a GPU: {_gpu_defaults.source(holder.name)}")
     if _copied[holder.name]:
         lines.append(f"  {_copied[holder.name]} gradients came with other strides, and were copied")
     text = "\n".join(lines)

@@ -2,6 +2,8 @@
 
 #include "rms_norm_silu/rms_norm_silu_cuda.h"
 
+#include <cmath>
+
 #include "common/cuda/host.h"
 
 namespace fastddpm::cuda {
@@ -15,6 +17,7 @@ RmsNorm arguments(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
     const int64_t channels = a.shape.channels;
     a.weight = values(weight, 0), a.scale = values(scale, channels), a.shift = values(shift, channels);
     a.eps = static_cast<float>(eps);
+    a.root = std::sqrt(static_cast<float>(channels)), a.inverse = 1.0f / static_cast<float>(channels);
     a.activation = activation;
     return a;
 }

@@ -19,7 +19,8 @@
 namespace fastddpm::cuda {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int THREADS = 256, WARPS = THREADS / 32;  // of a block, at most
+constexpr int FEWER = 192;  // where a lane has 24 channels in backward: two such blocks leave 168 registers for a thread
 constexpr int64_t ITEMS = 2048;            // wanted: several for each place where a block can run
 constexpr size_t SHARED_MOST = 96 * 1024;  // every device from sm_80 on has 99 KB for a block
 
@@ -30,7 +31,7 @@ struct Work {
     int lanes;           // rows: of a pixel; tiles: along pixels; any: of a pixel
     int threads;         // of a block
     int64_t pixels;      // of an item; the last of a sample may have fewer
-    int64_t per_sample;  // items
+    unsigned per_sample;  // items
     size_t shared;       // bytes
 };
 
@@ -39,7 +40,7 @@ struct Item {
     int64_t sample, first, end;
     __device__ __forceinline__ Item(const Shape& s, const Work& w) {
         sample = blockIdx.x / w.per_sample;
-        first = blockIdx.x % w.per_sample * w.pixels;
+        first = static_cast<int64_t>(blockIdx.x % w.per_sample) * w.pixels;
         end = min(first + w.pixels, s.height * s.width);
     }
 };
@@ -67,19 +68,46 @@ __device__ __forceinline__ float before_activation(float dy, float a, bool activ
     return dy * (s * (1.0f + a * (1.0f - s)));
 }
 
+// sqrt(x) and 1 / x to 2^-23, by one instruction and its scaling: the exact ones call a function, which needs a stack.
+__device__ __forceinline__ float approximate_sqrt(float x) {
+#if defined(FASTDDPM_EMULATED)
+    return sqrtf(x);
+#else
+    float result;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+}
+__device__ __forceinline__ float approximate_inverse(float x) {
+#if defined(FASTDDPM_EMULATED)
+    return 1.0f / x;
+#else
+    float result;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+}
+
 // sqrt(C) / max(||x||, eps), from ||x||^2; NaN stays.
 struct Factor {
     float value;
     bool is_norm;  // whether ||x|| is the larger of the two
     __device__ __forceinline__ Factor(const RmsNorm& a, float squares) {
-        const float norm = sqrtf(squares);
-        value = sqrtf(static_cast<float>(a.shape.channels)) / (norm < a.eps ? a.eps : norm);
+        const float norm = approximate_sqrt(squares);
+        value = a.root * approximate_inverse(norm < a.eps ? a.eps : norm);
         is_norm = norm > a.eps;
     }
 };
 
 __device__ __forceinline__ float gain_of(const RmsNorm& a, int64_t sample, int64_t c) {
     return read(a.weight, 0, c, 0.0f) * (1.0f + read(a.scale, sample, c, 0.0f));
+}
+
+// To shared memory, in accesses of 16 bytes. (cuda::store is for device memory alone: it names it.)
+template <int N>
+__device__ __forceinline__ void keep(float* shared, const float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *reinterpret_cast<float4*>(shared + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
 }
 
 // NHWC: rows of channels.
@@ -108,7 +136,7 @@ __device__ __forceinline__ void add_places(float* shared, int vectors, int i, co
         load(shared + (h * vectors + i) * 4, four);
 #pragma unroll
         for (int j = 0; j < 4; ++j) four[j] = first ? x[4 * h + j] : four[j] + x[4 * h + j];
-        store(shared + (h * vectors + i) * 4, four);
+        keep(shared + (h * vectors + i) * 4, four);
     }
 }
 
@@ -195,7 +223,7 @@ struct Row {
 };
 
 template <class T, int K>
-__global__ void __launch_bounds__(THREADS) forward_rows(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(THREADS, 3) forward_rows(const RmsNorm a, const Work w) {
     constexpr int V = Rows<T>::V;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -229,7 +257,7 @@ __global__ void __launch_bounds__(THREADS) forward_rows(const RmsNorm a, const W
 
 // dx = sqrt(C) / ||x|| (dn - n mean_c(dn n)), dn = da gain, without the second term where eps stands for ||x||.
 template <class T, int K>
-__global__ void __launch_bounds__(THREADS, 2) backward_rows(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(K * Rows<T>::V > 16 ? FEWER : THREADS, 2) backward_rows(const RmsNorm a, const Work w) {
     constexpr int V = Rows<T>::V;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -277,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_rows(const RmsNorm a, con
             }
         }
         dot = r.sum(dot, 1);
-        const float mean = factor.is_norm ? dot / static_cast<float>(r.channels) : 0.0f;
+        const float mean = factor.is_norm ? dot * a.inverse : 0.0f;
         T* dx = static_cast<T*>(a.dx.data) + item.sample * a.dx.sample_stride + pixel * r.channels;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -351,6 +379,7 @@ struct Tiles {
     // f(c) for the channels of this thread.
     template <class F>
     __device__ __forceinline__ void for_channels(F f) const {
+#pragma unroll 2
         for (int c = slot; c < channels; c += slots) f(c);
     }
 
@@ -379,7 +408,7 @@ struct Tiles {
         for (int d = lanes; d < 32; d *= 2)
 #pragma unroll
             for (int v = 0; v < V; ++v) of_own[v] += __shfl_xor_sync(ALL_LANES, of_own[v], d);
-        if (static_cast<int>(threadIdx.x % 32) < lanes) store(of_warps + (threadIdx.x / 32 * lanes + lane) * V, of_own);
+        if (static_cast<int>(threadIdx.x % 32) < lanes) keep(of_warps + (threadIdx.x / 32 * lanes + lane) * V, of_own);
         __syncthreads();
         float total = 0;
         if (has_pixel())
@@ -408,7 +437,7 @@ struct Tiles {
 };
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) forward_tiles(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(THREADS, 3) forward_tiles(const RmsNorm a, const Work w) {
     constexpr int V = Tiles<T>::V;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -440,7 +469,7 @@ __global__ void __launch_bounds__(THREADS) forward_tiles(const RmsNorm a, const 
 
 // da is computed twice, since there is no room to keep it as it is.
 template <class T>
-__global__ void __launch_bounds__(THREADS) backward_tiles(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(THREADS, 3) backward_tiles(const RmsNorm a, const Work w) {
     constexpr int V = Tiles<T>::V;
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -493,7 +522,7 @@ __global__ void __launch_bounds__(THREADS) backward_tiles(const RmsNorm a, const
             }
         }
         const float dot = t.sum(mean);
-        t.spread(of_pixel.is_norm ? dot / static_cast<float>(t.channels) : 0.0f, mean);
+        t.spread(of_pixel.is_norm ? dot * a.inverse : 0.0f, mean);
         if (!real) continue;
         T* dx = static_cast<T*>(a.dx.data) + item.sample * a.dx.sample_stride + pixel;
         t.for_channels([&](int c) {
@@ -564,7 +593,7 @@ struct Any {
 };
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) forward_any(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(THREADS, 3) forward_any(const RmsNorm a, const Work w) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Item item(a.shape, w);
@@ -583,7 +612,7 @@ __global__ void __launch_bounds__(THREADS) forward_any(const RmsNorm a, const Wo
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) backward_any(const RmsNorm a, const Work w) {
+__global__ void __launch_bounds__(THREADS, 3) backward_any(const RmsNorm a, const Work w) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Item item(a.shape, w);
@@ -609,7 +638,7 @@ __global__ void __launch_bounds__(THREADS) backward_any(const RmsNorm a, const W
             dot += e.x * e.y * gain;
         });
         dot = t.sum(dot);
-        const float mean = factor.is_norm ? dot / static_cast<float>(channels) : 0.0f;
+        const float mean = factor.is_norm ? dot * a.inverse : 0.0f;
         t.for_channels(real, [&](int64_t c) {
             const float gain = gain_of(a, b, c);
             const float2 e = both(pixel, c, factor.value, gain);
@@ -736,7 +765,8 @@ Work work(const RmsNorm& a, bool backward) {
                 if (share == 0.0 || share < best || (share == best && lanes < 8)) continue;
                 best = share, w.path = Work::rows, w.vectors = each, w.lanes = lanes;
             }
-            w.threads = THREADS / w.lanes * w.lanes;
+            const int threads = backward && w.vectors * V > 16 && w.lanes <= FEWER ? FEWER : THREADS;
+            w.threads = threads / w.lanes * w.lanes;
             w.shared = 4 * (2 * s.channels + 2 * WARPS) + (backward ? 4 * 16 * THREADS * w.vectors : 0);
             step = w.threads / w.lanes;
         } else {
@@ -756,7 +786,7 @@ Work work(const RmsNorm& a, bool backward) {
     }
     const int64_t wanted = s.batch * pixels / ITEMS, steps = wanted / step < 1 ? 1 : wanted / step;
     w.pixels = step * (w.path == Work::any && steps > 8 ? 8 : steps);
-    w.per_sample = ceil_div(pixels, w.pixels);
+    w.per_sample = static_cast<unsigned>(ceil_div(pixels, w.pixels));
     if (w.path == Work::any) w.shared = 4 * (THREADS + w.pixels);
     return w;
 }

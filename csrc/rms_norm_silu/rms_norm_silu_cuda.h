@@ -14,7 +14,7 @@ struct RmsNorm {
     Shape shape;
     Image x, y, dy, dx;           // all in the order of the shape
     Values weight, scale, shift;  // [C], [B, C], [B, C]
-    float eps;
+    float eps, root, inverse;  // .., sqrt(C), 1 / C
     bool activation;
     float* sums;  // backward: [rms_norm_sums, 2, C], of da and of da n
     Gradient dweight, dscale, dshift;

@@ -150,6 +150,7 @@ static inline void __pipeline_wait_prior(size_t still_under_way) { emulation::wa
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stwb(T* p, T value) { *p = value; }
 template <class T> void __stcs(T* p, T value) { *p = value; }
 template <class T> void __stcg(T* p, T value) { *p = value; }
 template <class T> T atomicAdd(T* p, T value) { T before = *p; *p += value; return before; }

@@ -1,0 +1,223 @@
+"""The table, the plot and the proposed defaults of a record of the GPU suite.
+
+    python -m benchmarks.gpu_report DIR/record.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_record
+
+Line = dict[str, Any]
+OURS, OTHERS = ("native", "triton"), ("eager", "compile", "apex")
+
+
+def cases_of(rows: list[Line]) -> list[dict[str, Line]]:
+    """The rows of each case by contestant, in the order of the run."""
+    cases: dict[str, dict[str, Line]] = {}
+    for row in rows:
+        cases.setdefault(row["key"], {})[row["contestant"]] = row
+    return list(cases.values())
+
+
+def seconds_of(case: dict[str, Line], name: str) -> float | None:
+    value = case[name]["seconds"] if name in case else None
+    return None if value is None else float(value)
+
+
+def best_of(case: dict[str, Line]) -> tuple[str, float] | None:
+    """The faster of our implementations."""
+    found = [(s, name) for name in OURS if (s := seconds_of(case, name)) is not None]
+    return (min(found)[1], min(found)[0]) if found else None
+
+
+def markdown(lines: list[Line], parts: list[str], picture: str | None = None) -> str:
+    """The page: what ran, what failed, the timings, whole networks, the sweep, proposed defaults."""
+    about = gpu_record.about(lines) or {}
+    rows = gpu_record.rows(lines)
+    timings = [row for row in rows if row["part"] != "sweep"]
+    text = ["# Timings on a GPU", "", *(f"- {k}: {v}" for k, v in about.items() if k not in ("kind", "part")), ""]
+    text += ["## Parts", "", *_parts(lines, parts), "", "## Tests and checks", "", *_checks(lines), ""]
+    text += [
+        "## Timings",
+        "",
+        "Microseconds of one call on the GPU, the best of many turns; inputs rotate over three times the L2 cache.",
+        "*floor*: the bytes that the op must move over the measured copy rate, or its normal numbers over the rate of",
+        "the kernel that only draws, where that is longer; *copy*: a copy of as many bytes, timed in the same turns.",
+        "*share*: of the floor that the faster of native (CUDA C++) and Triton reaches; *x*: times as fast as the best",
+        "of the others.",
+        "",
+    ]
+    if picture:
+        text += [f"![share of the floor]({picture})", ""]
+    names = ("floor", "copy", *OURS, *OTHERS)
+    text += [f"| case | dtype | MB | {' | '.join(names)} | share | x |", "| --- " * (len(names) + 5) + "|"]
+    text += [_line(case) for case in cases_of(timings)]
+    text += ["", "## Whole networks, all norms of a pass, ms", "", *_networks(timings)]
+    text += ["", "## Sweep of group_norm_silu", "", *_sweep(rows)]
+    text += ["", "## Proposed entries for fastddpm/_gpu_defaults.py", "", "```python", *proposed(timings), "```", ""]
+    failures = [row for row in rows if row.get("error")]
+    text += ["## Failures", "", *(f"- {r['key']}, {r['contestant']}: {r['error']}" for r in failures)]
+    return "\n".join(text if failures else [*text, "none"]) + "\n"
+
+
+def _parts(lines: list[Line], parts: list[str]) -> Iterator[str]:
+    for name in parts:
+        end = [line for line in lines if line.get("part") == name and line.get("kind") in ("end", "stopped")]
+        if not end:
+            yield f"- {name}: not run"
+        elif end[-1]["kind"] == "end":
+            yield f"- {name}: complete, {end[-1]['seconds']:.0f} s"
+        else:
+            yield f"- {name}: {end[-1]['reason']}"
+
+
+def _checks(lines: list[Line]) -> list[str]:
+    found = {(c["part"], c["name"]): c for c in lines if c.get("kind") == "check"}.values()
+    text = []
+    for check in found:
+        text.append(f"- {check['name']}: {'passed' if check['ok'] else 'FAILED'}; {check['summary']}")
+        text += [f"  - {failure}" for failure in check.get("failures", [])]
+    return text or ["not run"]
+
+
+def _line(case: dict[str, Line]) -> str:
+    first = next(iter(case.values()))
+    cells = [f"{first['floor'] * 1e6:.1f}"]
+    for name in ("copy", *OURS, *OTHERS):
+        seconds = seconds_of(case, name)
+        cells.append(f"{seconds * 1e6:.1f}" if seconds is not None else "error" if name in case else "")
+    ours = best_of(case)
+    others = [s for name in OTHERS if (s := seconds_of(case, name)) is not None]
+    cells.append(f"{first['floor'] / ours[1]:.0%}" if ours else "")
+    cells.append(f"{min(others) / ours[1]:.2f}" if ours and others else "")
+    return f"| {first['case']} | {first['dtype']} | {first['bytes'] / 1e6:.2f} | {' | '.join(cells)} |"
+
+
+def _networks(rows: list[Line]) -> list[str]:
+    """Sums over the norms of a pass, of the contestants that have a time for each."""
+    groups: dict[tuple[str, str, str], list[dict[str, Line]]] = {}
+    for case in cases_of(rows):
+        first = next(iter(case.values()))
+        if "norm" in first["op"] and first["dtype"] == "bfloat16":
+            backward = "backward" if " backward" in first["case"] else "forward"
+            groups.setdefault((first["network"], first["op"], backward), []).append(case)
+    text = [f"| network | op | pass | {' | '.join(('floor', *OURS, *OTHERS))} |", "| --- " * 9 + "|"]
+    for group, cases in groups.items():
+        cells = [f"{1e3 * sum(next(iter(c.values()))['floor'] * next(iter(c.values()))['count'] for c in cases):.3f}"]
+        for name in (*OURS, *OTHERS):
+            times = [seconds_of(case, name) for case in cases]
+            counts = [next(iter(case.values()))["count"] for case in cases]
+            known = [t for t in times if t is not None]
+            complete = len(known) == len(times)
+            cells.append(f"{1e3 * sum(t * n for t, n in zip(known, counts, strict=True)):.3f}" if complete else "")
+        text.append(f"| {' | '.join(group)} | {' | '.join(cells)} |")
+    return text if groups else ["not measured"]
+
+
+def _sweep(rows: list[Line]) -> list[str]:
+    """For each shape the plan's own choice, and the fastest."""
+    text = []
+    for case in cases_of([row for row in rows if row["part"] == "sweep" and row["seconds"] is not None]):
+        best = min(case.values(), key=lambda row: row["seconds"])
+        plan = next((row for row in case.values() if row["slab"] == row["cluster"] == 0), None)
+        text.append(
+            f"- {best['case']} {best['dtype']}: best {best['contestant'].removeprefix('native, ')} "
+            f"{best['seconds'] * 1e6:.1f} us; by plan {plan['seconds'] * 1e6:.1f} us"
+            if plan
+            else f"- {best['case']}: best {best['contestant']} {best['seconds'] * 1e6:.1f} us"
+        )
+    return text or ["not measured"]
+
+
+def proposed(rows: list[Line]) -> list[str]:
+    """For each op the faster of CUDA and Triton by the elements of a call, neighbours that agree in one range.
+
+    Calls of one size are added up, forward and backward: an op runs both by the same implementation.
+    """
+    totals: dict[str, dict[int, dict[str, float]]] = {}
+    for case in cases_of(rows):
+        first = next(iter(case.values()))
+        times = {name: seconds_of(case, name) for name in OURS}
+        if any(t is None for t in times.values()):
+            continue
+        size = totals.setdefault(first["op"], {}).setdefault(first["elements"], dict.fromkeys(OURS, 0.0))
+        for name, t in times.items():
+            size[name] += (t or 0.0) / first["floor"]  # each case weighs by what it could take at best
+    text = ["RANGES = {"]
+    for op, sizes in totals.items():
+        ranges: list[tuple[float, str]] = []
+        for elements, times_of in sorted(sizes.items()):
+            winner = "CUDA" if times_of["native"] <= times_of["triton"] else "TRITON"
+            if ranges and ranges[-1][1] == winner:
+                ranges.pop()
+            ranges.append((elements, winner))
+        ranges[-1] = (float("inf"), ranges[-1][1])
+        entries = ", ".join(f"Range({'math.inf' if n == float('inf') else f'{n:_}'}, {w})" for n, w in ranges)
+        text.append(f'    "{op}": ({entries},),')
+    return [*text, "}"] if totals else ["# not measured"]
+
+
+def plot(lines: list[Line], path: Path) -> bool:
+    """The share of the floor by size, a panel for each op and pass. Returns whether there is matplotlib, and a row."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in gpu_record.rows(lines) if r["part"] != "sweep" and r["seconds"] is not None]
+    panels = sorted({(r["op"], " backward" in r["case"]) for r in rows if r["contestant"] in (*OURS, *OTHERS)})
+    if not panels:
+        return False
+    wide = 3
+    high = -(-len(panels) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(5 * wide, 3.2 * high), squeeze=False)
+    colours = dict(zip((*OURS, *OTHERS), ("#1f6f8b", "#3aa17e", "#8a8a8a", "#d1603d", "#8e5ea2"), strict=True))
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (op, backward) in zip(axes.flat, panels, strict=False):
+        for name, colour in colours.items():
+            mine = [r for r in rows if (r["op"], " backward" in r["case"], r["contestant"]) == (op, backward, name)]
+            points = [(r["bytes"] / 1e6, 100 * r["floor"] / r["seconds"]) for r in mine]
+            if points:
+                axis.scatter(*zip(*points, strict=True), s=14, color=colour, label=name)
+        axis.set_xscale("log")
+        axis.set_ylim(0, 110)
+        axis.set_title(f"{op}{' backward' if backward else ''}", fontsize=9)
+        axis.set_xlabel("MB moved", fontsize=7)
+        axis.set_ylabel("% of the floor", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6)
+    figure.suptitle(str((gpu_record.about(lines) or {}).get("device", "")), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def write(record: Path, parts: list[str]) -> list[Path]:
+    """The table, and the plot where there can be one, beside the record."""
+    lines = gpu_record.read(record)
+    picture, table = record.with_name("plot.png"), record.with_name("table.md")
+    drawn = plot(lines, picture)
+    table.write_text(markdown(lines, parts, picture.name if drawn else None), encoding="utf-8")
+    return [table, *([picture] if drawn else [])]
+
+
+def main() -> None:
+    from benchmarks.gpu_cases import parts
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    for path in write(parser.parse_args().record, [part.name for part in parts()]):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Everything that a GPU is needed for, in one command: build, tests, sanitizer, timings of every op.
+
+    python -m benchmarks.gpu_suite --out DIR            as much as fits into 8.5 minutes; called again, it goes on
+    python -m benchmarks.gpu_suite --out DIR --parts    what there is, and what is done
+    python -m benchmarks.gpu_suite --out DIR --dry-run  every case that would be timed; needs no GPU
+
+Each part runs in a process of its own with a time limit, and writes its lines to DIR/record.jsonl as it goes. A part,
+or a case of one, that is there already is not run again. DIR/log.txt has what the processes print; DIR/table.md and
+DIR/plot.png are made of the record at the end. Exit status: 0 where everything is complete and every check passed, 1
+where a check or a contestant failed, 2 without a GPU, 3 where another call must go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_record, gpu_report
+from benchmarks.gpu_cases import Case, Part, parts
+
+Line = dict[str, Any]
+ROOT = gpu_record.ROOT
+LEAST = 15.0  # seconds: a part is not begun with less left
+LOST = 75  # exit status of a process whose device is unusable: the next one goes on
+OPS = ("normal", "q_sample", "diffusion_loss", "solver_step", "group_norm_silu", "rms_norm_silu", "adam_ema")
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    minutes: float = 8.5
+    seconds: float = 0.15  # of turns for each case
+    without: frozenset[str] = frozenset()
+    again: frozenset[str] = frozenset()
+
+    @property
+    def record(self) -> Path:
+        return self.out / "record.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.out / "log.txt"
+
+
+# The process that sees to the others.
+
+
+def pending(lines: list[Line], all_parts: list[Part], again: frozenset[str] = frozenset()) -> list[Part]:
+    """The parts that are not complete, or that are wanted again."""
+    done = gpu_record.ended(lines) - again
+    return [part for part in all_parts if part.name not in done]
+
+
+def run_parts(options: Options, todo: list[Part]) -> None:
+    """One after the other, until the time is over."""
+    end = time.monotonic() + 60 * options.minutes
+    for part in todo:
+        left = end - time.monotonic()
+        if left < LEAST:
+            print(f"{part.name}: no time left; the same command goes on from here", flush=True)
+            return
+        begin = time.monotonic()
+        limit = min(part.limit, left)
+        print(f"{part.name}: at most {limit:.0f} s ..", end=" ", flush=True)
+        reason = run_part(options, part, begin + limit)
+        seconds = time.monotonic() - begin
+        ended: Line = {"kind": "end" if reason is None else "stopped", "part": part.name, "seconds": round(seconds, 1)}
+        gpu_record.append(options.record, [ended if reason is None else ended | {"reason": reason}])
+        print(f"{'complete' if reason is None else reason}, {seconds:.0f} s", flush=True)
+
+
+def run_part(options: Options, part: Part, end: float) -> str | None:
+    """Run the process of a part. Returns why it is not complete, or None."""
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(options.out), "--worker", part.name,
+               "--seconds", str(options.seconds), "--without", *sorted(options.without),
+               "--again", *sorted(options.again)]  # fmt: skip
+    before = -1
+    while True:
+        status = run_logged(command, options.log, end - time.monotonic())
+        harmed = sum(bool(row.get("lost")) for row in gpu_record.rows(gpu_record.read(options.record)))
+        if status == LOST and harmed > before and time.monotonic() < end - LEAST:
+            before = harmed
+            continue
+        if status is None:
+            return "the time was over"
+        return None if status == 0 else f"the process ended with status {status}; see {options.log.name}"
+
+
+def run_logged(command: list[str], log: Path, limit: float, env: dict[str, str] | None = None) -> int | None:
+    """Run a command, its output behind what is in the log. Returns its status; None where it took too long."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            env=os.environ | (env or {}),
+        )  # fmt: skip
+        try:
+            return process.wait(max(1.0, limit))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
+
+
+def about() -> Line:
+    """What a record belongs to."""
+    import torch
+
+    from fastddpm import _native
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "kind": "about",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 MB": properties.L2_cache_size / 2**20,
+        "CUDA of torch": torch.version.cuda,
+        "packages": {n: v for n, v in _native.build_info()["packages"].items() if v},
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+        "source": gpu_record.source(),
+    }
+
+
+def differs(recorded: Line | None, now: Line) -> str | None:
+    """Why a record of another machine or source cannot be gone on with, in words."""
+    if recorded is None:
+        return None
+    for name in ("device", "source"):
+        if recorded.get(name) != now.get(name):
+            return f"the record is of {name} {recorded.get(name)}, and this is {now.get(name)}; choose another --out"
+    return None
+
+
+def status_of(lines: list[Line], all_parts: list[Part]) -> int:
+    checks = {(c["part"], c["name"]): c["ok"] for c in lines if c.get("kind") == "check"}
+    if pending(lines, all_parts):
+        return 3
+    ours = [row for row in gpu_record.rows(lines) if row["contestant"] in gpu_report.OURS]
+    return 0 if all(checks.values()) and not any(row.get("error") for row in ours) else 1
+
+
+# The processes of the parts.
+
+
+def check(options: Options, part: str, name: str, ok: bool, summary: str, failures: list[str] | None = None) -> None:
+    line: Line = {"kind": "check", "part": part, "name": name, "ok": ok, "summary": summary}
+    gpu_record.append(options.record, [line | ({"failures": failures[:20]} if failures else {})])
+
+
+def captured(command: list[str], options: Options, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a command inside a part; its output goes to the log in one piece, and is returned."""
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+        env=os.environ | (env or {}),
+    )  # fmt: skip
+    with options.log.open("a", encoding="utf-8") as file:
+        file.write(f"\n$ {' '.join(command)}\n{run.stdout}\n")
+    return run.returncode, run.stdout
+
+
+def build(options: Options) -> None:
+    """The native code, that for CUDA for the GPU at hand alone."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    status, output = captured(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        options,
+        {"FASTDDPM_CUDA_ARCHS": f"{major}{minor}", "FASTDDPM_REQUIRE_NATIVE": "1", "FASTDDPM_REQUIRE_CUDA": "1"},
+    )
+    last = output.strip().splitlines()[-1:] or [""]
+    check(options, "build", "build", status == 0, "built" if status == 0 else last[0])
+    script = "import json; from fastddpm import _native; print(json.dumps(_native.build_info(), default=str))"
+    status, output = captured([sys.executable, "-c", script], options)
+    check(options, "build", "import", status == 0, (output.strip().splitlines() or [""])[-1][:600])
+
+
+def groups() -> dict[str, str]:
+    """The GPU tests by what -k selects: a process for each op, and one for all others."""
+    return {op: op for op in OPS} | {"others": " and ".join(f"not {op}" for op in OPS)}
+
+
+def summary_of(output: str) -> tuple[str, list[str]]:
+    """The last line that counts, and the tests that failed, of what pytest prints."""
+    counts = re.findall(r"^=*\s*(.*\b(?:passed|failed|error|errors|skipped|deselected)\b.* in .*?)\s*=*$", output, re.M)
+    failures = re.findall(r"^(?:FAILED|ERROR) .*$", output, re.M)
+    return (counts[-1] if counts else "no summary"), failures
+
+
+def tests(options: Options) -> None:
+    """The tests marked gpu, several processes at a time; a group that has passed is not run again."""
+    passed = {c["name"] for c in gpu_record.read(options.record) if c.get("kind") == "check" and c["ok"]}
+
+    def one(group: tuple[str, str]) -> None:
+        name, selection = group
+        status, output = captured(
+            [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-k", selection, "-q", "-rfE",
+             "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "-o", "timeout=0",
+             "--continue-on-collection-errors"],
+            options,
+        )  # fmt: skip
+        counts, failures = summary_of(output)
+        check(options, "tests", f"tests, {name}", status in (0, 5), counts, failures)  # 5: none selected
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, (g for g in groups().items() if f"tests, {g[0]}" not in passed)))
+
+
+def sanitizer(options: Options) -> None:
+    """compute-sanitizer over the CUDA kernels: one contract case of each op, forward and backward."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        check(options, "sanitizer", "compute-sanitizer", True, "not installed: not run")
+        return
+    for kind in ("memcheck", "racecheck", "synccheck"):
+        status, output = captured(
+            [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_suite", "--out",
+             str(options.out), "--worker", "selection"],
+            options,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )  # fmt: skip
+        found = re.findall(r"=========\s*((?:ERROR|RACECHECK) SUMMARY.*)", output)
+        check(options, "sanitizer", kind, status == 0, found[-1] if found else f"status {status}")
+
+
+def selection(options: Options) -> None:
+    """What the sanitizer watches."""
+    import torch
+
+    import fastddpm
+    from tests.ops.cases import CASES, LAYOUTS, OPS
+    from tests.ops.test_contract import results
+
+    for op in OPS:
+        case = next(case for case in CASES if case.op == op)
+        for layout in LAYOUTS:
+            with fastddpm.use_backend("native"):
+                results(case, case.inputs(torch.bfloat16, layout, "cuda"), torch.bfloat16)
+    torch.cuda.synchronize()
+
+
+def measure(options: Options, part: Part) -> None:
+    """Time the cases of a part that have no rows yet."""
+    import gc
+
+    import torch
+    import torch._functorch.config
+
+    from benchmarks import gpu_timing
+
+    torch._functorch.config.donated_buffer = False  # the gradient is timed many times on one graph
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    rates = gpu_timing.Rates(cache)
+    rate: Line = {"kind": "rates", "part": part.name, "copied bytes": rates.copied_bytes, "draws": rates.draws}
+    lines = gpu_record.read(options.record)
+    gpu_record.append(options.record, [rate])
+    done = gpu_record.timed(lines) if part.name not in options.again else set()
+    hook = gpu_timing.plan_hook() if part.name == "sweep" else None
+    if part.name == "sweep" and hook is None:
+        check(options, "sweep", "sweep", True, f"the CUDA library has no {gpu_timing.HOOK}: not run")
+        return
+    for case in swept_cases() if hook else part.cases:
+        key = f"sweep {case.key}" if hook else case.key
+        if key in done:
+            continue
+        print(key, flush=True)
+        try:
+            rows = (
+                gpu_timing.swept(case, hook, rates, cache, options.seconds / 2)
+                if hook
+                else gpu_timing.measured(
+                    case, rates, cache, options.seconds, options.without | gpu_record.harmful(lines, case.key)
+                )
+            )
+        except gpu_timing.DeviceLostError as error:
+            rows = [{**row, "key": key, "part": part.name} for row in error.rows if row.get("lost")]
+            gpu_record.append(options.record, rows)
+            sys.stdout.flush()
+            os._exit(LOST)  # nothing that would use the device
+        gpu_record.append(options.record, rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def swept_cases() -> list[Case]:
+    """The shape that each network spends most on, forward and backward."""
+    return [case for part in parts() if part.name.startswith("group_norm_silu") for case in part.cases[:2]]
+
+
+def work(options: Options, name: str) -> None:
+    named = {"build": build, "tests": tests, "sanitizer": sanitizer, "selection": selection}
+    if name in named:
+        named[name](options)
+    else:
+        measure(options, next(part for part in parts() if part.name == name))
+
+
+# The command line.
+
+
+def listing(lines: list[Line], all_parts: list[Part], with_cases: bool) -> list[str]:
+    done, timed = gpu_record.ended(lines), gpu_record.timed(lines)
+    text = []
+    for part in all_parts:
+        cases = f", {sum(c.key in timed for c in part.cases)} of {len(part.cases)} cases" if part.cases else ""
+        text.append(f"{part.name:<28}{'complete' if part.name in done else 'to do'}, at most {part.limit:.0f} s{cases}")
+        if with_cases:
+            text += [f"    {case.key}{'  done' if case.key in timed else ''}" for case in part.cases]
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where record, log, table and plot go")
+    parser.add_argument("--minutes", type=float, default=Options.minutes, help="for all parts of this call (8.5)")
+    parser.add_argument("--seconds", type=float, default=Options.seconds, help="of turns for each case (0.15)")
+    parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="these parts alone")
+    parser.add_argument("--again", nargs="*", default=[], metavar="PART", help="parts to run again though complete")
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants to leave out: compile ..")
+    parser.add_argument("--parts", action="store_true", help="list the parts, and what is done")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases, too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    options = Options(
+        given.out.resolve(), given.minutes, given.seconds, frozenset(given.without), frozenset(given.again)
+    )
+    all_parts = parts()
+    unknown = {*given.only, *given.again} - {part.name for part in all_parts}
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; see --parts")
+    if given.worker:
+        work(options, given.worker)
+        return 0
+    lines = gpu_record.read(options.record)
+    if given.parts or given.dry_run:
+        print("\n".join(listing(lines, all_parts, given.dry_run)))
+        return 0
+
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu_suite: expected a CUDA GPU, got none that torch can use; "
+              "--parts and --dry-run need none", file=sys.stderr)  # fmt: skip
+        return 2
+    now = about()
+    reason = differs(gpu_record.about(lines), now)
+    if reason is not None:
+        print(f"benchmarks.gpu_suite: {reason}", file=sys.stderr)
+        return 2
+    if not lines:
+        gpu_record.append(options.record, [now])
+    todo = [part for part in pending(lines, all_parts, options.again) if not given.only or part.name in given.only]
+    run_parts(options, todo)
+    for path in gpu_report.write(options.record, [part.name for part in all_parts]):
+        print(path)
+    status = status_of(gpu_record.read(options.record), all_parts)
+    words = {0: "complete", 1: "complete, with failures: see the table", 3: "not complete: the same command goes on"}
+    print(words[status])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

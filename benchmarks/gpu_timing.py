@@ -1,0 +1,261 @@
+"""How the GPU suite times contestants, each of which may fail: a failure is a row, and the suite goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastddpm
+from benchmarks import contests
+from benchmarks.contests import Call, Contest, Function
+from benchmarks.gpu_cases import Case
+
+Line = dict[str, Any]
+BATCH_SECONDS = 4e-4  # of work between two events: what an event costs is little beside it
+MOST_COPIES = 256
+CLOCK = 2e9  # cycles a second that no GPU exceeds by much: how long to sleep
+
+
+def copies_of(size: int, cache: int) -> int:
+    """How many sets of inputs make three times the cache: at least a quarter of what an op moves are its inputs."""
+    return max(1, min(MOST_COPIES, -(-3 * cache // max(1, size // 4))))
+
+
+class DeviceLostError(Exception):
+    """A contestant left the device unusable for this process; ``rows`` say which."""
+
+    def __init__(self, rows: list[Line]) -> None:
+        super().__init__(rows[-1]["error"])
+        self.rows = rows
+
+
+class Rotation:
+    """Calls on one set of inputs after the other, so that none is found in the cache."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls, self.next = calls, 0
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            self.calls[self.next]()
+            self.next = (self.next + 1) % len(self.calls)
+
+
+class Timed:
+    """A contestant, and the best time of one of its calls so far."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.rotation, self.best = Rotation(calls), float("inf")
+        self.rotation.run(min(3, len(calls)))
+        torch.cuda.synchronize()
+        first, enqueued = self._measure(4, 0.002)
+        self.count = max(4, min(64, round(BATCH_SECONDS / max(first, 1e-7))))
+        self.sleep = max(5e-5, 2 * enqueued * self.count)
+
+    def turn(self) -> None:
+        seconds, enqueued = self._measure(self.count, self.sleep)
+        self.sleep = max(self.sleep, 1.5 * enqueued * self.count)  # else the GPU would wait for the host
+        self.best = min(self.best, seconds)
+
+    def _measure(self, count: int, sleep: float) -> tuple[float, float]:
+        """Seconds of a call on the GPU, and on the host, which runs ahead while the GPU sleeps."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(min(sleep, 0.1) * CLOCK))
+        begin.record()
+        start = time.perf_counter()
+        self.rotation.run(count)
+        enqueued = time.perf_counter() - start
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count, enqueued / count
+
+
+class Rates:
+    """What this device copies and draws in a second, measured on amounts that no cache holds."""
+
+    def __init__(self, cache: int) -> None:
+        size = max(2**29, 8 * cache)
+        self.copied_bytes = size / best_of(copying(size, 1)[0])
+        sample = torch.arange(64, device="cuda")
+        self.draws: dict[str, float] = {}
+        for backend in ("native", "triton"):
+            with contextlib.suppress(Exception):
+                self.draws[backend] = 2**27 / best_of(forced(backend, lambda: _draw(sample)))
+
+    def floor(self, size: int, normals: int) -> float:
+        """The least seconds: to move the bytes, or to draw the normal numbers where it is longer."""
+        drawing = normals / max(self.draws.values()) if normals and self.draws else 0.0
+        return max(size / self.copied_bytes, drawing)
+
+
+def _draw(sample: torch.Tensor) -> object:
+    return fastddpm.ops.normal((64, 2**21), seed=0, sample=sample, step=0, stream=1, dtype=torch.bfloat16)
+
+
+def best_of(call: Call, turns: int = 10) -> float:
+    timed = Timed([call])
+    for _ in range(turns):
+        timed.turn()
+    return timed.best
+
+
+def forced(backend: str, function: Function) -> Function:
+    def run(*inputs: Any) -> Any:
+        with fastddpm.use_backend(backend):
+            return function(*inputs)
+
+    return run
+
+
+def apex_function(case: Case) -> Function | None:
+    """apex's GroupNorm with SiLU, where it is installed and takes the shape."""
+    if case.op != "group_norm_silu":
+        return None
+    try:
+        module = importlib.import_module("apex.contrib.group_norm")
+    except ImportError:
+        return None
+    norm = module.GroupNorm(32, case.shape[1], eps=1e-6, act="silu").to("cuda", getattr(torch, case.dtype))
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    return run
+
+
+def functions_of(case: Case, contest: Contest) -> dict[str, Callable[[], Function]]:
+    """The contestants by name, made when it is their turn: what fails then is their own failure."""
+    makers: dict[str, Callable[[], Function]] = {
+        "native": lambda: forced("native", contest.ours),
+        "triton": lambda: forced("triton", contest.ours),
+        "eager": lambda: contest.eager,
+    }
+    if case.op not in ("normal", "adam_ema"):  # one kernel already; and an optimizer is none
+        makers["compile"] = lambda: contests.compiled(contest.eager)
+    apex = apex_function(case)
+    if apex is not None:
+        makers["apex"] = lambda: apex
+    return makers
+
+
+def measured(case: Case, rates: Rates, cache: int, seconds: float, without: frozenset[str]) -> list[Line]:
+    """The rows of a case: every contestant, in turns, and a copy of as many bytes."""
+    torch.manual_seed(0)
+    make = getattr(contests, case.contest)
+    contest: Contest = make(case.shape, getattr(torch, case.dtype))
+    copies = copies_of(contest.size, cache) if contest.inputs else 1
+    inputs = [contest.inputs, *(contest.copied_inputs() for _ in range(copies - 1))]
+    about = dict(
+        kind="row", part=case.part, key=case.key, op=case.op, case=contests.name_of(make, case.shape), dtype=case.dtype,
+        network=case.network, count=case.count, elements=case.elements, bytes=contest.size, normals=contest.normals,
+        copies=copies, floor=rates.floor(contest.size, contest.normals),
+    )  # fmt: skip
+    entrants: dict[str, Timed] = {}
+    rows: list[Line] = []
+
+    def attempt(name: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:
+            entrants.pop(name, None)
+            rows.append({**about, "contestant": name, "seconds": None, "error": in_short(error), "lost": is_lost()})
+            if rows[-1]["lost"]:
+                raise DeviceLostError(rows) from error
+
+    def enter(name: str, calls: Callable[[], list[Call]]) -> None:
+        def step() -> None:
+            entrants[name] = Timed(calls())
+
+        attempt(name, step)
+
+    with torch.set_grad_enabled(contest.timed != "call"):
+        for name, maker in functions_of(case, contest).items():
+            if name not in without:
+                enter(name, partial(bound_all, contest, maker, inputs))
+        enter("copy", partial(copying, contest.size, copies))
+        end = time.perf_counter() + seconds
+        turns = 0
+        while entrants and (turns < 5 or time.perf_counter() < end):
+            for name, entrant in list(entrants.items()):
+                attempt(name, entrant.turn)
+            turns += 1
+    rows += [{**about, "contestant": name, "seconds": e.best, "turns": turns} for name, e in entrants.items()]
+    return rows
+
+
+def bound_all(contest: Contest, maker: Callable[[], Function], inputs: list[tuple[torch.Tensor, ...]]) -> list[Call]:
+    function = maker()
+    return [contest.bound(function, x) for x in inputs]
+
+
+def is_lost() -> bool:
+    """Whether an error of the device stays: then only another process can go on."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def in_short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def copying(size: int, copies: int) -> list[Call]:
+    """Read half of the bytes and write as many."""
+
+    def one() -> Call:
+        source = torch.ones(max(1, size // 8), device="cuda")
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return [one() for _ in range(max(1, min(copies, 64)))]
+
+
+# The sweep of group_norm_silu.
+
+SLABS, CLUSTERS = (64, 96, 128, 192), (1, 2, 4, 8, 16)
+HOOK = "fastddpm_group_norm_plan"  # void (int slab, int cluster); 0 leaves a choice to the kernels
+
+
+def plan_hook() -> Callable[[int, int], None] | None:
+    """The function of the CUDA library that sets slab and cluster for all calls behind it, where it has one."""
+    for path in sorted(contests.fastddpm_libraries()):
+        with contextlib.suppress(OSError, AttributeError):
+            hook = getattr(ctypes.CDLL(str(path)), HOOK)
+            hook.argtypes, hook.restype = (ctypes.c_int, ctypes.c_int), None
+            return lambda slab, cluster: hook(slab, cluster)  # type: ignore[no-any-return]
+    return None
+
+
+@contextlib.contextmanager
+def planned(hook: Callable[[int, int], None], slab: int, cluster: int) -> Iterator[None]:
+    hook(slab, cluster)
+    try:
+        yield
+    finally:
+        hook(0, 0)
+
+
+def swept(case: Case, hook: Callable[[int, int], None], rates: Rates, cache: int, seconds: float) -> list[Line]:
+    """A row for each slab and cluster. The kernels take what is possible of what is asked for."""
+    rows: list[Line] = []
+    for slab in (0, *(s for s in SLABS if s <= case.shape[1])):
+        for cluster in (0, *CLUSTERS) if slab == 0 else CLUSTERS:
+            with planned(hook, slab, cluster):
+                found = measured(case, rates, cache, seconds, frozenset({"triton", "eager", "compile", "apex"}))
+            label = f"native, slab {slab or 'by plan'}, cluster {cluster or 'by plan'}"
+            rows += [
+                row | dict(key=f"sweep {row['key']}", part="sweep", contestant=label, slab=slab, cluster=cluster)
+                for row in found
+                if row["contestant"] == "native"
+            ]
+    return rows
