@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import _gpu_defaults
 from ._checks import is_nhwc
+from ._gpu_defaults import range_of, source
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
@@ -86,7 +86,7 @@ class Op:
         if not images or not images[0].is_cuda:
             return BACKENDS
         elements = torch.Size(arguments["shape"]).numel() if "shape" in arguments else sum(x.numel() for x in images)
-        return _gpu_defaults.range_of(self.name, elements).prefer
+        return range_of(self.name, elements).prefer
 
     def reason_against(self, backend: str, arguments: dict[str, Any]) -> str | None:
         """Why this backend cannot run on these arguments, in words; None where it can."""
@@ -198,7 +198,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         note = "chosen" if backend == chosen else "can run" if reasons[backend] is None else reasons[backend]
         lines.append(f"  {backend:<10} {note}")
     if order is not BACKENDS:
-        lines.append(f"  in the order for a GPU: {_gpu_defaults.source(holder.name)}")
+        lines.append(f"  in the order for a GPU: {source(holder.name)}")
     if _copied[holder.name]:
         lines.append(f"  {_copied[holder.name]} gradients came with other strides, and were copied")
     text = "\n".join(lines)

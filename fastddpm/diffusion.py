@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import ops, sampling, weighting
 from .nn import UNet
-from .ops import normal, philox
+from .ops import philox
+from .ops.normal import normal
 from .prediction import PREDICTIONS, check_prediction, x0_from
 from .sampling import VARIANCES
 from .schedule import SCHEDULES, Schedule, extract, make_schedule

@@ -31,7 +31,8 @@ from ..diffusion import (
     q_posterior,
     q_sample,
 )
-from ..ops import normal, philox
+from ..ops import philox
+from ..ops.normal import normal
 from ..schedule import Schedule, extract
 from .bound import vlb_term
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._checks import check_dtype, check_shape
 from .._graph import Replayed
-from ..ops import normal, philox
+from ..ops import philox
+from ..ops.normal import normal
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule
 from .coefficients import blend_table, ddim_table, ddpm_table, dpmpp_2m_table
