@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 DEFINES = ["-DFASTDDPM_EMULATED=1", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
