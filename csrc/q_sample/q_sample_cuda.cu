@@ -13,7 +13,7 @@ namespace {
 
 // In, Out: the types of x0 and of the outputs. With both known the noise is drawn; with Any it may be given.
 template <class Tile, class In, class Out>
-__global__ void __launch_bounds__(BLOCK) q_sample_kernel(const QSample a, const int64_t count) {
+__global__ void __launch_bounds__(BLOCK, 6) q_sample_kernel(const QSample a, const int64_t count) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     constexpr int SIZE = Tile::SIZE;

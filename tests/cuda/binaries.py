@@ -51,7 +51,6 @@ HOT = [
 TO_REPAIR = [
     r"one_read_kernel<.*>",
     r"(moments|sums|merge_moments|merge_sums|dx|apply)_kernel.*",
-    r"backward_any<.*>|(forward|backward)_tiles<.*>",
 ]
 
 

@@ -43,6 +43,11 @@ def test_contract(library: Path, op: str) -> None:
     assert passed(library, *tests) > 10
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if Path(__file__).with_name(f"test_{op}.py").exists()])
+def test_how_the_kernels_are_cut(library: Path, op: str) -> None:
+    assert passed(library, f"tests/cuda/test_{op}.py", "--timeout=120") > 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "seed"), [("80", "2"), ("89", "3"), ("90", "4"), ("100", "5"), ("120", "6")])
 def test_contract_on_other_devices(library: Path, architecture: str, seed: str) -> None:
