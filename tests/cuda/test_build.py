@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -197,8 +198,11 @@ def test_it_loads_beside_a_torch_for_cuda() -> None:
     assert _native.cuda_reason() is None
     assert _native.cuda_reason((9, 0)) is None
     assert "FASTDDPM_CUDA_ARCHS=75" in str(_native.cuda_reason((7, 5)))
-    for op in sorted(path.parent.name for path in (ROOT / "csrc").glob("*/*_cuda.cu")):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastddpm::{op}", "CUDA"), op
+    hosts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc").glob("*/*_cuda.cpp"))
+    operators = re.findall(r'm\.impl\("(\w+)"', hosts)
+    assert operators
+    for name in operators:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastddpm::{name}", "CUDA"), name
 
 
 @pytest.mark.nvcc
