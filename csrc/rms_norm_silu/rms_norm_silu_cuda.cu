@@ -539,6 +539,16 @@ __global__ void __launch_bounds__(THREADS, 3) backward_tiles(const RmsNorm a, co
 
 // Any other size and alignment.
 
+// A sum that keeps what rounding takes from it (Kahan 1965): one thread may add up thousands of channels.
+struct Sum {
+    float total = 0, lost = 0;
+    __device__ __forceinline__ void add(float x) {
+        const float corrected = x - lost, next = total + corrected;
+        lost = next - total - corrected;
+        total = next;
+    }
+};
+
 // ``lanes`` threads have one pixel, each every lanes-th channel: neighbours in NHWC order; in NCHW order neighbours have
 // neighbouring pixels instead.
 template <class T>
@@ -583,12 +593,12 @@ struct Any {
     }
 
     __device__ __forceinline__ Factor factor(const RmsNorm& a, int64_t sample, int64_t pixel, bool real) const {
-        float squares = 0;
+        Sum squares;
         for_channels(real, [&](int64_t c) {
             const float x = to_float(static_cast<const T*>(a.x.data)[at(sample, pixel, c)]);
-            squares += x * x;
+            squares.add(x * x);
         });
-        return Factor(a, sum(squares));
+        return Factor(a, sum(squares.total));
     }
 };
 
@@ -631,14 +641,13 @@ __global__ void __launch_bounds__(THREADS, 3) backward_any(const RmsNorm a, cons
         const bool real = pixel < item.end;
         const Factor factor = t.factor(a, b, pixel, real);
         if (real && t.lane == 0) t.factors[pixel - item.first] = factor.value;
-        float dot = 0;
+        Sum dot;
         t.for_channels(real, [&](int64_t c) {
             const float gain = gain_of(a, b, c);
             const float2 e = both(pixel, c, factor.value, gain);
-            dot += e.x * e.y * gain;
+            dot.add(e.x * e.y * gain);
         });
-        dot = t.sum(dot);
-        const float mean = factor.is_norm ? dot * a.inverse : 0.0f;
+        const float of_pixel = t.sum(dot.total), mean = factor.is_norm ? of_pixel * a.inverse : 0.0f;
         t.for_channels(real, [&](int64_t c) {
             const float gain = gain_of(a, b, c);
             const float2 e = both(pixel, c, factor.value, gain);
