@@ -15,63 +15,65 @@
 namespace fastddpm::cuda {
 namespace {
 
-template <class A>
-struct Planes {
-    typename A::Plane x, residual, dy, dh;
-};
-struct Images {
-    bool residual, dh;
-};
+// What gives the gradient before the activation at an access of a channel.
+template <class Access, class A>
+struct Inputs {
+    typename A::Plane x, dy, residual;
 
-// da of an access, and d = x + residual - centre; ``word``: what dropout keeps.
-template <class A>
-__device__ __forceinline__ void gradient(const GroupNorm& a, const typename A::Raw& x, const typename A::Raw& residual,
-                                         const typename A::Raw& dy, const float (&centre)[A::CHANNELS],
-                                         const float (&gain)[A::CHANNELS], const float (&offset)[A::CHANNELS],
-                                         unsigned word, int access, float (&d)[A::N], float (&da)[A::N]) {
-    A::numbers(x, d), A::numbers(dy, da);
-    if (a.residual.data) {
-        float r[A::N];
-        A::numbers(residual, r);
+    __device__ __forceinline__ Inputs(const GroupNorm& a, const Part& part, int c)
+        : x(Access::template plane<A>(a, part, 0, c)), dy(Access::template plane<A>(a, part, 1, c)),
+          residual(Access::template plane<A>(a, part, 2, c)) {}
+
+    // M elements from ``from`` on at pixel q: x + residual, and dy through dropout, of which ``word`` says what it keeps.
+    template <int M>
+    __device__ __forceinline__ void load(const GroupNorm& a, bool with_residual, unsigned word, int j, int q, int from,
+                                         float (&h)[M], float (&dy_q)[M]) const {
+        x.load(q, from, h), dy.load(q, from, dy_q);
+        if (with_residual) add(residual, q, from, h);
+        if (a.draw.sample) {
 #pragma unroll
-        for (int i = 0; i < A::N; ++i) d[i] += r[i];
-    }
-#pragma unroll
-    for (int i = 0; i < A::N; ++i) {
-        const int k = A::NHWC ? i : 0;
-        d[i] -= centre[k];
-        if (a.draw.sample) da[i] = is_kept<A>(word, access, i) ? da[i] * a.keep_scale : 0.0f;
-        if (a.activation) {
-            const float t = d[i] * gain[k] + offset[k], sigma = sigmoid(t);
-            da[i] *= sigma * (1.0f + t * (1.0f - sigma));
+            for (int i = 0; i < M; ++i) dy_q[i] = is_kept<A>(word, j, from + i) ? dy_q[i] * a.keep_scale : 0.0f;
         }
     }
+};
+
+// da, the gradient before the activation, from that behind it.
+__device__ __forceinline__ float through_activation(float dy, float d, float gain, float offset) {
+    const float t = d * gain + offset, sigma = sigmoid(t);
+    return dy * (sigma * (1.0f + t * (1.0f - sigma)));
 }
 
 // Sums over the pixels of a part, for each channel. dh is summed where it matters: for the gradient of a channel bias.
-template <class A, class PlanesOf, class Keep>
-__device__ __forceinline__ void part_sums(const GroupNorm& a, const Part& part, const Tables& s, Entry* entries,
-                                          PlanesOf planes_of, Keep keep) {
+template <class Access>
+__device__ __forceinline__ void part_sums(const GroupNorm& a, const Part& part, const Tables& s, bool with_residual,
+                                          Entry* entries) {
+    using A = typename Access::Sums;
+    using Out = typename Access::OutSums;
     constexpr int N = A::N, C = A::CHANNELS;
     const Lanes<A> lanes(part.channels, a.plan);
-    const bool sum_dh = a.dh.data && a.channel_bias.data;
     lanes.for_channels(part.channels, [&](int c, bool live) {
-        const Planes<A> planes = planes_of(live ? c : 0);
-        float centre[C], gain[C], offset[C], sums[3][N]{};
-        load_table(s.centre, c, live, centre), load_table(s.gain, c, live, gain), load_table(s.offset, c, live, offset);
+        const Inputs<Access, A> inputs(a, part, live ? c : 0);
+        float centre[C]{}, gain[C]{}, offset[C]{}, sums[3][SUMS<A>]{};
+        if (live) load(s.centre + c, centre), load(s.gain + c, gain), load(s.offset + c, offset);
         lanes.for_batches(live, part.pixels, [&](int p) {
-            const unsigned word = a.draw.sample ? keep(lanes, c, p) : 0;
+            const unsigned word = a.draw.sample ? Access::kept(a, part, lanes, c, p) : 0;
             lanes.for_accesses(p, part.pixels, [&](int j, int q) {
-                const auto x = planes.x.load(q), dy = planes.dy.load(q);
-                typename A::Raw residual{};
-                if (a.residual.data) residual = planes.residual.load(q);
                 float d[N], da[N];
-                gradient<A>(a, x, residual, dy, centre, gain, offset, word, j, d, da);
+                inputs.load(a, with_residual, word, j, q, 0, d, da);
+#pragma unroll
+                for (int i = 0; i < N; ++i) d[i] -= centre[A::NHWC ? i : 0];
+                if (a.activation) {
+#pragma unroll
+                    for (int i = 0; i < N; ++i) {
+                        const int k = A::NHWC ? i : 0;
+                        da[i] = through_activation(da[i], d[i], gain[k], offset[k]);
+                    }
+                }
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
-                    sums[0][i] += da[i];
-                    sums[1][i] += da[i] * d[i];
-                    sums[2][i] += d[i];
+                    sums[0][i % SUMS<A>] += da[i];
+                    sums[1][i % SUMS<A>] += da[i] * d[i];
+                    sums[2][i % SUMS<A>] += d[i];
                 }
             });
         });
@@ -79,14 +81,14 @@ __device__ __forceinline__ void part_sums(const GroupNorm& a, const Part& part, 
 #pragma unroll
         for (int k = 0; k < 3; ++k) collapse<A>(sums[k], total[k]);
         add_up(lanes, live, s.room, total);
-        if (sum_dh) {
-            float more[N]{};
+        if (with_residual && a.dh.data && a.channel_bias.data) {
+            float more[SUMS<A>]{};
             lanes.for_batches(live, part.pixels, [&](int p) {
                 lanes.for_accesses(p, part.pixels, [&](int, int q) {
                     float g[N];
-                    A::numbers(planes.dh.load(q), g);
+                    plane<Out>(a.dh, part, c).load(q, 0, g);
 #pragma unroll
-                    for (int i = 0; i < N; ++i) more[i] += g[i];
+                    for (int i = 0; i < N; ++i) more[i % SUMS<A>] += g[i];
                 });
             });
             collapse<A>(more, of_dh[0]);
@@ -99,40 +101,48 @@ __device__ __forceinline__ void part_sums(const GroupNorm& a, const Part& part, 
 }
 
 // dx of a part, from what is in the tables.
-template <class A, class PlanesOf, class Keep>
-__device__ __forceinline__ void make_gradient(const GroupNorm& a, const Part& part, const Tables& s, PlanesOf planes_of,
-                                              Keep keep) {
-    constexpr int N = A::N, C = A::CHANNELS;
+template <class Access>
+__device__ __forceinline__ void make_gradient(const GroupNorm& a, const Part& part, const Tables& s, bool with_residual) {
+    using A = typename Access::Result;
+    using Out = typename Access::Out;
+    constexpr int N = A::N;
     const Lanes<A> lanes(part.channels, a.plan);
     lanes.for_channels(part.channels, [&](int c, bool live) {
         if (!live) return;
-        const Planes<A> planes = planes_of(c);
-        float centre[C], gain[C], offset[C], slope[C], level[C];
-        load_table(s.centre, c, live, centre), load_table(s.gain, c, live, gain), load_table(s.offset, c, live, offset);
-        load_table(s.slope, c, live, slope), load_table(s.level, c, live, level);
-        const auto dx = plane<A>(a.dx, a.dx2, a.channels1, part, c);
-        const auto dresidual = plane<A>(a.dresidual, part, c);
+        const Inputs<Access, A> inputs(a, part, c);
+        const auto dx = plane<Out>(a.dx, a.dx2, a.channels1, part, c);
         lanes.for_batches(live, part.pixels, [&](int p) {
-            const unsigned word = a.draw.sample ? keep(lanes, c, p) : 0;
+            const unsigned word = a.draw.sample ? Access::kept(a, part, lanes, c, p) : 0;
             lanes.for_accesses(p, part.pixels, [&](int j, int q) {
-                const auto x = planes.x.load(q), dy = planes.dy.load(q);
-                typename A::Raw residual{};
-                if (a.residual.data) residual = planes.residual.load(q);
-                float d[N], da[N];
-                gradient<A>(a, x, residual, dy, centre, gain, offset, word, j, d, da);
+                float d[N];
+                forget_tables<A>();
 #pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    const int k = A::NHWC ? i : 0;
-                    d[i] = da[i] * gain[k] + (d[i] * slope[k] + level[k]);
-                }
-                if (a.dh.data) {
-                    float g[N];
-                    A::numbers(planes.dh.load(q), g);
+                for (int piece = 0; piece < Pieces<A>::COUNT; ++piece) {
+                    constexpr int M = Pieces<A>::N;
+                    typename Pieces<A>::Numbers centre, gain, offset, slope, level;
+                    const int first = c + piece * Pieces<A>::CHANNELS;
+                    load(s.centre + first, centre), load(s.gain + first, gain), load(s.offset + first, offset);
+                    load(s.slope + first, slope), load(s.level + first, level);
+                    float h[M], da[M];
+                    inputs.load(a, with_residual, word, j, q, piece * M, h, da);
 #pragma unroll
-                    for (int i = 0; i < N; ++i) d[i] += g[i];
+                    for (int i = 0; i < M; ++i) h[i] -= centre[A::NHWC ? i : 0];
+                    if (a.activation) {
+#pragma unroll
+                        for (int i = 0; i < M; ++i) {
+                            const int k = A::NHWC ? i : 0;
+                            da[i] = through_activation(da[i], h[i], gain[k], offset[k]);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < M; ++i) {
+                        const int k = A::NHWC ? i : 0;
+                        d[piece * M + i] = da[i] * gain[k] + (h[i] * slope[k] + level[k]);
+                    }
                 }
+                if (with_residual && a.dh.data) add(plane<Out>(a.dh, part, c), q, 0, d);
                 dx.store(q, d);
-                if (a.residual.data) dresidual.store(q, d);
+                if (with_residual) plane<Out>(a.dresidual, part, c).store(q, d);
             });
         });
     });
@@ -171,39 +181,27 @@ __device__ __forceinline__ void parameters(const GroupNorm& a, int64_t sample, i
 // Tables of dx, each thread for its channels; means(c) of the channel's group.
 template <class MeansOf>
 __device__ __forceinline__ void finish_channels(const Part& part, const Tables& s, MeansOf means_of) {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < part.channels; c += static_cast<int>(blockDim.x)) {
         const Means m = means_of(c);
         s.slope[c] = m.slope, s.level[c] = -m.dn - m.slope * s.rest[c];
     }
 }
 
-template <class T, bool NHWC>
-__global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNorm a) {
-    using W = Wide<T, NHWC>;
-    using S = Narrow<T, NHWC>;
+template <class Access, bool RESIDUAL>
+__global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : 3) one_read_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const GroupNormPlan& plan = a.plan;
     const Part part(a.shape, plan);
     const Tables s(plan);
-    const Lanes<W> lanes(part.channels, plan);
-    fetch<W>(a.x, a.x2, a.channels1, plan, part, lanes, 0);
-    fetch<W>(a.dy, a.dy, a.shape.channels, plan, part, lanes, 1);
-    if (a.residual.data) fetch<W>(a.residual, a.residual, a.shape.channels, plan, part, lanes, 2);
-    commit_copies();
+    Access::begin(a, part, RESIDUAL, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
-    if (a.draw.sample) draw_masks<W>(a, part, lanes);
-    wait_for_copies();
+    Access::end();
     __syncthreads();
 
-    const auto planes_of = [&]<class A>(int c) {
-        return Planes<A>{plane<A>(slab<A>(plan, 0), plan, part, c), plane<A>(slab<A>(plan, 2), plan, part, c),
-                         plane<A>(slab<A>(plan, 1), plan, part, c), plane<A>(a.dh, part, c)};
-    };
-    part_sums<S>(
-        a, part, s, s.entries, [&](int c) { return planes_of.template operator()<S>(c); },
-        [&](const Lanes<S>& own, int c, int p) { return stored_mask<S>(plan, part, own, c, p); });
+    part_sums<Access>(a, part, s, RESIDUAL, s.entries);
     if (plan.parts > 1) cluster_sync();
     else __syncthreads();
 
@@ -212,8 +210,10 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNo
     const int lane = static_cast<int>(threadIdx.x % 32), warps = static_cast<int>(blockDim.x / 32);
     const float elements = static_cast<float>(of_group) * static_cast<float>(a.shape.height * a.shape.width);
     float *dn_of = reinterpret_cast<float*>(s.mean), *slope_of = dn_of + groups;
+#pragma unroll 1
     for (int g = static_cast<int>(threadIdx.x / 32); g < groups; g += warps) {
         float dn = 0, dn_centred = 0;
+#pragma unroll 1
         for (int i = lane; i < plan.parts * of_group; i += 32) {
             const int c = g * of_group + i % of_group;
             const Entry e = *in_block(s.entries + c, static_cast<unsigned>(i / of_group));
@@ -228,9 +228,11 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNo
     const auto means_of = [&](int c) { return Means{dn_of[c / of_group], slope_of[c / of_group]}; };
     finish_channels(part, s, means_of);
     // The blocks of the cluster share the channels.
+#pragma unroll 1
     for (int c = part.rank + plan.parts * static_cast<int>(threadIdx.x); c < part.channels;
          c += plan.parts * static_cast<int>(blockDim.x)) {
         Entry sums{};
+#pragma unroll 1
         for (int r = 0; r < plan.parts; ++r) {
             const Entry e = *in_block(s.entries + c, static_cast<unsigned>(r));
             sums.a += e.a, sums.b += e.b, sums.c += e.c, sums.d += e.d;
@@ -241,34 +243,23 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNo
     if (plan.parts > 1) cluster_arrive();  // has read what the others hold
     __syncthreads();
 
-    make_gradient<W>(
-        a, part, s, [&](int c) { return planes_of.template operator()<W>(c); },
-        [&](const Lanes<W>& own, int c, int p) { return stored_mask<W>(plan, part, own, c, p); });
+    make_gradient<Access>(a, part, s, RESIDUAL);
     if (plan.parts > 1) cluster_wait();  // the others have read what this block holds
 }
 
-// Two reads.
-
-template <class A>
-__device__ __forceinline__ Planes<A> planes_of(const GroupNorm& a, const Part& part, int c) {
-    return {plane<A>(a.x, a.x2, a.channels1, part, c), plane<A>(a.residual, part, c), plane<A>(a.dy, part, c),
-            plane<A>(a.dh, part, c)};
-}
-
-template <class A>
-__global__ void __launch_bounds__(MOST_THREADS) sums_kernel(const GroupNorm a) {
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) sums_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Part part(a.shape, a.plan);
     const Tables s(a.plan);
+    Access::begin(a, part, a.residual.data, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
+    Access::end();
     __syncthreads();
-    const Stream noise = a.draw.sample ? stream(a.draw, part.sample) : Stream{};
     Entry* entries = a.entries + (part.sample * a.plan.parts + part.rank) * a.shape.channels + part.channel;
-    part_sums<A>(
-        a, part, s, entries, [&](int c) { return planes_of<A>(a, part, c); },
-        [&](const Lanes<A>& lanes, int c, int p) { return draw(a, noise, part, lanes, c, p); });
+    part_sums<Access>(a, part, s, a.residual.data, entries);
 }
 
 // A block for each group of a sample, a warp for each of its channels.
@@ -285,6 +276,7 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNor
         const int64_t c = group * of_group + i;
         Entry sums{};
         Entry* own = a.entries + sample * a.plan.parts * a.shape.channels + c;
+#pragma unroll 1
         for (int part = lane; part < a.plan.parts; part += 32) {
             const Entry e = own[part * a.shape.channels];
             sums.a += e.a, sums.b += e.b, sums.c += e.c, sums.d += e.d;
@@ -301,6 +293,7 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNor
     dn = sum_over_block(dn, shared_memory<double>()), dn_centred = sum_over_block(dn_centred, shared_memory<double>());
     const Means means{static_cast<float>(dn / elements), static_cast<float>(-rstd * rstd * (dn_centred / elements))};
     if (threadIdx.x == 0) a.means[2 * blockIdx.x] = means.dn, a.means[2 * blockIdx.x + 1] = means.slope;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < of_group; i += blockDim.x) {
         const int64_t c = group * of_group + i;
         const Entry& sums = a.entries[sample * a.plan.parts * a.shape.channels + c];
@@ -308,12 +301,13 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNor
     }
 }
 
-template <class A>
-__global__ void __launch_bounds__(MOST_THREADS) dx_kernel(const GroupNorm a) {
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) dx_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Part part(a.shape, a.plan);
     const Tables s(a.plan);
+    Access::begin(a, part, a.residual.data, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
     const int of_group = static_cast<int>(a.shape.channels / a.groups);
@@ -321,11 +315,9 @@ __global__ void __launch_bounds__(MOST_THREADS) dx_kernel(const GroupNorm a) {
         const float* means = a.means + 2 * (part.sample * a.groups + (part.channel + c) / of_group);
         return Means{means[0], means[1]};
     });
+    Access::end();
     __syncthreads();
-    const Stream noise = a.draw.sample ? stream(a.draw, part.sample) : Stream{};
-    make_gradient<A>(
-        a, part, s, [&](int c) { return planes_of<A>(a, part, c); },
-        [&](const Lanes<A>& lanes, int c, int p) { return draw(a, noise, part, lanes, c, p); });
+    make_gradient<Access>(a, part, s, a.residual.data);
 }
 
 // Shares of the samples added up: eight channels a block, 32 rows of threads along the batch. What limits it is the time
@@ -360,12 +352,14 @@ cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream) {
     small.block = dim3(MOST_THREADS), small.shared = MOST_THREADS * sizeof(float), small.cluster = 1;
     cudaError_t error;
     if (a.plan.one_read) {
-        error = with_vectors(a, [&]<class T, bool NHWC>() { return launch(one_read_kernel<T, NHWC>, l, a); });
+        error = with_copied(a, [&]<class Access>() {
+            return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
+        });
     } else {
-        error = with_access(a, [&]<class A>() { return launch(sums_kernel<A>, l, a); });
+        error = with_access(a, [&]<class Access>() { return launch(sums_kernel<Access>, l, a); });
         small.grid = dim3(static_cast<unsigned>(a.shape.batch * a.groups));
         if (error == cudaSuccess) error = launch(merge_sums_kernel, small, a);
-        if (error == cudaSuccess) error = with_access(a, [&]<class A>() { return launch(dx_kernel<A>, l, a); });
+        if (error == cudaSuccess) error = with_access(a, [&]<class Access>() { return launch(dx_kernel<Access>, l, a); });
     }
     if (error != cudaSuccess) return error;
     small.grid = dim3(static_cast<unsigned>(ceil_div(a.shape.channels, 8)));

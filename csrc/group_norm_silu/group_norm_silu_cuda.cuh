@@ -19,9 +19,9 @@ struct Part {
     int64_t sample, channel, pixel;  // the first ones
     int channels, pixels, rank;      // rank: which part of the slab
     __device__ __forceinline__ Part(const Shape& s, const GroupNormPlan& plan) {
-        const unsigned slabs = static_cast<unsigned>(ceil_div(s.channels, plan.slab));
-        const unsigned slab = blockIdx.x / plan.parts;
-        rank = static_cast<int>(blockIdx.x % plan.parts);
+        const unsigned parts = static_cast<unsigned>(plan.parts), slabs = static_cast<unsigned>(plan.slabs);
+        const unsigned slab = blockIdx.x / parts;
+        rank = static_cast<int>(blockIdx.x % parts);
         sample = slab / slabs;
         channel = static_cast<int64_t>(slab % slabs) * plan.slab;
         channels = static_cast<int>(min(static_cast<int64_t>(plan.slab), s.channels - channel));
@@ -31,43 +31,38 @@ struct Part {
     }
 };
 
-// Access to N neighbours in device or shared memory, which is aligned to all their bytes.
-template <class T_, int N_, bool NHWC_>
+// Access to N neighbours in device or, if Shared, in shared memory, which is aligned to all their bytes.
+template <class T_, int N_, bool NHWC_, bool Shared = false>
 struct Vectors {
     using T = T_;
     static constexpr int N = N_, CHANNELS = NHWC_ ? N : 1;
     static constexpr bool NHWC = NHWC_;
-    struct Raw {
-        unsigned w[N * sizeof(T) / 4];
-    };
+    static constexpr int UNROLLED = 1;  // accesses of a batch; one alone keeps a thread busy
     // A channel, or N of them, of a sample.
     struct Plane {
+        using Offset = std::conditional_t<Shared, int, int64_t>;
         T* first;
-        int64_t step;  // from pixel to pixel
-        __device__ __forceinline__ Plane(T* first, int64_t step) : first(first), step(step) {}
+        int step;  // from pixel to pixel
+        __device__ __forceinline__ Plane(T* first, int step) : first(first), step(step) {}
         __device__ __forceinline__ Plane(const Image& t, int64_t sample, int64_t channel, int64_t pixel)
             : first(static_cast<T*>(t.data) + sample * t.sample_stride + channel * t.channel_stride + pixel * t.pixel_stride),
-              step(t.pixel_stride) {}
-        __device__ __forceinline__ Raw load(int pixel) const {
-            Raw raw;
-            load_words(first + pixel * step, raw.w);
-            return raw;
+              step(static_cast<int>(t.pixel_stride)) {}
+        __device__ __forceinline__ T* at(int pixel) const { return first + static_cast<Offset>(pixel) * step; }
+        // M elements of an access, from element ``from`` on.
+        template <int M>
+        __device__ __forceinline__ void load(int pixel, int from, float (&x)[M]) const {
+            cuda::load(at(pixel) + from, x);
         }
-        __device__ __forceinline__ void store(int pixel, const float (&x)[N]) const {
-            cuda::store(first + pixel * step, x);
-        }
+        __device__ __forceinline__ void store(int pixel, const float (&x)[N]) const { cuda::store(at(pixel), x); }
     };
-    static __device__ __forceinline__ void numbers(const Raw& raw, float (&x)[N]) { unpack<T>(raw.w, x); }
 };
 
 // Access to one element of any dtype in an image of any order.
 template <bool NHWC_>
 struct Scalars {
     static constexpr int N = 1, CHANNELS = 1;
+    static constexpr int UNROLLED = BATCH;
     static constexpr bool NHWC = NHWC_;  // whether neighbouring threads take neighbouring channels
-    struct Raw {
-        float x;
-    };
     struct Plane {
         void* data;
         int64_t first, step;
@@ -75,13 +70,12 @@ struct Scalars {
         __device__ __forceinline__ Plane(const Image& t, int64_t sample, int64_t channel, int64_t pixel)
             : data(t.data), first(sample * t.sample_stride + channel * t.channel_stride + pixel * t.pixel_stride),
               step(t.pixel_stride), dtype(t.dtype) {}
-        __device__ __forceinline__ Raw load(int pixel) const { return {read(dtype, data, first + pixel * step)}; }
+        __device__ __forceinline__ void load(int pixel, int, float (&x)[1]) const { x[0] = read(dtype, data, first + pixel * step); }
         __device__ __forceinline__ void store(int pixel, const float (&x)[1]) const {
             if (dtype == DType::f64) static_cast<double*>(data)[first + pixel * step] = x[0];
             else write(dtype, data, first + pixel * step, x[0]);
         }
     };
-    static __device__ __forceinline__ void numbers(const Raw& raw, float (&x)[1]) { x[0] = raw.x; }
 };
 
 // A channel of [first, second].
@@ -120,6 +114,7 @@ struct Lanes {
     // f(channel, whether this thread has it) for the channels of a slab; the same number of times for every thread.
     template <class F>
     __device__ __forceinline__ void for_channels(int channels, F f) const {
+#pragma unroll 1
         for (int c = 0; c < channels; c += columns * A::CHANNELS) {
             const int mine = c + column * A::CHANNELS;
             f(mine, mine < channels && row < rows);
@@ -128,15 +123,38 @@ struct Lanes {
     // f(first pixel) for the batches of this thread.
     template <class F>
     __device__ __forceinline__ void for_batches(bool live, int pixels, F f) const {
+#pragma unroll 1
         for (int p = live ? begin : pixels; p < pixels; p += step) f(p);
     }
+    // f(access, its pixel) for those of a batch.
     template <class F>
     __device__ __forceinline__ void for_accesses(int p, int pixels, F f) const {
-#pragma unroll
+#pragma unroll A::UNROLLED
         for (int j = 0; j < BATCH; ++j)
             if (p + j * gap < pixels) f(j, p + j * gap);
     }
 };
+
+template <int M, class Plane>
+__device__ __forceinline__ void add(const Plane& plane, int pixel, int from, float (&x)[M]) {
+    float more[M];
+    plane.load(pixel, from, more);
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[i] += more[i];
+}
+
+// A result is made in pieces of up to four channels, so that their numbers fit the registers, and stored whole. Those of
+// one piece stay there from access to access; those of two are read from the tables each time: the compiler must forget.
+template <class A>
+struct Pieces {
+    static constexpr int CHANNELS = A::CHANNELS > 4 ? 4 : A::CHANNELS;
+    static constexpr int N = A::NHWC ? CHANNELS : A::N, COUNT = A::N / N;
+    using Numbers = float[CHANNELS];
+};
+template <class A>
+__device__ __forceinline__ void forget_tables() {
+    if constexpr (Pieces<A>::COUNT > 1) asm volatile("" ::: "memory");
+}
 
 // x[k] summed over the rows: every thread of a channel gets the sums. All threads of the block call it together.
 // ``room``: K ceil(rows / 4) numbers for each channel that the threads have at once. The order is always the same.
@@ -146,6 +164,7 @@ __device__ __forceinline__ void add_up(const Lanes<A>& lanes, bool live, float* 
         if (lanes.rows == 1) return;
         const int turns = min(lanes.rows, 4), lines = (lanes.rows + 3) / 4, width = lanes.columns * A::CHANNELS;
         float* own = room + lanes.column * A::CHANNELS;
+#pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
             if (live && lanes.row % 4 == turn) {
 #pragma unroll
@@ -158,33 +177,39 @@ __device__ __forceinline__ void add_up(const Lanes<A>& lanes, bool live, float* 
             }
             __syncthreads();
         }
-        if (live) {
+#pragma unroll 1
+        for (int line = 0; live && line < lines; ++line) {
 #pragma unroll
             for (int k = 0; k < K; ++k)
 #pragma unroll
                 for (int i = 0; i < A::CHANNELS; ++i) {
-                    x[k][i] = own[k * lines * width + i];
-                    for (int line = 1; line < lines; ++line) x[k][i] += own[(k * lines + line) * width + i];
+                    const float sum = own[(k * lines + line) * width + i];
+                    x[k][i] = line ? x[k][i] + sum : sum;
                 }
         }
         __syncthreads();  // the room is used again
     } else {
+#pragma unroll 1
         for (int with = lanes.rows / 2; with > 0; with /= 2)
 #pragma unroll
             for (int k = 0; k < K; ++k) x[k][0] += __shfl_xor_sync(ALL_LANES, x[k][0], with);
     }
 }
 
-// Sums that each element of an access has of its own, by channel.
+// How many sums a thread keeps of what it adds up: one for each channel, or several of the one channel, so that an
+// addition need not wait for the one before.
 template <class A>
-__device__ __forceinline__ void collapse(const float (&sums)[A::N], float (&x)[A::CHANNELS]) {
-    if constexpr (A::NHWC || A::N == 1) {
+constexpr int SUMS = A::NHWC ? A::N : A::N < 4 ? A::N : 4;
+
+template <class A>
+__device__ __forceinline__ void collapse(const float (&sums)[SUMS<A>], float (&x)[A::CHANNELS]) {
+    if constexpr (A::NHWC) {
 #pragma unroll
         for (int i = 0; i < A::N; ++i) x[i] = sums[i];
     } else {
-        x[0] = 0;
+        x[0] = sums[0];
 #pragma unroll
-        for (int i = 0; i < A::N; ++i) x[0] += sums[i];
+        for (int i = 1; i < SUMS<A>; ++i) x[0] += sums[i];
     }
 }
 
@@ -249,13 +274,6 @@ struct Tables {
 };
 constexpr int TABLES = 7;
 
-template <int N>
-__device__ __forceinline__ void load_table(const float* table, int channel, bool live, float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = 0;
-    if (live) load(table + channel, x);
-}
-
 struct Gain {
     float gain, offset;
 };
@@ -276,6 +294,7 @@ struct Centre {
 
 // Tables of what the parameters say.
 __device__ __forceinline__ void read_parameters(const GroupNorm& a, const Part& part, const Tables& s) {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < part.channels; c += static_cast<int>(blockDim.x)) {
         const Gain g = gain_of(a, part.sample, part.channel + c);
         s.gain[c] = g.gain, s.offset[c] = g.offset;
@@ -286,6 +305,7 @@ __device__ __forceinline__ void read_parameters(const GroupNorm& a, const Part& 
 // What mean and rstd make of them, each thread for the channels that it has read; mean(c), rstd(c) of the channel's group.
 template <class Mean, class Rstd>
 __device__ __forceinline__ void centre_channels(const Part& part, const Tables& s, Mean mean, Rstd rstd) {
+#pragma unroll 1
     for (int c = static_cast<int>(threadIdx.x); c < part.channels; c += static_cast<int>(blockDim.x)) {
         const Centre k(mean(c), s.bias[c]);
         const float gain = s.gain[c] * rstd(c);
@@ -301,64 +321,105 @@ __device__ __forceinline__ void centre_channels(const GroupNorm& a, const Part& 
     centre_channels(part, s, [&](int c) { return a.mean[group(c)]; }, [&](int c) { return a.rstd[group(c)]; });
 }
 
-// A slab in shared memory, in the order of the image.
-template <class A>
-__device__ __forceinline__ typename A::T* slab(const GroupNormPlan& plan, int number) {
-    return reinterpret_cast<typename A::T*>(shared_memory<unsigned char>() + plan.arrays_at + number * plan.array_bytes);
-}
-template <class A>
-__device__ __forceinline__ typename A::Plane plane(typename A::T* slab, const GroupNormPlan& plan, const Part& part, int channel) {
-    if constexpr (A::NHWC) return typename A::Plane(slab + channel, part.channels);
-    else return typename A::Plane(slab + static_cast<int64_t>(channel) * plan.pixels, 1);
-}
+// Where a kernel reads an image, by its number: 0 is [x, x2], 1 dy, 2 the residual. Out is what it stores through, with
+// the same lanes as Result; Sums is what it takes sums over the pixels by, and OutSums has the lanes of these.
 
-template <class A>
-__device__ __forceinline__ void fetch(const Image& first, const Image& second, int64_t channels1, const GroupNormPlan& plan,
-                                      const Part& part, const Lanes<A>& lanes, int number) {
-    typename A::T* memory = slab<A>(plan, number);
-    lanes.for_channels(part.channels, [&](int c, bool live) {
-        if (!live) return;
-        const auto from = plane<A>(first, second, channels1, part, c);
-        const auto to = plane<A>(memory, plan, part, c);
-        lanes.for_batches(live, part.pixels, [&](int p) {
-            lanes.for_accesses(p, part.pixels, [&](int, int q) { copy_16_bytes(to.first + q * to.step, from.first + q * from.step); });
+// Images that lie as they should: slabs are copied to shared memory, 16 bytes a piece, in their order. What is copied
+// there needs no registers until it is used, so that all of it can be on its way.
+template <class T, bool NHWC_>
+struct Copied {
+    static constexpr int N = 16 / sizeof(T), NARROW = NHWC_ ? 4 : N;  // four channels, so that their sums fit the registers
+    using Out = Vectors<T, N, NHWC_>;
+    using Result = Vectors<T, N, NHWC_, true>;
+    using OutSums = Vectors<T, NARROW, NHWC_>;
+    using Sums = Vectors<T, NARROW, NHWC_, true>;
+
+    // Forward has no dy, and keeps the residual in its place.
+    static __device__ __forceinline__ T* slab(const GroupNorm& a, int number) {
+        if (number == 2 && !a.dy.data) number = 1;
+        unsigned char* memory = shared_memory<unsigned char>() + a.plan.arrays_at + number * a.plan.array_bytes;
+        return reinterpret_cast<T*>(memory);
+    }
+    template <class A>
+    static __device__ __forceinline__ typename A::Plane plane(const GroupNorm& a, const Part& part, int number, int channel) {
+        if constexpr (A::NHWC) return typename A::Plane(slab(a, number) + channel, part.channels);
+        else return typename A::Plane(slab(a, number) + channel * a.plan.pixels, 1);
+    }
+
+    static __device__ __forceinline__ void fetch(const GroupNorm& a, const Part& part, int number, const Image& first,
+                                                 const Image& second, int64_t channels1) {
+        const Lanes<Out> lanes(part.channels, a.plan);
+        lanes.for_channels(part.channels, [&](int c, bool live) {
+            if (!live) return;
+            const auto from = cuda::plane<Out>(first, second, channels1, part, c);
+            const auto to = plane<Result>(a, part, number, c);
+            lanes.for_batches(live, part.pixels, [&](int p) {
+#pragma unroll
+                for (int j = 0; j < BATCH; ++j) {
+                    const int q = p + j * lanes.gap;
+                    if (q < part.pixels) copy_16_bytes(to.at(q), from.at(q));
+                }
+            });
         });
-    });
-}
+    }
+    // Begin to copy what the kernel reads; drop: draw what dropout drops while that is on its way.
+    static __device__ __forceinline__ void begin(const GroupNorm& a, const Part& part, bool with_residual, bool drop) {
+        fetch(a, part, 0, a.x, a.x2, a.channels1);
+        if (a.dy.data) fetch(a, part, 1, a.dy, a.dy, a.shape.channels);
+        if (with_residual) fetch(a, part, 2, a.residual, a.residual, a.shape.channels);
+        commit_copies();
+        if (drop) draw_masks(a, part);
+    }
+    static __device__ __forceinline__ void end() { wait_for_copies(); }
 
-// Dropout masks in shared memory, drawn while the slab is on its way. In NHWC order 16 bits for four channels of a batch,
-// which threads with four channels and those with eight both find; otherwise a word for each batch.
-template <class A>
-__device__ __forceinline__ int mask_index(const Part& part, const Lanes<A>& lanes, int c, int p) {
-    if constexpr (A::NHWC) return p / BATCH * (part.channels / 4) + c / 4;
-    else return ((c * static_cast<int>(ceil_div(part.pixels, lanes.step)) + p / lanes.step) * lanes.rows + lanes.row) * 2;
-}
-template <class A>
-__device__ __forceinline__ unsigned stored_mask(const GroupNormPlan& plan, const Part& part, const Lanes<A>& lanes, int c, int p) {
-    const auto* masks = reinterpret_cast<const uint16_t*>(shared_memory<unsigned char>() + plan.masks_at);
-    const uint16_t* mask = masks + mask_index(part, lanes, c, p);
-    if constexpr (A::NHWC && A::N == 4) return *mask;
-    else return *reinterpret_cast<const unsigned*>(mask);
-}
-template <class A>
-__device__ __forceinline__ void draw_masks(const GroupNorm& a, const Part& part, const Lanes<A>& lanes) {
-    auto* masks = reinterpret_cast<uint16_t*>(shared_memory<unsigned char>() + a.plan.masks_at);
-    const Stream noise = stream(a.draw, part.sample);
-    lanes.for_channels(part.channels, [&](int c, bool live) {
-        lanes.for_batches(live, part.pixels, [&](int p) {
-            const unsigned word = draw(a, noise, part, lanes, c, p);
-            uint16_t* mask = masks + mask_index(part, lanes, c, p);
-            if constexpr (A::NHWC && A::N == 4) *mask = static_cast<uint16_t>(word);
-            else *reinterpret_cast<unsigned*>(mask) = word;
+    // Dropout masks. In NHWC order 16 bits for four channels of a batch, which threads with four channels and those with
+    // eight both find; otherwise a word for each batch.
+    template <class A>
+    static __device__ __forceinline__ uint16_t* mask(const GroupNorm& a, const Part& part, const Lanes<A>& lanes, int c, int p) {
+        auto* masks = reinterpret_cast<uint16_t*>(shared_memory<unsigned char>() + a.plan.masks_at);
+        if constexpr (A::NHWC) return masks + p / BATCH * (part.channels / 4) + c / 4;
+        const int batches = static_cast<int>(ceil_div(a.plan.pixels, lanes.step));
+        return masks + 2 * ((c * batches + p / lanes.step) * lanes.rows + lanes.row);
+    }
+    static __device__ __forceinline__ void draw_masks(const GroupNorm& a, const Part& part) {
+        const Stream noise = stream(a.draw, part.sample);
+        const Lanes<Out> lanes(part.channels, a.plan);
+        lanes.for_channels(part.channels, [&](int c, bool live) {
+            lanes.for_batches(live, part.pixels, [&](int p) {
+                const unsigned word = draw(a, noise, part, lanes, c, p);
+                uint16_t* to = mask(a, part, lanes, c, p);
+                if constexpr (NHWC_ && N == 4) *to = static_cast<uint16_t>(word);
+                else *reinterpret_cast<unsigned*>(to) = word;
+            });
         });
-    });
-}
+    }
+    template <class A>
+    static __device__ __forceinline__ unsigned kept(const GroupNorm& a, const Part& part, const Lanes<A>& lanes, int c, int p) {
+        const uint16_t* from = mask(a, part, lanes, c, p);
+        if constexpr (A::NHWC && A::N == 4) return *from;
+        else return *reinterpret_cast<const unsigned*>(from);
+    }
+};
 
-// In 16 bytes, and in what the sums are taken by: four channels, so that their sums fit the registers.
-template <class T, bool NHWC>
-using Wide = Vectors<T, 16 / sizeof(T), NHWC>;
-template <class T, bool NHWC>
-using Narrow = Vectors<T, NHWC ? 4 : 16 / sizeof(T), NHWC>;
+// Any other image: element by element, where it lies.
+template <bool NHWC>
+struct InPlace {
+    using Out = Scalars<NHWC>;
+    using Result = Out;
+    using OutSums = Out;
+    using Sums = Out;
+    template <class A>
+    static __device__ __forceinline__ typename A::Plane plane(const GroupNorm& a, const Part& part, int number, int channel) {
+        if (number == 0) return cuda::plane<A>(a.x, a.x2, a.channels1, part, channel);
+        return cuda::plane<A>(number == 1 ? a.dy : a.residual, part, channel);
+    }
+    static __device__ __forceinline__ void begin(const GroupNorm&, const Part&, bool, bool) {}
+    static __device__ __forceinline__ void end() {}
+    template <class A>
+    static __device__ __forceinline__ unsigned kept(const GroupNorm& a, const Part& part, const Lanes<A>& lanes, int c, int p) {
+        return draw(a, stream(a.draw, part.sample), part, lanes, c, p);
+    }
+};
 
 __device__ __forceinline__ float sigmoid(float a) { return __fdividef(1.0f, 1.0f + __expf(-a)); }
 
@@ -380,34 +441,32 @@ __device__ __forceinline__ double sum_over_block(double x, double* room) {
     return sum;
 }
 
-inline unsigned blocks(const GroupNorm& a) {
-    return static_cast<unsigned>(a.shape.batch * ceil_div(a.shape.channels, a.plan.slab) * a.plan.parts);
-}
 inline Launch over_parts(const GroupNorm& a, cudaStream_t stream) {
+    const int64_t blocks = a.shape.batch * a.plan.slabs * a.plan.parts;
     Launch l;
-    l.grid = dim3(blocks(a)), l.block = dim3(static_cast<unsigned>(a.plan.threads));
+    l.grid = dim3(static_cast<unsigned>(min(blocks, int64_t(0xffffffff))));  // too many are an error of the launch
+    l.block = dim3(static_cast<unsigned>(a.plan.threads));
     l.shared = static_cast<size_t>(a.plan.shared), l.stream = stream;
     l.cluster = a.plan.one_read ? static_cast<unsigned>(a.plan.parts) : 1;
     l.dependent = true;
     return l;
 }
 
-// f.template operator()<T, NHWC>() for 16-byte accesses of the dtype of x.
+// f.template operator()<Copied<dtype of x, NHWC>>() ..
 template <class F>
-cudaError_t with_vectors(const GroupNorm& a, F f) {
+cudaError_t with_copied(const GroupNorm& a, F f) {
     const bool nhwc = a.plan.nhwc;
     switch (a.x.dtype) {
-        case DType::bf16: return nhwc ? f.template operator()<bf16, true>() : f.template operator()<bf16, false>();
-        case DType::f16: return nhwc ? f.template operator()<f16, true>() : f.template operator()<f16, false>();
-        default: return nhwc ? f.template operator()<float, true>() : f.template operator()<float, false>();
+        case DType::bf16: return nhwc ? f.template operator()<Copied<bf16, true>>() : f.template operator()<Copied<bf16, false>>();
+        case DType::f16: return nhwc ? f.template operator()<Copied<f16, true>>() : f.template operator()<Copied<f16, false>>();
+        default: return nhwc ? f.template operator()<Copied<float, true>>() : f.template operator()<Copied<float, false>>();
     }
 }
-// f.template operator()<access>() of any kind.
+// .. or with InPlace.
 template <class F>
 cudaError_t with_access(const GroupNorm& a, F f) {
-    if (a.plan.vectors)
-        return with_vectors(a, [&]<class T, bool NHWC>() { return f.template operator()<Wide<T, NHWC>>(); });
-    return a.plan.nhwc ? f.template operator()<Scalars<true>>() : f.template operator()<Scalars<false>>();
+    if (a.plan.vectors) return with_copied(a, f);
+    return a.plan.nhwc ? f.template operator()<InPlace<true>>() : f.template operator()<InPlace<false>>();
 }
 
 }  // namespace

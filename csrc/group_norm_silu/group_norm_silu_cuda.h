@@ -16,6 +16,7 @@ struct GroupNormPlan {
     bool nhwc;      // channels lie side by side
     bool one_read;  // the slab stays in the shared memory of `parts` blocks, a cluster, from the statistics to the end
     int slab;       // channels; whole groups with one_read
+    int slabs;      // of a sample, the last one narrower
     int parts, pixels;
     int threads, lanes;  // lanes: of those, neighbours along a row of pixels in NCHW order
     // Shared memory, in bytes from its start: tables of the slab's channels, numbers of its groups, entries of its

@@ -23,38 +23,28 @@ namespace fastddpm::cuda {
 namespace {
 
 // Moments of each channel of a thread, over the rows, for all of them: mean, what its rounding took away, squares of the
-// deviations. residual: or nullptr.
+// deviations.
 template <class A>
 __device__ __forceinline__ void moments(const Lanes<A>& lanes, bool live, int pixels, const typename A::Plane& x,
-                                        const typename A::Plane* residual, float* room, float (&mean)[A::CHANNELS],
-                                        float (&rest)[A::CHANNELS], float (&squares)[A::CHANNELS]) {
+                                        const typename A::Plane& residual, bool with_residual, float* room,
+                                        float (&mean)[A::CHANNELS], float (&rest)[A::CHANNELS], float (&squares)[A::CHANNELS]) {
     constexpr int N = A::N, C = A::CHANNELS;
-    float first[C]{}, sum[N]{}, square[N]{};
+    float first[C]{}, sum[SUMS<A>]{}, square[SUMS<A>]{};
     float count = 0;
     lanes.for_batches(live, pixels, [&](int p) {
-        typename A::Raw raw[BATCH]{}, more[BATCH]{};
-        lanes.for_accesses(p, pixels, [&](int j, int q) {
-            raw[j] = x.load(q);
-            if (residual) more[j] = residual->load(q);
-        });
-        lanes.for_accesses(p, pixels, [&](int j, int) {
+        lanes.for_accesses(p, pixels, [&](int, int q) {
             float h[N];
-            A::numbers(raw[j], h);
-            if (residual) {
-                float r[N];
-                A::numbers(more[j], r);
-#pragma unroll
-                for (int i = 0; i < N; ++i) h[i] += r[i];
-            }
-            if (j == 0 && p == lanes.begin) {
+            x.load(q, 0, h);
+            if (with_residual) add(residual, q, 0, h);
+            if (q == lanes.begin) {
 #pragma unroll
                 for (int i = 0; i < C; ++i) first[i] = h[i];
             }
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float d = h[i] - first[A::NHWC ? i : 0];
-                sum[i] += d;
-                square[i] += d * d;
+                sum[i % SUMS<A>] += d;
+                square[i % SUMS<A>] += d * d;
             }
             count += static_cast<float>(N / C);
         });
@@ -85,16 +75,17 @@ __device__ __forceinline__ void moments(const Lanes<A>& lanes, bool live, int pi
     }
 }
 
-// Those of the channels of a part; planes(c): of x and of the residual.
-template <class A, class X, class Residual>
-__device__ __forceinline__ void part_moments(const GroupNorm& a, const Part& part, const Tables& s, Entry* entries,
-                                             X plane_x, Residual plane_residual) {
+// Those of the channels of a part.
+template <class Access>
+__device__ __forceinline__ void part_moments(const GroupNorm& a, const Part& part, const Tables& s, bool with_residual,
+                                             Entry* entries) {
+    using A = typename Access::Sums;
     const Lanes<A> lanes(part.channels, a.plan);
     lanes.for_channels(part.channels, [&](int c, bool live) {
         const int there = live ? c : 0;
-        const auto x = plane_x(there), residual = plane_residual(there);
         float mean[A::CHANNELS], rest[A::CHANNELS], squares[A::CHANNELS];
-        moments<A>(lanes, live, part.pixels, x, a.residual.data ? &residual : nullptr, s.room, mean, rest, squares);
+        moments<A>(lanes, live, part.pixels, Access::template plane<A>(a, part, 0, there),
+                   Access::template plane<A>(a, part, 2, there), with_residual, s.room, mean, rest, squares);
         if (live && lanes.row == 0)
 #pragma unroll
             for (int i = 0; i < A::CHANNELS; ++i)
@@ -103,47 +94,53 @@ __device__ __forceinline__ void part_moments(const GroupNorm& a, const Part& par
 }
 
 // y of a part, from what is in the tables, and h.
-template <class A, class X, class Residual, class Keep>
-__device__ __forceinline__ void make_output(const GroupNorm& a, const Part& part, const Tables& s, X plane_x,
-                                            Residual plane_residual, Keep keep) {
-    constexpr int N = A::N, C = A::CHANNELS;
+template <class Access>
+__device__ __forceinline__ void make_output(const GroupNorm& a, const Part& part, const Tables& s, bool with_residual) {
+    using A = typename Access::Result;
+    using Out = typename Access::Out;
+    constexpr int N = A::N;
     const Lanes<A> lanes(part.channels, a.plan);
-    const bool with_residual = a.residual.data, with_dropout = a.draw.sample;
+    const bool with_dropout = a.draw.sample;
     lanes.for_channels(part.channels, [&](int c, bool live) {
         if (!live) return;
-        float centre[C], gain[C], offset[C];
-        load_table(s.centre, c, live, centre), load_table(s.gain, c, live, gain), load_table(s.offset, c, live, offset);
-        const auto x = plane_x(c), residual = plane_residual(c);
-        const auto y = plane<A>(a.y, part, c), h_out = plane<A>(a.h, part, c);
+        const auto x = Access::template plane<A>(a, part, 0, c), residual = Access::template plane<A>(a, part, 2, c);
+        const auto y = plane<Out>(a.y, part, c);
         lanes.for_batches(live, part.pixels, [&](int p) {
-            const unsigned word = with_dropout ? keep(lanes, c, p) : 0;
-            typename A::Raw raw[BATCH]{}, more[BATCH]{};
+            const unsigned word = with_dropout ? Access::kept(a, part, lanes, c, p) : 0;
             lanes.for_accesses(p, part.pixels, [&](int j, int q) {
-                raw[j] = x.load(q);
-                if (with_residual) more[j] = residual.load(q);
-            });
-            lanes.for_accesses(p, part.pixels, [&](int j, int q) {
-                float h[N];
-                A::numbers(raw[j], h);
-                if (with_residual) {
-                    float r[N], bias[C], sum[N];
-                    A::numbers(more[j], r);
-                    load_table(s.bias, c, true, bias);
+                float result[N], sum[N];
+                forget_tables<A>();
 #pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                        h[i] += r[i];
-                        sum[i] = h[i] + bias[A::NHWC ? i : 0];
+                for (int piece = 0; piece < Pieces<A>::COUNT; ++piece) {
+                    constexpr int M = Pieces<A>::N;
+                    typename Pieces<A>::Numbers centre, gain, offset;
+                    const int first = c + piece * Pieces<A>::CHANNELS;
+                    load(s.centre + first, centre), load(s.gain + first, gain), load(s.offset + first, offset);
+                    float t[M];
+                    x.load(q, piece * M, t);
+                    if (with_residual) {
+                        add(residual, q, piece * M, t);
+#pragma unroll
+                        for (int i = 0; i < M; ++i) sum[piece * M + i] = t[i] + s.bias[first + (A::NHWC ? i : 0)];
                     }
-                    h_out.store(q, sum);
-                }
 #pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    const int k = A::NHWC ? i : 0;
-                    const float t = (h[i] - centre[k]) * gain[k] + offset[k];
-                    h[i] = a.activation ? __fdividef(t, 1.0f + __expf(-t)) : t;
-                    if (with_dropout) h[i] = is_kept<A>(word, j, i) ? h[i] * a.keep_scale : 0.0f;
+                    for (int i = 0; i < M; ++i) {
+                        const int k = A::NHWC ? i : 0;
+                        t[i] = (t[i] - centre[k]) * gain[k] + offset[k];
+                    }
+                    if (a.activation) {
+#pragma unroll
+                        for (int i = 0; i < M; ++i) t[i] = __fdividef(t[i], 1.0f + __expf(-t[i]));
+                    }
+                    if (with_dropout) {
+#pragma unroll
+                        for (int i = 0; i < M; ++i) t[i] = is_kept<A>(word, j, piece * M + i) ? t[i] * a.keep_scale : 0.0f;
+                    }
+#pragma unroll
+                    for (int i = 0; i < M; ++i) result[piece * M + i] = t[i];
                 }
-                y.store(q, h);
+                if (with_residual) plane<Out>(a.h, part, c).store(q, sum);
+                y.store(q, result);
             });
         });
     });
@@ -162,11 +159,13 @@ __device__ __forceinline__ Statistics merge(int first, int step, int count, doub
     const auto mean_of = [&](const Entry& e, int i) {
         return static_cast<double>(e.a) + static_cast<double>(e.b) + static_cast<double>(bias(i));
     };
+#pragma unroll 1
     for (int i = first; i < count; i += step) {
         const Entry e = entry(i);
         total += static_cast<double>(e.d) * mean_of(e, i);
     }
     const double mean = sum(total) / elements;
+#pragma unroll 1
     for (int i = first; i < count; i += step) {
         const Entry e = entry(i);
         const double d = mean_of(e, i) - mean;
@@ -175,27 +174,19 @@ __device__ __forceinline__ Statistics merge(int first, int step, int count, doub
     return {mean, static_cast<float>(1.0 / sqrt(sum(squares) / elements + static_cast<double>(eps)))};
 }
 
-template <class T, bool NHWC>
-__global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNorm a) {
-    using W = Wide<T, NHWC>;
-    using S = Narrow<T, NHWC>;
+template <class Access, bool RESIDUAL>
+__global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : sizeof(typename Access::Out::T) == 2 ? 4 : 3) one_read_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const GroupNormPlan& plan = a.plan;
     const Part part(a.shape, plan);
     const Tables s(plan);
-    const Lanes<W> lanes(part.channels, plan);
-    fetch<W>(a.x, a.x2, a.channels1, plan, part, lanes, 0);
-    if (a.residual.data) fetch<W>(a.residual, a.residual, a.shape.channels, plan, part, lanes, 1);
-    commit_copies();
+    Access::begin(a, part, RESIDUAL, a.draw.sample);
     read_parameters(a, part, s);
-    if (a.draw.sample) draw_masks<W>(a, part, lanes);
-    wait_for_copies();
+    Access::end();
     __syncthreads();
 
-    part_moments<S>(
-        a, part, s, s.entries, [&](int c) { return plane<S>(slab<S>(plan, 0), plan, part, c); },
-        [&](int c) { return plane<S>(slab<S>(plan, 1), plan, part, c); });
+    part_moments<Access>(a, part, s, RESIDUAL, s.entries);
     if (plan.parts > 1) cluster_sync();
     else __syncthreads();
 
@@ -203,6 +194,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNo
     const int of_group = static_cast<int>(a.shape.channels / a.groups), groups = part.channels / of_group;
     const int lane = static_cast<int>(threadIdx.x % 32), warps = static_cast<int>(blockDim.x / 32);
     const double elements = static_cast<double>(of_group) * static_cast<double>(a.shape.height * a.shape.width);
+#pragma unroll 1
     for (int g = static_cast<int>(threadIdx.x / 32); g < groups; g += warps) {
         const auto channel = [&](int i) { return g * of_group + i % of_group; };
         const Statistics of = merge(
@@ -220,23 +212,21 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) one_read_kernel(const GroupNo
     centre_channels(part, s, [&](int c) { return s.mean[c / of_group]; }, [&](int c) { return s.rstd[c / of_group]; });
     __syncthreads();
 
-    make_output<W>(
-        a, part, s, [&](int c) { return plane<W>(slab<W>(plan, 0), plan, part, c); },
-        [&](int c) { return plane<W>(slab<W>(plan, 1), plan, part, c); },
-        [&](const Lanes<W>& own, int c, int p) { return stored_mask<W>(plan, part, own, c, p); });
+    make_output<Access>(a, part, s, RESIDUAL);
     if (plan.parts > 1) cluster_wait();  // the others have read what this block holds
 }
 
-template <class A>
-__global__ void __launch_bounds__(MOST_THREADS) moments_kernel(const GroupNorm a) {
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) moments_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Part part(a.shape, a.plan);
     const Tables s(a.plan);
+    Access::begin(a, part, a.residual.data, false);
+    Access::end();
+    __syncthreads();
     Entry* entries = a.entries + (part.sample * a.plan.parts + part.rank) * a.shape.channels + part.channel;
-    part_moments<A>(
-        a, part, s, entries, [&](int c) { return plane<A>(a.x, a.x2, a.channels1, part, c); },
-        [&](int c) { return plane<A>(a.residual, part, c); });
+    part_moments<Access>(a, part, s, a.residual.data, entries);
 }
 
 // A block for each group of a sample.
@@ -254,20 +244,18 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_moments_kernel(const Group
     if (threadIdx.x == 0) a.mean[blockIdx.x] = of.mean, a.rstd[blockIdx.x] = of.rstd;
 }
 
-template <class A>
-__global__ void __launch_bounds__(MOST_THREADS) apply_kernel(const GroupNorm a) {
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) apply_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Part part(a.shape, a.plan);
     const Tables s(a.plan);
+    Access::begin(a, part, a.residual.data, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
+    Access::end();
     __syncthreads();
-    const Stream noise = a.draw.sample ? stream(a.draw, part.sample) : Stream{};
-    make_output<A>(
-        a, part, s, [&](int c) { return plane<A>(a.x, a.x2, a.channels1, part, c); },
-        [&](int c) { return plane<A>(a.residual, part, c); },
-        [&](const Lanes<A>& lanes, int c, int p) { return draw(a, noise, part, lanes, c, p); });
+    make_output<Access>(a, part, s, a.residual.data);
 }
 
 }  // namespace
@@ -275,15 +263,17 @@ __global__ void __launch_bounds__(MOST_THREADS) apply_kernel(const GroupNorm a) 
 cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream) {
     const Launch l = over_parts(a, stream);
     if (a.plan.one_read)
-        return with_vectors(a, [&]<class T, bool NHWC>() { return launch(one_read_kernel<T, NHWC>, l, a); });
-    cudaError_t error = with_access(a, [&]<class A>() { return launch(moments_kernel<A>, l, a); });
+        return with_copied(a, [&]<class Access>() {
+            return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
+        });
+    cudaError_t error = with_access(a, [&]<class Access>() { return launch(moments_kernel<Access>, l, a); });
     if (error != cudaSuccess) return error;
     Launch merging = l;
     merging.grid = dim3(static_cast<unsigned>(a.shape.batch * a.groups));
     merging.block = dim3(128), merging.shared = 4 * sizeof(double);
     error = launch(merge_moments_kernel, merging, a);
     if (error != cudaSuccess) return error;
-    return with_access(a, [&]<class A>() { return launch(apply_kernel<A>, l, a); });
+    return with_access(a, [&]<class Access>() { return launch(apply_kernel<Access>, l, a); });
 }
 
 }  // namespace fastddpm::cuda

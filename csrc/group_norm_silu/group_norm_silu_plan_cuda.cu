@@ -10,7 +10,8 @@
 namespace fastddpm::cuda {
 namespace {
 
-constexpr int BATCHES = 16;         // that a thread takes of a part, without one_read, and at most
+constexpr int BATCHES = 16;          // that a thread takes of a part, without one_read, at most
+constexpr int PART_BYTES = 64 << 10;  // that such a part takes on the chip
 constexpr int MOST_CHANNELS = 1024;  // of a slab in one_read
 constexpr int PORTABLE = 8;          // blocks of a cluster that every device with clusters runs; 16 is for measurements
 
@@ -46,20 +47,20 @@ bool all_suit(const GroupNorm& a, bool nhwc) {
 void lay_out(const GroupNorm& a, GroupNormPlan& p, int slabs) {
     const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
     const int of_group = static_cast<int>(a.shape.channels / a.groups);
-    p.lanes = power_of_two(std::min<int64_t>(32, std::max(1, p.pixels / n)));
+    p.slabs = static_cast<int>(ceil_div(a.shape.channels, p.slab));
+    const int64_t pixels = std::min<int64_t>(p.pixels, a.shape.height * a.shape.width);
+    p.lanes = power_of_two(std::clamp<int64_t>(pixels / n, 1, 32));
     p.groups_at = round_up(4 * TABLES * round_up(p.slab, 4), 16);
     p.entries_at = p.groups_at + 16 * (p.one_read ? p.slab / of_group : 0);
     p.sums_at = p.entries_at + 16 * (p.one_read ? p.slab : 0);
-    int sums = 0;  // the most that add_up takes: three sums in backward
-    if (p.nhwc) {
-        const int channels = p.one_read ? 4 : n, columns = std::min(p.slab / channels, p.threads), rows = p.threads / columns;
-        sums = 4 * 3 * static_cast<int>(ceil_div(rows, 4)) * columns * channels;
-    }
+    // The most that add_up takes: three sums in backward. Fewer columns, in a last slab, may take up more by rounding.
+    const int channels = p.vectors ? 4 : 1, columns = std::min(p.slab / channels, p.threads);
+    const int sums = p.nhwc ? 4 * 3 * channels * (p.threads / 4 + columns) : 0;
     p.arrays_at = p.sums_at + round_up(sums, 16);
-    p.array_bytes = p.one_read ? round_up(int64_t(p.pixels) * p.slab * element_size(a.x.dtype), 16) : 0;
+    p.array_bytes = p.vectors ? round_up(int64_t(p.pixels) * p.slab * element_size(a.x.dtype), 16) : 0;
     p.masks_at = p.arrays_at + slabs * p.array_bytes;
     int64_t masks = 0;
-    if (p.one_read && a.draw.sample)
+    if (p.vectors && a.draw.sample)
         masks = p.nhwc ? ceil_div(p.pixels, 4) * (p.slab / 4) * 2
                        : int64_t(p.slab) * ceil_div(p.pixels, BATCH * p.lanes * n) * p.lanes * 4;
     p.shared = p.masks_at + round_up(masks, 16);
@@ -72,12 +73,12 @@ int threads_for(int64_t accesses) { return std::clamp(power_of_two(accesses / BA
 // short, and where no second block fits beside the first to load while it computes. From public figures (128 bytes a run;
 // two or three blocks a processor), not yet from measurements of these kernels.
 double cost(const GroupNorm& a, const GroupNormPlan& p, const Device& d) {
-    const double blocks = static_cast<double>(a.shape.batch) * static_cast<double>(ceil_div(a.shape.channels, p.slab)) * p.parts;
+    const double blocks = static_cast<double>(a.shape.batch) * p.slabs * p.parts;
     const double turns = std::max(1.0, std::ceil(blocks / d.processors));
     double elements = double(p.slab) * p.pixels + 1024 + 512 * std::log2(double(p.parts));
     const double run = double(p.slab) * static_cast<double>(element_size(a.x.dtype));
     if (p.nhwc && run < 128) elements *= std::sqrt(128 / run);
-    const int together = (228 << 10) / (p.shared + 1024);
+    const int together = (d.shared_memory + 1024) / (p.shared + 1024);
     elements *= together >= 3 ? 1.0 : together == 2 ? 1.05 : 1.2;
     return turns * elements;
 }
@@ -111,27 +112,29 @@ bool one_read(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& bes
     return found;
 }
 
-void two_reads(const GroupNorm& a, const Device& d, GroupNormPlan& p) {
+void two_reads(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& p) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
     const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
     p.threads = MOST_THREADS;
     // Pixels of a batch of all threads of a block.
     int64_t step;
     if (p.nhwc) {
-        const int64_t most = std::min<int64_t>(MOST_CHANNELS / 2, MOST_THREADS * n);
+        const int64_t most = std::min<int64_t>(256, MOST_THREADS * n);
         p.slab = round_up(ceil_div(channels, ceil_div(channels, most)), n);
         step = BATCH * std::max(1, MOST_THREADS / (p.slab / n));
     } else {
-        const int lanes = power_of_two(std::min<int64_t>(32, std::max<int64_t>(1, pixels / n)));
+        const int lanes = power_of_two(std::clamp<int64_t>(pixels / n, 1, 32));
         p.slab = static_cast<int>(std::min<int64_t>(channels, MOST_THREADS / lanes));
         step = int64_t(BATCH) * lanes * n;
     }
-    const int64_t steps = std::max<int64_t>(1, ceil_div(pixels, step)), slabs = a.shape.batch * ceil_div(channels, p.slab);
-    const int64_t enough = 16 * int64_t(d.processors);  // blocks
-    const int64_t of_part = std::clamp<int64_t>(steps * slabs / enough, 1, BATCHES);
+    const int64_t steps = std::max<int64_t>(1, ceil_div(pixels, step));
+    const int64_t blocks_of_a_step = a.shape.batch * ceil_div(channels, p.slab) * steps, enough = 4 * int64_t(d.processors);
+    int64_t most = BATCHES;
+    if (p.vectors) most = std::min<int64_t>(most, PART_BYTES / (step * p.slab * slabs * element_size(a.x.dtype)));
+    const int64_t of_part = std::max<int64_t>(1, std::min(blocks_of_a_step / enough, most));
     p.pixels = round_up(of_part * step, 8);
     p.parts = static_cast<int>(std::max<int64_t>(1, ceil_div(pixels, p.pixels)));
-    lay_out(a, p, 0);
+    lay_out(a, p, slabs);
 }
 
 }  // namespace
@@ -139,9 +142,14 @@ void two_reads(const GroupNorm& a, const Device& d, GroupNormPlan& p) {
 GroupNormPlan plan(const GroupNorm& a, int slabs) {
     const Device d = device();
     GroupNormPlan p{};
+    if (a.shape.channels == 0) {  // a grid without blocks
+        p.slab = p.parts = 1, p.pixels = 8, p.threads = MOST_THREADS;
+        lay_out(a, p, 0);
+        return p;
+    }
     p.nhwc = a.shape.nhwc || a.shape.height * a.shape.width == 1;  // of one pixel the channels lie side by side
     p.vectors = all_suit(a, p.nhwc);
-    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, d, p);
+    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, d, slabs, p);
     return p;
 }
 

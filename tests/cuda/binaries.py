@@ -48,7 +48,7 @@ HOT = [
 
 # Known failures: kernels that use local memory on an architecture, and must not. A line whose kernels no longer do, on
 # any architecture, fails, too: take it out.
-TO_REPAIR = [
+TO_REPAIR: list[str] = [
     r"one_read_kernel<.*>",
     r"(moments|sums|merge_moments|merge_sums|dx|apply)_kernel.*",
 ]

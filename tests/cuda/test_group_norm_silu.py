@@ -54,6 +54,7 @@ CALLS = [
     call(64, 16, (8, 8), rich=True, first=40),  # a slab of 64 straddles the seam
     call(96, 8, (6, 6), rich=True),  # slabs of 24, 48 and 96; a last part that is shorter
     call(48, 4, (5, 8), rich=False, first=24),  # groups of 12 channels: an access straddles two
+    call(40, 5, (8, 8), rich=True),  # slabs of 24 channels, the last of 16
     call(80, 8, (16, 8), rich=True, batch=1),
     call(72, 1, (3, 8), rich=True),  # one group
     call(40, 40, (2, 4), rich=False),  # a channel is a group, and there is one part of 8 pixels
@@ -65,7 +66,7 @@ CUTS = [(0, 0), (1, 1), (24, 2), (64, 1), (64, 4), (1000, 8), (16, 16)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]} channels by {cut[1]}")
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"slabs{cut[0]}x{cut[1]}")
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
 def test_slabs_and_clusters(plan: Plan, case: Case, cut: tuple[int, int], layout: str) -> None:
     dtype = DTYPES[(CALLS.index(case) + CUTS.index(cut)) % len(DTYPES)]  # so that each cut meets all of them

@@ -45,6 +45,14 @@ struct Copy {
     size_t size, zeros;
 };
 
+uint64_t random_state;
+
+// xorshift64*
+uint64_t random_number() {
+    random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
+    return random_state * 0x2545F4914F6CDD1Dull;
+}
+
 struct Block;
 
 struct Fiber {
@@ -69,6 +77,7 @@ struct Block {
     std::vector<Fiber> fibers;
     unsigned char* shared = nullptr;
     size_t shared_size = 0, left = 0;
+    uint64_t slowness = random_number() >> 60;  // sixteenths of the occasions to go on that it lets pass
     std::vector<Block*>* cluster = nullptr;
 };
 
@@ -78,14 +87,7 @@ ucontext_t scheduler;
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
-uint64_t random_state;
 std::vector<void*> free_stacks;
-
-// xorshift64*
-uint64_t random_number() {
-    random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
-    return random_state * 0x2545F4914F6CDD1Dull;
-}
 
 void to_scheduler(Fiber* fiber, bool last) {
     SANITIZED(__sanitizer_start_switch_fiber(last ? nullptr : &fiber->fake_stack, scheduler_stack, scheduler_stack_size));
@@ -140,8 +142,9 @@ const char* name_of(Barrier barrier) {
     return names[static_cast<int>(barrier)];
 }
 
-// Let those go on whose barrier is complete. Returns whether there were any.
-bool release(std::vector<Block*>& blocks) {
+// Let those go on whose barrier is complete. Returns whether there were any. ``hold_back``: blocks stay where they are,
+// the slow ones more often, so that those of a cluster run apart and meet at the barriers of the cluster alone.
+bool release(std::vector<Block*>& blocks, bool hold_back) {
     bool any = false;
     const auto let_go = [&](const std::vector<Fiber*>& group) {
         for (Fiber* fiber : group) fiber->state = Fiber::ready;
@@ -158,6 +161,7 @@ bool release(std::vector<Block*>& blocks) {
             all_at_grid = all_at_grid && fiber.state == Fiber::waiting && fiber.at == Barrier::grid;
         }
         everybody.insert(everybody.end(), members.begin(), members.end());
+        if (hold_back && random_number() >> 60 < block->slowness) continue;
         if (all_at_block) {
             let_go(members);
             continue;
@@ -204,14 +208,17 @@ void run_together(std::vector<Block*>& blocks) {
     std::vector<Fiber*> ready;
     while (true) {
         ready.clear();
-        bool all_done = true;
-        for (Block* block : blocks)
-            for (auto& fiber : block->fibers) {
-                if (fiber.state == Fiber::ready) ready.push_back(&fiber);
+        bool all_done = true, later = false;
+        for (Block* block : blocks) {
+            const bool held_back = blocks.size() > 1 && random_number() >> 60 < block->slowness;
+            for (Fiber& fiber : block->fibers) {
+                if (fiber.state == Fiber::ready && held_back) later = true;
+                if (fiber.state == Fiber::ready && !held_back) ready.push_back(&fiber);
                 all_done = all_done && fiber.state == Fiber::done;
             }
+        }
         if (all_done) return;
-        if (ready.empty() && !release(blocks)) {
+        if (ready.empty() && !later && !(blocks.size() > 1 && release(blocks, true)) && !release(blocks, false)) {
             std::string who;
             int shown = 0, ended = 0;
             for (Block* block : blocks)
