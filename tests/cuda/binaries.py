@@ -46,14 +46,6 @@ HOT = [
     Hot(r"normal_kernel<Tile<8, 0>, bf16>", registers=32, narrow=3, loads=False),
 ]
 
-# Known failures: kernels that use local memory on an architecture, and must not. A line whose kernels no longer do, on
-# any architecture, fails, too: take it out.
-TO_REPAIR: list[str] = [
-    r"one_read_kernel<.*>",
-    r"(moments|sums|merge_moments|merge_sums|dx|apply)_kernel.*",
-]
-
-
 @dataclass(frozen=True)
 class Binary:
     """A kernel as compiled for one architecture. ``stack`` is in bytes; ``local`` counts the instructions that touch

@@ -139,8 +139,9 @@ def environment(path: Path, **more: str) -> dict[str, str]:
 
 
 def pytest(path: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run tests with the kernels of a library."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    """Run tests with the kernels of a library. What a sanitizer prints at the end of a process is not captured."""
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += arguments
     return subprocess.run(
         command, cwd=ROOT, env=environment(path, **more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.cuda import binaries
-from tests.cuda.binaries import HOT, LIBRARY, TO_REPAIR, Binary, Hot
+from tests.cuda.binaries import HOT, LIBRARY, Binary, Hot
 
 pytestmark = [
     pytest.mark.nvcc,
@@ -23,26 +23,16 @@ def compiled(arch: str) -> list[Binary]:
     return binaries.binaries(arch)
 
 
-def to_repair(binary: Binary) -> bool:
-    return any(re.fullmatch(kernel, binary.kernel) for kernel in TO_REPAIR)
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels(arch: str) -> None:
-    """None uses local memory but those that are to be repaired, and the hot ones are as planned."""
+    """None uses local memory, and the hot ones are as planned."""
     found = compiled(arch)
     assert found
-    assert [b.kernel for b in found if (b.stack or b.local) and not to_repair(b)] == []
+    assert [b.kernel for b in found if b.stack or b.local] == []
     for rule, binary in binaries.hot(found):
         assert binaries.complaints(rule, binary) == []
     for rule in HOT:
         assert any(re.fullmatch(rule.kernel, binary.kernel) for binary in found), f"no kernel is a {rule.kernel}"
-
-
-@pytest.mark.skipif(not {"sm_80", "sm_90"} <= set(ARCHS), reason="needs code for sm_80 and sm_90")
-def test_what_is_to_be_repaired_needs_it() -> None:
-    local = {b.kernel for arch in ARCHS for b in binaries.binaries(arch, sass=False) if b.stack}
-    assert [kernel for kernel in TO_REPAIR if not any(re.fullmatch(kernel, name) for name in local)] == []
 
 
 # --- the reading itself
