@@ -41,9 +41,23 @@ class Hot:
     stores: bool = True
 
 
+# 64 registers leave room for 1,024 threads on a multiprocessor, 80 for 768, 128 for 512; blocks have 128 or 256.
 HOT = [
     Hot(r"normal_kernel<Tile<4, [03]>, float>", registers=40, narrow=3, loads=False),
     Hot(r"normal_kernel<Tile<8, 0>, bf16>", registers=32, narrow=3, loads=False),
+    Hot(r"q_sample_kernel<Elements<., .>, unsigned char, (float|bf16)>", registers=48, narrow=12, loads=False),
+    Hot(r"q_sample_kernel<Pixels<3>, unsigned char, (float|bf16)>", registers=64, narrow=13, loads=False),
+    Hot(r"diffusion_loss_kernel<\(Path\)0, Elements<., .>, .*, (float|bf16)>", registers=48, narrow=9),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Elements<., .>, .*, (float|bf16)>", registers=48, narrow=19),
+    Hot(r"solver_step_kernel<Tile<4, 0>, float, float, true>", registers=48, narrow=20),
+    Hot(r"solver_step_kernel<Tile<4, 0>, float, bf16, true>", registers=48, narrow=21),
+    # forward and backward: three blocks of 256; two with a residual
+    Hot(r"one_read_kernel<Copied<(bf16|f16), .*>, false>", registers=80, narrow=62),
+    Hot(r"one_read_kernel<Copied<.*>, true>", registers=128, narrow=66),
+    Hot(r"forward_rows<bf16, [123]>", registers=72, narrow=15),
+    Hot(r"backward_rows<bf16, 1>", registers=104, narrow=17),
+    Hot(r"gradient_squares_kernel<.*>", registers=64, narrow=39, stores=False),
+    Hot(r"adam_ema_kernel<.*>", registers=64, narrow=62),
 ]
 
 @dataclass(frozen=True)
