@@ -18,7 +18,7 @@ PYTHON ?= python3
 SYSTEM_SITE_PACKAGES ?= 0
 TORCH ?= $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),torch>=2.11,torch==2.13.0)
 JOBS ?= auto
-CUDA_ARCHS ?= $(or $(FASTDDPM_CUDA_ARCHS),80;90)
+CUDA_ARCHS ?= $(or $(FASTDDPM_CUDA_ARCHS),90)
 
 DEMO := .venv/demo
 TEST := .venv/test

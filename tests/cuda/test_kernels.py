@@ -43,7 +43,7 @@ def test_contract(library: Path, op: str) -> None:
     assert passed(library, *tests) > 10
 
 
-CUT = {"group_norm_silu": "slabs64x4 or slabs24x2", "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x"}
+CUT = {"group_norm_silu": "slabs64x4", "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x"}
 
 
 @pytest.mark.parametrize("op", CUT)
@@ -65,9 +65,8 @@ def test_contract_on_other_devices(library: Path, architecture: str, seed: str) 
     passed(library, "tests/ops/test_contract.py", "-k", f"native and ({CONTRACT})", "--timeout=60", **environment)
 
 
-@pytest.mark.parametrize("first", [0, 1000])
-def test_random_calls(library: Path, first: int) -> None:
-    passed(library, f"tests/ops/test_random_cases.py::test_native[{first}]", "--timeout=300")
+def test_random_calls(library: Path) -> None:
+    passed(library, "tests/ops/test_random_cases.py::test_native[0]", "--timeout=300")
 
 
 @pytest.mark.slow
@@ -93,7 +92,7 @@ PLANTED = {
         "    __syncthreads();\n    centre_channels(part",
         "    centre_channels(part",
         "group_norm_silu",
-        ["tests/ops/test_contract.py", "-k", "group_norm_silu-native and values"],
+        ["tests/cuda/test_group_norm_silu.py", "-k", "slabs64x4 and NHWC"],
         "AssertionError",
     ),
     "missing barrier of the cluster": Plant(
@@ -101,7 +100,7 @@ PLANTED = {
         "    if (plan.parts > 1) cluster_sync();\n    else __syncthreads();\n",
         "    __syncthreads();\n",
         "group_norm_silu",
-        ["tests/cuda/test_group_norm_silu.py", "-k", "slabs64x4 and 64"],
+        ["tests/cuda/test_group_norm_silu.py", "-k", "slabs64x4 and NHWC"],
         "AssertionError",
     ),
     "read out of bounds": Plant(
