@@ -52,7 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-record", type=Path, default=None, help="where the record goes (default: none is written)")
     # of benchmarks/peers; here, since pytest reads the options before it looks there
     settings = ("eager", "some", "all")
-    group.addoption("--peers-settings", choices=settings, default="some", help="what is compiled (default some)")
+    least = "some" if torch.cuda.is_available() else "eager"  # Inductor takes a quarter of an hour on a few cores
+    group.addoption("--peers-settings", choices=settings, default=least, help=f"what is compiled (default {least})")
     group.addoption("--peers-seconds", type=float, default=15.0, help="seconds for each contestant (default 15)")
     group.addoption("--peers-record", type=Path, default=None, help="where the record goes (default: none is written)")
 
