@@ -1,7 +1,7 @@
 // h = [x, x2] + channel_bias + residual;  y = drop(silu((h - mean) rstd gain + offset)), gain = weight (1 + scale),
 // offset = bias (1 + scale) + shift; mean and variance over each group of channels (Wu and He 2018, eq. 1-2).
 //
-// One read, where a slab of whole groups fits the shared memory of a block or of a cluster of up to 16, which share its
+// One read, where a slab of whole groups fits the shared memory of a block or of a cluster of up to 8, which share its
 // pixels: it is copied there in 16-byte pieces, and dropout drawn meanwhile; each thread takes the moments of what it
 // owns, the block merges those of a channel, and the cluster those of a group, through distributed shared memory; then y
 // is made from the copy. Two reads, where it does not fit, and for sizes, orders and dtypes that have no 16-byte pieces:
@@ -11,7 +11,7 @@
 //
 // Moments: a thread sums d and d^2, d the deviation from the first number that it meets in a channel. That number is at
 // most sqrt(n - 1) standard deviations from the mean of its n, so that sum(d^2) - sum(d)^2 / n loses no more than a
-// factor n of the precision, and n is some dozens. All merging is centred (Chan et al. 1983), in a fixed order.
+// factor n of the precision, and n is at most some hundreds. All merging is centred (Chan et al. 1983), in a fixed order.
 //
 // Bytes an element in half precision: 2 read and 2 written, with two reads 4 and 2, and 2 and 2 more with a residual.
 // What limits it is memory: 64 KB a block, three blocks a processor keep it busy. In NHWC order 64 channels make runs of

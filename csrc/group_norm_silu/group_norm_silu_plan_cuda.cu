@@ -1,5 +1,6 @@
-// How a call of group_norm_silu is cut into blocks. Its result is the same on every device of one architecture, and does
-// not depend on what else runs; host code alone.
+// How a call of group_norm_silu is cut into blocks: host code alone. It decides in which order sums are taken, and so the
+// bits of the result. It asks the device for its clusters and the size of its shared memory, and nothing else, so that all
+// devices of one architecture give the same bits.
 
 #include "group_norm_silu/group_norm_silu_cuda.cuh"
 
@@ -10,10 +11,11 @@
 namespace fastddpm::cuda {
 namespace {
 
-constexpr int BATCHES = 16;          // that a thread takes of a part, without one_read, at most
+constexpr int PROCESSORS = 132;       // of a large GPU: those to keep busy
+constexpr int BATCHES = 16;           // that a thread takes of a part, without one_read, at most
 constexpr int PART_BYTES = 64 << 10;  // that such a part takes on the chip
-constexpr int MOST_CHANNELS = 1024;  // of a slab in one_read
-constexpr int PORTABLE = 8;          // blocks of a cluster that every device with clusters runs; 16 is for measurements
+constexpr int MOST_CHANNELS = 1024;   // of a slab in one_read
+constexpr int PORTABLE = 8;           // blocks of a cluster that every device with clusters runs; 16 is for measurements
 
 int wanted_slab = 0, wanted_cluster = 0;  // by fastddpm_group_norm_plan
 
@@ -74,7 +76,7 @@ int threads_for(int64_t accesses) { return std::clamp(power_of_two(accesses / BA
 // two or three blocks a processor), not yet from measurements of these kernels.
 double cost(const GroupNorm& a, const GroupNormPlan& p, const Device& d) {
     const double blocks = static_cast<double>(a.shape.batch) * p.slabs * p.parts;
-    const double turns = std::max(1.0, std::ceil(blocks / d.processors));
+    const double turns = std::max(1.0, std::ceil(blocks / PROCESSORS));
     double elements = double(p.slab) * p.pixels + 1024 + 512 * std::log2(double(p.parts));
     const double run = double(p.slab) * static_cast<double>(element_size(a.x.dtype));
     if (p.nhwc && run < 128) elements *= std::sqrt(128 / run);
@@ -112,7 +114,7 @@ bool one_read(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& bes
     return found;
 }
 
-void two_reads(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& p) {
+void two_reads(const GroupNorm& a, int slabs, GroupNormPlan& p) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
     const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
     p.threads = MOST_THREADS;
@@ -128,7 +130,7 @@ void two_reads(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& p)
         step = int64_t(BATCH) * lanes * n;
     }
     const int64_t steps = std::max<int64_t>(1, ceil_div(pixels, step));
-    const int64_t blocks_of_a_step = a.shape.batch * ceil_div(channels, p.slab) * steps, enough = 4 * int64_t(d.processors);
+    const int64_t blocks_of_a_step = a.shape.batch * ceil_div(channels, p.slab) * steps, enough = 4 * PROCESSORS;
     int64_t most = BATCHES;
     if (p.vectors) most = std::min<int64_t>(most, PART_BYTES / (step * p.slab * slabs * element_size(a.x.dtype)));
     const int64_t of_part = std::max<int64_t>(1, std::min(blocks_of_a_step / enough, most));
@@ -149,7 +151,7 @@ GroupNormPlan plan(const GroupNorm& a, int slabs) {
     }
     p.nhwc = a.shape.nhwc || a.shape.height * a.shape.width == 1;  // of one pixel the channels lie side by side
     p.vectors = all_suit(a, p.nhwc);
-    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, d, slabs, p);
+    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, slabs, p);
     return p;
 }
 
