@@ -16,7 +16,8 @@ RmsNorm arguments(const Tensor& x, const Tensor& weight, const MaybeTensor& scal
     a.shape = shape(x);
     const int64_t channels = std::max<int64_t>(1, a.shape.channels), pixels = a.shape.height * a.shape.width;
     a.nhwc = a.shape.nhwc || pixels == 1;
-    const int64_t wanted = std::clamp<int64_t>(8192 / channels, 16, 128);
+    // pixels of a block, whose sums are taken one by one in float32: few, so that they lose no digits
+    const int64_t wanted = std::clamp<int64_t>(8192 / channels, 16, 64);
     a.per_sample = pixels == 0 ? 0 : std::max<int64_t>(1, pixels / wanted);  // rounded down: no block is too small
     a.block = pixels == 0 ? 0 : (pixels + a.per_sample - 1) / a.per_sample;
     a.x = image(x, a.shape);
