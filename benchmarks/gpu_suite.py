@@ -64,10 +64,10 @@ def pending(lines: list[Line], all_parts: list[Part], again: frozenset[str] = fr
     return [part for part in all_parts if part.name not in done]
 
 
-def run_parts(options: Options, todo: list[Part]) -> None:
+def run_parts(options: Options, wanted: list[Part]) -> None:
     """One after the other, until the time is over."""
     end = time.monotonic() + 60 * options.minutes
-    for part in todo:
+    for part in wanted:
         left = end - time.monotonic()
         if left < LEAST:
             print(f"{part.name}: no time left; the same command goes on from here", flush=True)
@@ -370,8 +370,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not lines:
         gpu_record.append(options.record, [now])
-    todo = [part for part in pending(lines, all_parts, options.again) if not given.only or part.name in given.only]
-    run_parts(options, todo)
+    wanted = [part for part in pending(lines, all_parts, options.again) if not given.only or part.name in given.only]
+    run_parts(options, wanted)
     for path in gpu_report.write(options.record, [part.name for part in all_parts]):
         print(path)
     status = status_of(gpu_record.read(options.record), all_parts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +145,21 @@ def plot(about: dict[str, Any], rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_page(
+    description: str | None,
+    page: Callable[[dict[str, Any], Rows, Path, Path | None], str],
+    plot: Callable[[dict[str, Any], Rows, Path], None],
+) -> None:
+    """The command line of a report: a record, and where its plot goes; the page is printed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     about, *rows = (json.loads(line) for line in options.record.read_text(encoding="utf-8").splitlines())
     if options.plot:
         plot(about, rows, options.plot)
-    print(markdown(about, rows, options.record, options.plot))
+    print(page(about, rows, options.record, options.plot))
 
 
 if __name__ == "__main__":
-    main()
+    make_page(__doc__, markdown, plot)

@@ -291,14 +291,14 @@ def _diffusers_sampling(who: Contestant, network: nn.Module, shape: tuple[int, .
 
 def lucidrains() -> types.ModuleType:
     """denoising-diffusion-pytorch with its network and diffusion; what only its trainer needs may be missing."""
-    with placeholders(NOT_NEEDED):
+    with stand_ins(NOT_NEEDED):
         module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     module.tqdm = lambda steps, **_: steps  # type: ignore[attr-defined]  # no bar
     return module
 
 
 @contextlib.contextmanager
-def placeholders(packages: tuple[str, ...]) -> Iterator[None]:
+def stand_ins(packages: tuple[str, ...]) -> Iterator[None]:
     """Modules with empty classes in place of packages that are not installed, while another is imported."""
     missing = [name for name in packages if name not in sys.modules and importlib.util.find_spec(name) is None]
     finder = _Placeholders(missing)

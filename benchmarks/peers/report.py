@@ -5,11 +5,11 @@ python -m benchmarks.peers.report RECORD.jsonl --plot docs/peers.png >docs/peers
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.report import make_page
 
 Row = dict[str, Any]
 
@@ -204,16 +204,5 @@ def _parts(panel: Any, rows: list[Row]) -> None:
     panel.legend(fontsize=6, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.3))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    about, *rows = (json.loads(line) for line in options.record.read_text(encoding="utf-8").splitlines())
-    if options.plot:
-        plot(about, rows, options.plot)
-    print(markdown(about, rows, options.record, options.plot))
-
-
 if __name__ == "__main__":
-    main()
+    make_page(__doc__, markdown, plot)

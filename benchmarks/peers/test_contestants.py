@@ -72,8 +72,8 @@ def test_conv_floor_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train" not in conv_floor.conv_floor(1, torch.float32, training=False, repeat=1)
 
 
-def test_packages_that_are_missing_have_placeholders_for_a_moment() -> None:
-    with contestants.placeholders(("no_such_package", "json")):
+def test_packages_that_are_missing_have_stand_ins_for_a_moment() -> None:
+    with contestants.stand_ins(("no_such_package", "json")):
         from no_such_package.deep import Anything  # type: ignore[import-not-found]
 
         assert isinstance(Anything, type)
