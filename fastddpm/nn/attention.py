@@ -10,9 +10,9 @@ Nichol and Dhariwal 2021.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Linear, attention
 from .norm import GroupNormSiLU
 
 
@@ -32,8 +32,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = GroupNormSiLU(channels, num_groups, eps, activation=False)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same; channels_last x is rearranged nowhere, and the result is channels_last."""
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
         heads = (b, h * w, self.num_heads, c // self.num_heads)
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, d]
+        y = attention(q, k, v)  # [B, heads, H*W, d]
         y = self.proj(y.transpose(1, 2).reshape(b, h * w, c))
         out: Tensor = x + y.view(b, h, w, c).permute(0, 3, 1, 2)
         return out

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers import Conv2d, conv2d
 from .norm import GroupNormSiLU
 
 Padding = Literal["same", "symmetric"]
@@ -69,10 +70,10 @@ class ResBlock(nn.Module):
         self.recompute = False
         self.embedding_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None, skip: Tensor | None = None) -> Tensor:
         """Apply the block.
@@ -99,7 +100,7 @@ class ResBlock(nn.Module):
         if skip is not None and not reads_apart(x):
             x, skip = torch.cat([x, skip], dim=1), None
 
-        h = F.conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
+        h = conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
         h = self.norm2(
             h,
             channel_bias=bias if self.scale_shift else bias + e,
@@ -143,7 +144,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: Padding = "same") -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], H and W even, to [B, C, H / 2, W / 2]."""
@@ -160,7 +161,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W]."""

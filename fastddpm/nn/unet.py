@@ -33,6 +33,7 @@ from .._checks import check_device, check_dtype, check_shape
 from .attention import SelfAttention
 from .blocks import PADDINGS, Downsample, DropoutKey, Padding, ResBlock, Upsample
 from .embedding import EMBEDDINGS, Embedding, TimeEmbedding
+from .layers import Conv2d
 from .norm import GroupNormSiLU
 
 Resample = Literal["conv", "resblock"]
@@ -271,7 +272,7 @@ class UNet(nn.Module):
         width = 4 * config.base_channels
         self.time_embedding = TimeEmbedding(config.base_channels, width, config.embedding)
         self.class_embedding = None if config.num_classes is None else nn.Embedding(config.num_classes + 1, width)
-        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, config.base_channels, 3, padding=1)
 
         c = config.base_channels
         skips = [c]  # channels of the outputs that the way up will join
@@ -303,7 +304,7 @@ class UNet(nn.Module):
             self.up.append(UpLevel(blocks, attentions, upsample))
 
         self.norm_out = GroupNormSiLU(c, groups, eps)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(c, config.out_channels, 3, padding=1)
         self.time_projection = nn.Linear(width, sum(self.projected))  # of all residual blocks, in order of their number
         self._initialise()
 
