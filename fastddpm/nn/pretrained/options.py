@@ -1,0 +1,47 @@
+"""Options that follow from numbers which a file has, or which its user adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def prediction_options(inputs: int, outputs: int, told: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The options learned_variance and prediction_channels of a network.
+
+    Twice as many channels as go in are taken for a prediction and its variance, any other number for a prediction.
+
+    Args:
+        inputs, outputs: channels of the input and of the output.
+        told: learned_variance and prediction_channels, where the user knows better.
+        source: named in messages.
+
+    Raises:
+        ValueError: what was told does not give ``outputs``.
+    """
+    predicted = told.get("prediction_channels")
+    learned = told.get("learned_variance", outputs == 2 * (inputs if predicted is None else predicted))
+    if predicted is None:
+        predicted = outputs // 2 if learned else outputs
+    if predicted * (1 + bool(learned)) != outputs:
+        raise ValueError(
+            f"UNet.from_pretrained: expected learned_variance and prediction_channels that give the {outputs} channels "
+            f"of {source}, got {learned} and {predicted}; leave them out"
+        )
+    return {
+        "learned_variance": bool(learned),
+        "prediction_channels": None if predicted == inputs else predicted,
+    }
+
+
+def size_options(image_size: Any, attended: Sequence[bool]) -> dict[str, Any]:
+    """The options image_size and attention_resolutions.
+
+    Args:
+        image_size: (height, width), or one number for both. attended: whether each level has attention.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return {
+        "image_size": (height, width),
+        "attention_resolutions": tuple(height >> i for i, has_attention in enumerate(attended) if has_attention),
+    }
