@@ -527,7 +527,7 @@ class UNet(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"UNet: expected x of a floating-point dtype, got {x.dtype}; bring pixels to [-1, 1] first")
-        _check_divisible("UNet", "x", x.shape[2], x.shape[3], len(self.config.channel_mult))
+        _check_divisible("UNet", "x", x.shape[2], x.shape[3], len(self.config.level_widths))
         check_shape("UNet", "t", t, (x.shape[0],))
         if t.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..embedding import Embedding
 from ..unet import DownLevel, UNet, UNetConfig, UpLevel
-from .options import prediction_options, size_options
+from .options import prediction_options, size_options, width_options
 from .weights import Layout, layout_from
 
 WHO = "UNet.from_pretrained"
@@ -317,7 +317,6 @@ def _represented(c: Mapping[str, Any], options: Mapping[str, Any], saved: Mappin
         for way in ("down", "up")
         for i in range(len(widths) - 1)
     ]
-    whole = all(width % widths[0] == 0 for width in widths)
     if c["mid_block_type"] is None:
         middle = "none"
     elif not c["add_attention"]:
@@ -338,7 +337,6 @@ def _represented(c: Mapping[str, Any], options: Mapping[str, Any], saved: Mappin
         told.setdefault("learned_variance", saved["learned_variance"])
     made: dict[str, Any] = dict(
         in_channels=c["in_channels"],
-        base_channels=widths[0],
         num_res_blocks=c["layers_per_block"],
         num_heads=1,
         head_channels=c["attention_head_dim"],
@@ -351,8 +349,7 @@ def _represented(c: Mapping[str, Any], options: Mapping[str, Any], saved: Mappin
         embedding=EMBEDDING_OF[c["flip_sin_to_cos"], int(c["freq_shift"])],
         downsample_padding="same" if c["downsample_padding"] == 0 else "symmetric",
         resample="resblock" if "resnet" in resampled else "conv",
-        channel_mult=tuple(width // widths[0] for width in widths) if whole else (1,) * len(widths),
-        widths=None if whole else tuple(widths),
+        **width_options(widths[0], widths),
         time_width=c["time_embedding_dim"] if c["time_embedding_dim"] != 4 * widths[0] else None,
         middle=middle,
         middle_scale=float(c["mid_block_scale_factor"]),

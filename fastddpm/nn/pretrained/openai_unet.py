@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..blocks import ResBlock
 from ..unet import DownLevel, UNet, UNetConfig, UpLevel
-from .options import prediction_options, size_options
+from .options import prediction_options, size_options, width_options
 from .weights import Layout, layout_from
 
 WHO = "UNet.from_pretrained"
@@ -95,7 +95,6 @@ def to_unet_config(
         raise ValueError(
             f"{WHO}: expected attention_order 'legacy' or 'new', got {about['attention_order']!r}; choose one"
         )
-    whole = widths[0] == base == state["input_blocks.0.0.weight"].shape[0] and all(w % base == 0 for w in widths)
     classes, null_class = None, True
     if "label_emb.weight" in state:
         null_class = bool(options.get("null_class", False))
@@ -103,9 +102,7 @@ def to_unet_config(
     down = f"input_blocks.{per_level}.0.in_layers.0.weight"
     made: dict[str, Any] = dict(
         in_channels=inputs,
-        base_channels=base,
-        channel_mult=tuple(w // base for w in widths) if whole else (1,) * num_levels,
-        widths=None if whole else tuple(widths),
+        **width_options(base, widths),
         time_width=None if time_width == 4 * base else time_width,
         time_scale=scale,
         num_res_blocks=num_res_blocks,
@@ -146,8 +143,7 @@ def port_config(state: Mapping[str, Tensor], options: Mapping[str, Any], source:
     inputs, outputs = state["conv_in.weight"].shape[1], state["conv_out.weight"].shape[0]
     made: dict[str, Any] = dict(
         in_channels=inputs,
-        base_channels=base,
-        channel_mult=tuple(width // base for width in widths),
+        **width_options(base, widths),
         num_res_blocks=_count(state, r"down_blocks\.0\.resnets\.(\d+)\."),
         dropout=options.get("dropout", 0.0),
         **size_options(options["image_size"], attended),

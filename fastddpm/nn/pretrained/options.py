@@ -45,3 +45,14 @@ def size_options(image_size: Any, attended: Sequence[bool]) -> dict[str, Any]:
         "image_size": (height, width),
         "attention_resolutions": tuple(height >> i for i, has_attention in enumerate(attended) if has_attention),
     }
+
+
+def width_options(base: int, widths: Sequence[int]) -> dict[str, Any]:
+    """The options base_channels and, where they say it in whole numbers, channel_mult, else widths.
+
+    Args:
+        base: length of the sinusoids. widths: channels of each level, the first being those of the first convolution.
+    """
+    if widths[0] == base and all(width % base == 0 for width in widths):
+        return {"base_channels": base, "channel_mult": tuple(width // base for width in widths)}
+    return {"base_channels": base, "widths": tuple(widths)}
