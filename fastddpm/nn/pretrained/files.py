@@ -135,10 +135,10 @@ def read_tensors(file: Path, who: str) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{who}: expected {file} to hold tensors alone, got a pickle with other objects, which could run any code; "
-            f"it was not read ({_first_line(error)}); ask its maker for safetensors"
+            f"{who}: expected {file} to hold tensors alone, got a pickle with other objects, which could run any code, "
+            f"or a damaged one ({_first_line(error)}); nothing in it was run, ask its maker for safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damage turns into errors of any kind
         raise ValueError(
             f"{who}: expected {file} to be a file of torch.save, got {_first_line(error)}; get the file again"
         ) from error
