@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.nn import UNet
+from fastddpm.nn.pretrained.diffusers_unet import DEFAULTS
 from tests.tolerance import assert_near_peer, assert_within
 
 pytestmark = pytest.mark.peer
@@ -158,6 +160,14 @@ def test_bfloat16_is_as_near_to_float64_as_theirs(seed: int, tmp_path: Path) -> 
         rounded = theirs(x, t, class_labels=labels).sample.float()
         exact = theirs.double()(x.double(), t, class_labels=labels).sample
         assert_within(ours(x, t, labels), exact, rounded)
+
+
+def test_missing_keys_have_the_defaults_of_diffusers() -> None:
+    from diffusers import UNet2DModel
+
+    parameters = inspect.signature(UNet2DModel.__init__).parameters
+    theirs = {key: list(p.default) if isinstance(p.default, tuple) else p.default for key, p in parameters.items()}
+    assert {**theirs, **DEFAULTS} == {**DEFAULTS, "self": inspect.Parameter.empty} == theirs
 
 
 def test_files_in_pickle_form_and_in_several_parts(tmp_path: Path) -> None:
