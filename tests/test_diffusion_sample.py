@@ -71,6 +71,18 @@ def test_one_label_for_all_and_none() -> None:
     assert (diffusion.sample(3, labels=2, seed=1, guidance_scale=3.0) != one).any()
 
 
+def test_guidance_leads_away_from_the_null_class() -> None:
+    diffusion = class_diffusion()
+    guided = diffusion.sample(2, labels=2, seed=1, guidance_scale=2.0)
+    for row, matters in ((0, False), (1, False), (2, True), (3, True)):
+        with torch.no_grad():
+            embedding: Tensor = diffusion.model.class_embedding.weight  # type: ignore[union-attr, assignment]
+            kept = embedding[row].clone()
+            embedding[row] += 1
+            assert (diffusion.sample(2, labels=2, seed=1, guidance_scale=2.0) != guided).any() == matters
+            embedding[row] = kept
+
+
 def test_a_network_without_a_null_class_is_told_each_class() -> None:
     diffusion = class_diffusion()
     assert diffusion.null_class == 3
