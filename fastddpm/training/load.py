@@ -29,11 +29,14 @@ def load_diffusion(
 
     Raises:
         CheckpointError: no checkpoint there, a half-written or damaged one, one that this version cannot read, or one
-            of another configuration than ``model`` has. ValueError: a pipeline that cannot be read or represented, see
+            of another configuration than ``model`` has; a pipeline that cannot be read or represented, see
             `UNet.from_pretrained`. ImportError: a repository without the package huggingface_hub.
     """
     if is_pipeline(path) and model is None:
-        diffusion = load_pipeline(path)
+        try:
+            diffusion = load_pipeline(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         return diffusion.to(choose_device(device) if isinstance(device, str) else device)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config

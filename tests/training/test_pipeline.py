@@ -111,7 +111,7 @@ def test_paths_that_are_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_diffusion("network")
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"expected .*scheduler_config.json to be JSON"):
+    with pytest.raises(CheckpointError, match=r"expected .*scheduler_config.json to be JSON"):
         load_diffusion(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"huggingface_hub to get runs/mispelt \(there is no folder of that name\)"):
