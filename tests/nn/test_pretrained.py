@@ -7,9 +7,7 @@ import os
 import re
 import shutil
 import sys
-import types
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from fastddpm.nn import UNet, UNetConfig
 from fastddpm.nn.pretrained.diffusers_unet import DEFAULTS, from_unet_config
+from tests.fake_hub import put_in_place
 from tests.nn.networks import TINY, VARIANTS, filled, inputs, variant
 
 WIDENED: dict[str, dict[str, Any]] = {  # the options that came with other libraries' networks
@@ -341,32 +340,7 @@ def test_a_damaged_file_is_refused(contents: bytes, tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub of which the folders <owner>/<name> below the path returned are the repositories. What is asked for is
-    copied into a cache, as the real one does, and written to the file ``asked``."""
-    remote, cache = tmp_path / "remote", tmp_path / "cache"
-    remote.mkdir()
-
-    def snapshot_download(
-        repo_id: str, *, revision: str | None = None, allow_patterns: Sequence[str] | None = None
-    ) -> str:
-        repository = remote / repo_id / (revision or "")
-        if not repository.is_dir():
-            raise OSError(f"404 Client Error.\n\nRepository Not Found for {repo_id}.")
-        (cache / repo_id).mkdir(parents=True, exist_ok=True)
-        for file in repository.rglob("*"):
-            name = file.relative_to(repository).as_posix()
-            if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns or ["*"]):
-                (cache / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, cache / repo_id / name)
-                with (remote / "asked").open("a") as asked:
-                    asked.write(f"{name}\n")
-        return str(cache / repo_id)
-
-    module = types.ModuleType("huggingface_hub")
-    module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.chdir(tmp_path)  # no folder of that name here
-    return remote
+    return put_in_place(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("place", ["", "unet"])

@@ -185,6 +185,7 @@ def test_other_files_are_refused(change: Callable[[Any], Any], message: str, tmp
         (dict(time_scale=0.25), "expected time_scale alone, got num_timesteps=4000 and rescale_timesteps=True beside"),
         (dict(channel_mult=(1, 2, 4)), r"leaves open .*channel_mult=\(1, 2, 4\) where it has \(1, 2, 2\); leave it"),
         (dict(learned_variance=False, prediction_channels=5), "that give the 6 channels .* got False and 5; leave"),
+        (dict(image_size="32"), r"expected image_size to be \(height, width\) or an integer, got '32'; pass the size"),
         (dict(dtype=torch.int64), "expected dtype to be a floating-point dtype, got torch.int64"),
         (dict(chanel_mult=1), "got 'chanel_mult'; did you mean 'channel_mult'"),
     ],

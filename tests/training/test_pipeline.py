@@ -15,6 +15,7 @@ from fastddpm import DiffusionConfig, UNet, load_diffusion
 from fastddpm.cli import main
 from fastddpm.training.checkpoint import CheckpointError
 from fastddpm.training.pipeline import DEFAULTS, diffusion_config
+from tests.fake_hub import put_in_place
 from tests.nn.networks import TINY, filled, variant
 from tests.tolerance import assert_near_peer
 
@@ -53,6 +54,21 @@ def test_three_lines_to_images(flat: bool, tmp_path: Path) -> None:
     network = UNet.from_pretrained(folder)
     config = diffusion_config({**CIFAR10, "num_train_timesteps": 5})
     assert torch.equal(fastddpm.GaussianDiffusion(network, config=config).sample(2, seed=0), images)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_three_lines_from_the_hub(flat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = put_in_place(tmp_path, monkeypatch)
+    folder = pipeline(hub / "google" / "ddpm-tiny", flat, num_train_timesteps=5)
+    images = load_diffusion("google/ddpm-tiny", device="cpu").sample(2, seed=0)
+    assert torch.equal(images, load_diffusion(folder, device="cpu").sample(2, seed=0))
+    with pytest.raises(CheckpointError, match="no folder, and the hub says: 404 Client Error"):
+        load_diffusion("google/ddpm-absent")
+    filled(UNet(**TINY)).save_pretrained(hub / "someone" / "network")
+    with pytest.raises(
+        CheckpointError, match=r"expected scheduler_config.json or scheduler/.*, got neither; for a net"
+    ):
+        load_diffusion("someone/network")
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,8 +199,8 @@ def _told_heads(options: Mapping[str, Any], attended: list[int]) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def _time_scale(options: Mapping[str, Any], about: Mapping[str, Any]) -> float | None:
-    """What timesteps are multiplied by; None where it was not told."""
+def _time_scale(options: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+    """What timesteps are multiplied by, for `UNetConfig` to check; None where it was not told."""
     steps, rescaled = about["num_timesteps"], about["rescale_timesteps"]
     if "time_scale" in options:
         if steps is not None or rescaled is not None:
@@ -208,7 +208,7 @@ def _time_scale(options: Mapping[str, Any], about: Mapping[str, Any]) -> float |
                 f"{WHO}: expected time_scale alone, got num_timesteps={steps} and rescale_timesteps={rescaled} beside "
                 "it; leave it out"
             )
-        return float(options["time_scale"])
+        return options["time_scale"]
     if steps is None:
         return None
     if not isinstance(steps, int) or steps < 1:

@@ -39,8 +39,17 @@ def size_options(image_size: Any, attended: Sequence[bool]) -> dict[str, Any]:
 
     Args:
         image_size: (height, width), or one number for both. attended: whether each level has attention.
+
+    Raises:
+        ValueError: neither.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pair = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) for n in pair)):
+        raise ValueError(
+            f"UNet.from_pretrained: expected image_size to be (height, width) or an integer, got {image_size!r}; "
+            "pass the size of the images"
+        )
+    height, width = pair
     return {
         "image_size": (height, width),
         "attention_resolutions": tuple(height >> i for i, has_attention in enumerate(attended) if has_attention),
