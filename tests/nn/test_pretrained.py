@@ -97,8 +97,11 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
 def test_what_was_there_is_replaced(tmp_path: Path) -> None:
     variant("ddpm").save_pretrained(tmp_path)
     unet = variant("adm")
-    unet.save_pretrained(tmp_path)
-    assert torch.equal(run(UNet.from_pretrained(tmp_path)), run(unet))
+    for form in ("fastddpm", "diffusers", "fastddpm"):
+        unet.save_pretrained(tmp_path, form)  # type: ignore[arg-type]
+        assert torch.equal(run(UNet.from_pretrained(tmp_path)), run(unet))
+        for p in unet.parameters():
+            p.data.mul_(1.5)
 
 
 def test_options_that_the_file_leaves_open(tmp_path: Path) -> None:
@@ -160,6 +163,8 @@ def without_a_tensor(folder: Path) -> None:
 
 def as_index(weight_map: Any) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
+        variant("ddpm").save_pretrained(folder, "diffusers")
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
         (folder / "model.safetensors").rename(folder.parent / "model.safetensors")  # there, but not in the folder
         text = json.dumps({"weight_map": weight_map})
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
@@ -174,7 +179,7 @@ def as_index(weight_map: Any) -> Callable[[Path], object]:
         (without_file("config.json"), r"expected config.json in .* or .*unet, got model.safetensors; pass the folder"),
         (as_a_run, r"got checkpoint-0000000128, model.safetensors; for a training run .*load_diffusion\(path\).model"),
         (as_a_checkpoint, "expected a network, got the checkpoint of a training run, .*; use fastddpm.load_diffusion"),
-        (without_file("model.safetensors"), "expected weights in .*, got none of model.safetensors, diffusion_pytorch"),
+        (without_file("model.safetensors"), "expected weights in .*, got no model.safetensors; pass the file"),
         (with_text("config.json", "{"), r"expected .*config.json to be JSON, got .*; get the file again"),
         (with_text("config.json", "[]"), r"expected .*config.json to be a JSON object, got list; get it again"),
         (with_text("model.safetensors", "x"), r"expected .* to be safetensors, got .*; get the file again"),

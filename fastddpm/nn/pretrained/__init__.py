@@ -22,13 +22,12 @@ from torch import Tensor
 
 from ..unet import UNet, UNetConfig, refuse_unknown
 from . import diffusers_unet, openai_unet
-from .files import DIFFUSERS_FILE, OWN_FILE, Source, find
+from .files import DIFFUSERS_FILE, OWN_FILE, OWN_FORMAT, Source, find
 from .options import size_options
 from .weights import Layout, gather, own_layout, scatter
 
 WHO = "UNet.from_pretrained"
 FORMATS = ("fastddpm", "diffusers")
-OWN_FORMAT = "fastddpm.UNet"
 VERSION = 1
 
 

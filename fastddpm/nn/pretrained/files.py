@@ -14,18 +14,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+OWN_FORMAT = "fastddpm.UNet"
 OWN_FILE = "model.safetensors"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-# as a folder may have several, the first of these is read; an index names the files that the tensors are spread over
-WEIGHTS = (
-    OWN_FILE,
+# Of our own format there is one file. Of diffusers there may be several: the first of these is read. An index names the
+# files that the tensors are spread over. The patterns are what is fetched from a repository, one after the other.
+OWN_WEIGHTS = (OWN_FILE,)
+DIFFUSERS_WEIGHTS = (
     DIFFUSERS_FILE,
     f"{DIFFUSERS_FILE}.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
-SAFE = (OWN_FILE, "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*-of-*.safetensors")
-PICKLED = ("diffusion_pytorch_model.bin*", "diffusion_pytorch_model-*-of-*.bin")
+DIFFUSERS_PATTERNS = (
+    ("diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*-of-*.safetensors"),
+    ("diffusion_pytorch_model.bin*", "diffusion_pytorch_model-*-of-*.bin"),
+)
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -65,8 +69,8 @@ def find(path: str | Path, subfolder: str | None, revision: str | None, who: str
             f"{who}: expected a network, got the checkpoint of a training run, {folder}; "
             "use fastddpm.load_diffusion(path).model, and its save_pretrained for the network alone"
         )
-    below = folder.relative_to(root)
-    return Source(str(path), config, lambda: _read_folder(path, below, revision, who))
+    below, own = folder.relative_to(root), config.get("format") == OWN_FORMAT
+    return Source(str(path), config, lambda: _read_folder(path, below, revision, own, who))
 
 
 def local_copy(path: str | Path, patterns: list[str], revision: str | None, who: str) -> Path:
@@ -151,17 +155,22 @@ def read_tensors(file: Path, who: str) -> dict[str, Tensor]:
     return state
 
 
-def _read_folder(path: str | Path, below: Path, revision: str | None, who: str) -> dict[str, Tensor]:
-    """The tensors of a folder, or of one in a repository: safetensors where there are any, else pickles."""
-    for patterns in (SAFE, PICKLED):
+def _read_folder(path: str | Path, below: Path, revision: str | None, own: bool, who: str) -> dict[str, Tensor]:
+    """The tensors of a folder, or of one in a repository: safetensors where there are any, else pickles.
+
+    Args:
+        below: folder of the network, in the folder or repository. own: whether it is of our own format.
+    """
+    names = OWN_WEIGHTS if own else DIFFUSERS_WEIGHTS
+    for patterns in (OWN_WEIGHTS,) if own else DIFFUSERS_PATTERNS:
         root = local_copy(path, [str(below / pattern) for pattern in patterns], revision, who)
         folder = root / below
-        file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
         if file is not None:
             break
     else:
         raise ValueError(
-            f"{who}: expected weights in {path}, got none of {', '.join(WEIGHTS)}; "
+            f"{who}: expected weights in {path}, got no {' or '.join(names)}; "
             "pass the file itself if it has another name"
         )
     if file.suffix != ".json":
