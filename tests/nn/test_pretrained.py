@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastddpm.nn import UNet, UNetConfig
-from fastddpm.nn.pretrained.diffusers_unet import DEFAULTS, from_unet_config
+from fastddpm.nn.pretrained.diffusers_unet import DEFAULTS, from_unet_config, to_unet_config
 from tests.fake_hub import put_in_place
 from tests.nn.networks import TINY, VARIANTS, filled, inputs, variant
 
@@ -298,6 +298,26 @@ def test_missing_keys_have_the_defaults_of_diffusers(tmp_path: Path) -> None:
     assert "expected weights in" in message  # the configuration was taken
     assert "sample_size None (supported: the size of the images" in refused({"_class_name": "UNet2DModel"}, tmp_path)
     assert DEFAULTS["attention_head_dim"] == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (dict(sample_size=32), 274_056_163),
+        (
+            dict(
+                sample_size=64, block_out_channels=[128, 128, 256, 256, 512, 512],
+                down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+                up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+            ),
+            113_673_219,
+        ),
+    ],
+)  # fmt: skip
+def test_the_default_network_and_that_of_the_training_script(config: dict[str, Any], count: int) -> None:
+    """As many parameters as diffusers says of them."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet(to_unet_config(config, {}, "test")).parameters()) == count
 
 
 def test_two_classes_are_needed_for_one_that_stands_for_none(tmp_path: Path) -> None:

@@ -117,6 +117,22 @@ def test_the_cifar_10_network_of_improved_diffusion_has_its_446_tensors() -> Non
 
 
 @pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (ADM_512, 558_997_638),
+        (dict(ADM_512, image_size=64, base_channels=192, channel_mult=(1, 2, 3, 4), widths=None, num_res_blocks=3),
+         295_904_454),
+        (dict(ADM_512, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), widths=None, num_classes=None, null_class=True),
+         552_814_086),
+    ],
+)  # fmt: skip
+def test_the_networks_of_guided_diffusion_have_as_many_parameters(options: dict[str, Any], count: int) -> None:
+    """At 512x512, 64x64, and 256x256 without classes; as their code makes them."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet(**options).parameters()) == count
+
+
+@pytest.mark.parametrize(
     ("options", "added"),
     [
         (IMPROVED_CIFAR10, dict(image_size=32, num_heads=4, attention_order="legacy", num_timesteps=1000, dropout=0.3)),
