@@ -19,7 +19,7 @@ from tests.tolerance import assert_near_peer, assert_within
 
 pytestmark = pytest.mark.peer
 
-GRID, MORE, HALF = 40, 400, 8  # cases by default, of the slow test, and in bfloat16
+GRID, MORE, HALF = 32, 400, 8  # cases by default, of the slow test, and in bfloat16
 
 
 def choices(of: random.Random) -> dict[str, Any]:
@@ -234,7 +234,8 @@ def test_the_network_of_google_ddpm_cifar10_32(tmp_path: Path) -> None:
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in UNet2DModel(**DDPM).state_dict().items()}
     assert len(shapes) == 328
-    state = {name: torch.full(shape, float(n)) for n, (name, shape) in enumerate(shapes.items())}
+    # one number for each tensor, so the file is small
+    state = {name: torch.tensor(float(n)).expand(shape) for n, (name, shape) in enumerate(shapes.items())}
     legacy = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     named = dict(state)
     for name in state:
