@@ -83,6 +83,7 @@ class UNetConfig:
         prediction_channels: channels of the prediction, >= 1, where they are not in_channels, since the input has a
             condition beside x_t; None is in_channels.
         center_input: bring inputs in [0, 1] to [-1, 1].
+        up_attention_resolutions: attention_resolutions of the way up, where they are others.
 
     Raises:
         ValueError: a value out of its range, or values that do not fit together.
@@ -113,13 +114,15 @@ class UNetConfig:
     middle_scale: float = 1.0
     prediction_channels: int | None = None
     center_input: bool = False
+    up_attention_resolutions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if _is_int(self.image_size):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        for name in ("image_size", "channel_mult", "attention_resolutions", "widths"):
+        sequences = ("widths", "up_attention_resolutions")
+        for name in ("image_size", "channel_mult", "attention_resolutions", *sequences):
             value = getattr(self, name)
-            if value is None and name == "widths":
+            if value is None and name in sequences:
                 continue
             sequence = isinstance(value, (list, tuple)) and all(_is_int(v) and v >= 1 for v in value)
             _expect(sequence, name, "to be a sequence of integers >= 1", value, "pass a tuple of integers")
@@ -156,10 +159,12 @@ class UNetConfig:
             _expect(_is_number(value) and 0 < value < float("inf"), name, "> 0 and finite", value, usual)
 
         _check_divisible("UNetConfig", "image_size", *self.image_size, len(self.level_widths))
-        for height in self.attention_resolutions:
+        heights = [("attention_resolutions", height) for height in self.attention_resolutions]
+        heights += [("up_attention_resolutions", height) for height in self.up_attention_resolutions or ()]
+        for name, height in heights:
             _expect(
                 height in self.level_heights,
-                "attention_resolutions",
+                name,
                 f"to be heights of feature maps, here {self.level_heights}",
                 height,
                 "choose among these, or () for attention in the middle alone, or give channel_mult more levels",
@@ -174,8 +179,9 @@ class UNetConfig:
             )
         name = "num_heads" if self.head_channels is None else "head_channels"
         in_middle = self.level_widths[-1] if "attention" in self.middle else None
-        for width, has_attention in zip(self.level_widths, self.level_has_attention, strict=True):
-            if has_attention or width == in_middle:
+        both_ways = zip(self.level_widths, self.level_has_attention, self.up_level_has_attention, strict=True)
+        for width, *has_attention in both_ways:
+            if any(has_attention) or width == in_middle:
                 _expect(
                     width % getattr(self, name) == 0,
                     name,
@@ -196,8 +202,15 @@ class UNetConfig:
 
     @property
     def level_has_attention(self) -> tuple[bool, ...]:
-        """Whether the residual blocks of each level have attention behind them."""
+        """Whether the residual blocks of each level have attention behind them, on the way down."""
         return tuple(height in self.attention_resolutions for height in self.level_heights)
+
+    @property
+    def up_level_has_attention(self) -> tuple[bool, ...]:
+        """The same on the way up, the first level first."""
+        if self.up_attention_resolutions is None:
+            return self.level_has_attention
+        return tuple(height in self.up_attention_resolutions for height in self.level_heights)
 
     @property
     def out_channels(self) -> int:
@@ -350,6 +363,7 @@ class UNet(nn.Module):
             self.middle = Middle(block1, between, block(c, c, output_scale=scale))
 
         self.up = nn.ModuleList()
+        levels = list(zip(config.level_widths, config.up_level_has_attention, strict=True))
         for i, (c_out, has_attention) in reversed(list(enumerate(levels))):
             joined = [skips.pop() for _ in range(config.num_res_blocks + 1)]
             blocks = [block((c if n == 0 else c_out) + skip, c_out) for n, skip in enumerate(joined)]

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
     "of another library, without a middle": dict(
         in_channels=3, prediction_channels=2, learned_variance=True, middle="none", embedding="ddpm_cos_first",
+        up_attention_resolutions=(8,),
     ),
 }  # fmt: skip
 

@@ -25,7 +25,9 @@ GRID, MORE, HALF = 32, 400, 8  # cases by default, of the slow test, and in bflo
 def choices(of: random.Random) -> dict[str, Any]:
     """A configuration of UNet2DModel, of all kinds that we can represent."""
     levels, groups = of.randint(1, 4), of.choice([2, 4])
-    attended = [of.random() < 0.5 for _ in range(levels)]
+    attended = up_attended = [of.random() < 0.5 for _ in range(levels)]
+    if of.random() < 0.3:
+        up_attended = [of.random() < 0.5 for _ in range(levels)]
     size_changes = of.choice(["conv", "resnet"])
     plain = ("DownBlock2D", "UpBlock2D")
     if size_changes == "resnet":
@@ -40,7 +42,7 @@ def choices(of: random.Random) -> dict[str, Any]:
         flip_sin_to_cos=of.random() < 0.5,
         down_block_types=tuple("AttnDownBlock2D" if a else plain[0] for a in attended),
         mid_block_type=of.choice(["UNetMidBlock2D"] * 4 + [None]),
-        up_block_types=tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(attended)),
+        up_block_types=tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(up_attended)),
         block_out_channels=tuple(groups * of.choice([2, 4, 6, 8]) for _ in range(levels)),
         layers_per_block=of.choice([1, 2]),
         mid_block_scale_factor=of.choice([1, 1, 2**0.5]),

@@ -76,6 +76,12 @@ def test_properties_of_the_levels() -> None:
         (dict(middle="bottom"), "middle to be 'attention' or 'plain_attention' or 'blocks' or 'none', got 'bottom'; "),
         (dict(middle_scale=-1.0), "middle_scale > 0 and finite, got -1.0; 1 is usual"),
         (dict(prediction_channels=0), "prediction_channels to be an integer >= 1, got 0; "),
+        (dict(up_attention_resolutions=16), "up_attention_resolutions to be a sequence of integers >= 1, got 16; "),
+        (dict(up_attention_resolutions=(5,)), "up_attention_resolutions to be heights of feature maps, here (32, 16, "),
+        (
+            dict(up_attention_resolutions=(32,), num_heads=96),
+            "num_heads to divide the width 128 of a level with attention, got 96; ",
+        ),
         (dict(center_input=1), "center_input to be True or False, got 1; "),
         (
             dict(attention_resolutions=(16, 12)),

@@ -147,7 +147,8 @@ def _own_config(source: Source, options: Mapping[str, Any]) -> UNetConfig:
     if "dropout" in options:
         config = dataclasses.replace(config, dropout=options["dropout"])
     if "image_size" in options:
-        config = dataclasses.replace(config, **size_options(options["image_size"], config.level_has_attention))
+        attended = config.level_has_attention, config.up_level_has_attention
+        config = dataclasses.replace(config, **size_options(options["image_size"], *attended))
     return config
 
 

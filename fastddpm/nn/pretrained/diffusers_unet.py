@@ -137,7 +137,8 @@ def from_unet_config(config: UNetConfig) -> dict[str, Any]:
     scale_shift = "scale_shift" if config.scale_shift else "default"
     expect(config.middle != "plain_attention" or config.scale_shift, "middle", "this with scale_shift alone")
 
-    attended = {w for w, has_attention in zip(widths, config.level_has_attention, strict=True) if has_attention}
+    both_ways = zip(widths, config.level_has_attention, config.up_level_has_attention, strict=True)
+    attended = {width for width, *has_attention in both_ways if any(has_attention)}
     attended |= {widths[-1]} if "attention" in config.middle else set()
     head_dim = config.head_channels
     if head_dim is None and config.num_heads > 1 and attended:
@@ -157,7 +158,7 @@ def from_unet_config(config: UNetConfig) -> dict[str, Any]:
     ]
     up = [
         "AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" if resblocks else "UpBlock2D"
-        for a in reversed(config.level_has_attention)
+        for a in reversed(config.up_level_has_attention)
     ]
     flip, shift = next(key for key, kind in EMBEDDING_OF.items() if kind == config.embedding)
     height, width = config.image_size
@@ -258,12 +259,10 @@ def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_levels(c: Mapping[str, Any], faults: list[Fault], options: Mapping[str, Any]) -> None:
-    """What depends on several keys: sizes, attention at the same levels both ways, one way to change the size."""
+    """What depends on several keys: sizes, divisors, one way to change the size."""
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     levels = range(len(widths))
-    attended = [kind.startswith("Attn") for kind in down]
-    if attended != [kind.startswith("Attn") for kind in reversed(up)]:
-        faults.append(Fault("up_block_types", up, f"attention at the levels where down_block_types has it: {down}"))
+    attended = [any(kind.startswith("Attn") for kind in both) for both in zip(down, reversed(up), strict=True)]
 
     divisor = 2 ** (len(widths) - 1)
     size = c["sample_size"] if options.get("image_size") is None else options["image_size"]
@@ -312,6 +311,7 @@ def _represented(c: Mapping[str, Any], options: Mapping[str, Any], saved: Mappin
     widths = c["block_out_channels"]
     size = _pair(c["sample_size"] if options.get("image_size") is None else options["image_size"])
     attended = [kind.startswith("Attn") for kind in c["down_block_types"]]
+    up_attended = [kind.startswith("Attn") for kind in reversed(c["up_block_types"])]
     resampled = [
         _resample(c, c[f"{way}_block_types"], i, f"{way}sample_type")
         for way in ("down", "up")
@@ -354,7 +354,7 @@ def _represented(c: Mapping[str, Any], options: Mapping[str, Any], saved: Mappin
         middle=middle,
         middle_scale=float(c["mid_block_scale_factor"]),
         center_input=c["center_input_sample"],
-        **size_options(size, attended),
+        **size_options(size, attended, up_attended),
         **prediction_options(c["in_channels"], c["out_channels"], told, source),
     )
     return UNetConfig(**made)

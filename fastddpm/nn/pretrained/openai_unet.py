@@ -116,7 +116,7 @@ def to_unet_config(
         embedding="adm",
         downsample_padding="symmetric",
         resample="resblock" if num_levels > 1 and down in state else "conv",
-        **size_options(options["image_size"], attended),
+        **size_options(options["image_size"], attended, attended),
         **prediction_options(inputs, outputs, options, source),
     )
     return UNetConfig(**made)
@@ -146,7 +146,7 @@ def port_config(state: Mapping[str, Tensor], options: Mapping[str, Any], source:
         **width_options(base, widths),
         num_res_blocks=_count(state, r"down_blocks\.0\.resnets\.(\d+)\."),
         dropout=options.get("dropout", 0.0),
-        **size_options(options["image_size"], attended),
+        **size_options(options["image_size"], attended, attended),
         **prediction_options(inputs, outputs, {}, source),
     )
     return UNetConfig(**made)

@@ -34,11 +34,12 @@ def prediction_options(inputs: int, outputs: int, told: Mapping[str, Any], sourc
     }
 
 
-def size_options(image_size: Any, attended: Sequence[bool]) -> dict[str, Any]:
-    """The options image_size and attention_resolutions.
+def size_options(image_size: Any, attended: Sequence[bool], up_attended: Sequence[bool]) -> dict[str, Any]:
+    """The options image_size, attention_resolutions and, where it is another, up_attention_resolutions.
 
     Args:
-        image_size: (height, width), or one number for both. attended: whether each level has attention.
+        image_size: (height, width), or one number for both.
+        attended, up_attended: whether each level has attention on the way down and up, the first level first.
 
     Raises:
         ValueError: neither.
@@ -50,9 +51,11 @@ def size_options(image_size: Any, attended: Sequence[bool]) -> dict[str, Any]:
             "pass the size of the images"
         )
     height, width = pair
+    down, up = (tuple(height >> i for i, has in enumerate(way) if has) for way in (attended, up_attended))
     return {
         "image_size": (height, width),
-        "attention_resolutions": tuple(height >> i for i, has_attention in enumerate(attended) if has_attention),
+        "attention_resolutions": down,
+        "up_attention_resolutions": None if up == down else up,
     }
 
 
