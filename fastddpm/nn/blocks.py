@@ -48,6 +48,7 @@ class ResBlock(nn.Module):
         layer: number of the block in its network, >= 0: each draws dropout of its own.
         resample: "down" averages 2x2 pixels, "up" repeats each pixel 2x2, on both branches, on the main one after the
             first activation (Dhariwal and Nichol 2021, section 3).
+        output_scale: y is divided by it.
 
     Attributes:
         recompute: in training keep nothing but the inputs, and compute the block again in backward (Chen et al. 2016).
@@ -64,9 +65,11 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         layer: int = 0,
         resample: Literal["down", "up"] | None = None,
+        output_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.scale_shift, self.dropout, self.layer, self.resample = scale_shift, dropout, layer, resample
+        self.output_scale = output_scale
         self.recompute = False
         self.embedding_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
@@ -111,7 +114,7 @@ class ResBlock(nn.Module):
             **noise,
         )
         out: Tensor = self._shortcut(x, skip) + self.conv2(h)
-        return out
+        return out if self.output_scale == 1 else out / self.output_scale
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if skip is None:
