@@ -31,10 +31,11 @@ NOT_GIVEN = "_use_default_values"
 KEYS_OF_SCHEDULERS = """
     algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range disable_corrector
     dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped
-    lower_order_final noise_sampler_seed num_train_timesteps predict_x0 prediction_type rescale_betas_zero_snr rho
-    sample_max_value set_alpha_to_one shift_terminal sigma_data sigma_max sigma_min sigma_schedule skip_prk_steps
-    solver_order solver_p solver_type steps_offset thresholding time_shift_type timestep_spacing timestep_type
-    trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas variance_type
+    lower_order_final noise_sampler_seed num_train_timesteps predict_x0 prediction_type rescale_betas_zero_snr
+    rho sample_max_value set_alpha_to_one shift_terminal sigma_data sigma_max sigma_min sigma_schedule
+    skip_prk_steps solver_order solver_p solver_type steps_offset thresholding time_shift_type timestep_spacing
+    timestep_type trained_betas use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas variance_type
 """
 OF_THE_HUB = ("cache_dir", "force_download", "local_dir", "local_files_only", "revision", "token")
 WITHOUT_EFFECT = ("local_dir_use_symlinks", "mirror", "proxies", "user_agent")  # known to older versions of the hub

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...sampling import ddim_table
 from .configuration import configured
 from .outputs import SampleAndPrediction
-from .scheduler import BetaScheduler, Generators, as_image
+from .scheduler import BetaScheduler, Generators, as_image, together
 from .tables import PREDICTIONS, Transitions, eps_columns, rows, x0_columns
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -136,7 +136,8 @@ class DDIMScheduler(BetaScheduler):
             noise = {"noise": as_image(variance_noise)}
         elif eta > 0:
             noise = self._noise(sample.shape, model_output.dtype, model_output, generator)
-        x_next, pred = self._updated(model_output, sample, table, row, noise)
+        x_next, pred = self._updated(*together(sample, model_output), table, row, noise)
+        x_next, pred = x_next.reshape(sample.shape), pred.reshape(sample.shape)
         return DDIMSchedulerOutput(x_next, pred) if return_dict else (x_next, pred)
 
     def _make_rows(self, *options: Any) -> tuple[Tensor, Tensor]:

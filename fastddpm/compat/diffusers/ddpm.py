@@ -12,7 +12,7 @@ from torch import Tensor
 from ...sampling import ddpm_table
 from .configuration import configured
 from .outputs import SampleAndPrediction
-from .scheduler import BetaScheduler, Generators
+from .scheduler import BetaScheduler, Generators, as_image, together
 from .tables import BETAS, LEAST_VARIANCE, PREDICTIONS, Transitions, rows, x0_columns
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -165,30 +165,29 @@ class DDPMScheduler(BetaScheduler):
         """
         t = self._host(timestep)
         table, row = self._rows().at(timestep if t is None else t, sample.device)
-        model_output = self._variance_of(model_output, sample)
+        self._check_channels(model_output, sample)
         noise = {}
         if t is None or t > 0:
             noise = self._noise(sample.shape, model_output.dtype, model_output, generator)
-        x_next, pred = self._updated(model_output, sample, table, row, noise)
+        x, out = together(sample, model_output)
+        if self.config.variance_type == "learned" and not self._corrected:
+            # the bounds of the log-variance are -1 and 1, so what the kernel takes is its logarithm
+            mean, variance = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2, dim=1)
+            out = as_image(torch.cat([mean, variance.log()], dim=1))
+        x_next, pred = self._updated(x, out, table, row, noise)
+        x_next, pred = x_next.reshape(sample.shape), pred.reshape(sample.shape)
         return DDPMSchedulerOutput(x_next, pred) if return_dict else (x_next, pred)
 
-    def _variance_of(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """model_output, with the variance in the form that `solver_step` takes where the network learns it."""
-        channels = sample.shape[1] if sample.dim() > 1 else 1
-        learned = self.config.variance_type in LEARNED
-        expected = (sample.shape[0], channels * (2 if learned else 1), *sample.shape[2:]) if sample.dim() > 1 else None
-        if expected is not None and model_output.shape != expected:
+    def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
+        """Expect as many channels as the sample has, twice that where the network learns the variance."""
+        factor = 2 if self.config.variance_type in LEARNED else 1
+        expected = (*sample.shape[:1], *(factor * c for c in sample.shape[1:2]), *sample.shape[2:])
+        if model_output.shape != expected:
             raise ValueError(
                 f"DDPMScheduler.step: expected model_output of shape {list(expected)} for a sample of shape "
                 f"{list(sample.shape)} and variance_type {self.config.variance_type!r}, got "
-                f"{list(model_output.shape)}; use a network with {expected[1]} output channels"
+                f"{list(model_output.shape)}; use a network with as many output channels, or another variance_type"
             )
-        if self.config.variance_type == "learned" and not self._corrected:
-            # the bounds of the log-variance are -1 and 1, so this is its logarithm
-            mean, variance = model_output.split(channels, dim=1)
-            dtype = torch.promote_types(model_output.dtype, torch.float32)
-            return torch.cat([mean.to(dtype), variance.to(dtype).log()], dim=1)
-        return model_output
 
     def _make_rows(self, *options: Any) -> tuple[Tensor, Tensor]:
         """Of the timesteps that are visited: all T of them before `set_timesteps`."""

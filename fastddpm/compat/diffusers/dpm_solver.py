@@ -533,8 +533,12 @@ def _phi2(u: Tensor) -> Tensor:
 
 
 def _interpolated(log_sigma: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
-    """Where in the ascending log_sigmas each log_sigma lies, as a fraction of an index."""
-    below = np.clip(np.searchsorted(log_sigmas, log_sigma, side="right") - 1, 0, len(log_sigmas) - 2)
+    """Where in log_sigmas each log_sigma lies, as a fraction of an index.
+
+    They ascend, but for the last one of a schedule with zero terminal SNR: below is the last that is not larger.
+    """
+    not_larger = log_sigmas[None] <= log_sigma[:, None]
+    below = np.minimum((not_larger * np.arange(len(log_sigmas))).max(axis=1), len(log_sigmas) - 2)
     low, high = log_sigmas[below], log_sigmas[below + 1]
     share = np.clip((low - log_sigma) / (low - high), 0, 1)
     return np.asarray((1 - share) * below + share * (below + 1))

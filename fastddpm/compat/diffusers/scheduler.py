@@ -270,10 +270,9 @@ class BetaScheduler(Scheduler):
         return float(self.config.clip_sample_range) if self.config.clip_sample else None
 
     def _updated(
-        self, model_output: Tensor, sample: Tensor, table: Tensor, row: Tensor | int, noise: dict[str, Any]
+        self, x: Tensor, out: Tensor, table: Tensor, row: Tensor | int, noise: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """x' and the predicted x_0 by one row of the table."""
-        x, out = together(sample, model_output)
+        """x' and the predicted x_0 by one row of the table, in the dtype of x; images in and out."""
         if not self.config.thresholding:
             x_next, pred = update(x, out, table, row, clamp=self._clamp(), **noise)
         else:
@@ -281,7 +280,7 @@ class BetaScheduler(Scheduler):
             pred = thresholded(pred, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
             x_next, _ = update(x, out, table, row, pred_prev=pred, **noise)
             pred = pred.to(x.dtype)
-        return x_next.reshape(sample.shape), pred.reshape(sample.shape)
+        return x_next, pred
 
 
 def thresholded(pred: Tensor, ratio: float, most: float) -> Tensor:
