@@ -245,8 +245,8 @@ class BetaScheduler(Scheduler):
     def _signal_sigma(self, dtype: torch.dtype) -> Tensor:
         if self._schedule is not None:
             return self._schedule.signal_sigma
-        abar = self.alphas_cumprod.cpu().to(dtype)
-        return torch.stack([abar**0.5, (1 - abar) ** 0.5], dim=1).to(torch.float64)
+        abar = self.alphas_cumprod.cpu().to(dtype).double()
+        return torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
 
     def _signal_minus_sigma(self, dtype: torch.dtype) -> Tensor:
         return self._signal_sigma(dtype) * torch.tensor([1.0, -1.0], dtype=torch.float64)
