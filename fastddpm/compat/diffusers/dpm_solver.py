@@ -40,9 +40,11 @@ class DPMSolverMultistepScheduler(Scheduler):
             timestep is there more than once, it takes the second; where it is not there, the last.
         A sampling that begins at a timestep that is there more than once begins at the second.
         `add_noise` in half precision rounds sigma and its square, which in float16 leaves nothing of a sigma above 255.
-        Third order of "sde-dpmsolver++" has the wrong sign before a half in E, which then does not vanish with h.
+        Third order takes half of the second derivative, which leaves it of second; and E of "sde-dpmsolver++" has the
+            wrong sign before a half, so that it does not vanish with h.
         lambda is made of float32 sigmas; timesteps of "leading" start well below T - 1.
-    corrected=True takes the noise levels in their order and in float64, the first of equal timesteps, the right sign.
+    corrected=True takes the noise levels in their order and in float64, the first of equal timesteps, and a third order
+    that is one.
     Not reproduced: a step between equal noise levels, as Karras' with "sigma_min" end with, gives NaN there in third
     order and with "heun", and nothing happens here; "trailing" with some numbers of steps visits t = -1; a learned
     variance is cut off after as many channels as the sample has, there always after 3; third order of "sde-dpmsolver",
@@ -375,7 +377,8 @@ class DPMSolverMultistepScheduler(Scheduler):
         z = noise.get("noise")
         if z is None:
             z = counted_noise(x, noise["seed"], noise["sample"], 2 * len(self._visited) + i)
-        return {"noise": z.add(earlier.to(z.dtype), alpha=self._of_earlier[i])}
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return {"noise": z.to(dtype).add(earlier.to(dtype), alpha=self._of_earlier[i])}
 
     def _thresholded(self, x: Tensor, out: Tensor, i: int) -> Tensor:
         """m, by way of the predicted image (or of the one that the predicted noise stands for), thresholded."""
@@ -404,7 +407,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         lam = alpha.log() - sigma.log()
         h = lam.diff()
         a, of_x, of_noise, b, e = _update_of(config.algorithm_type, alpha, sigma, h)
-        if config.algorithm_type == "sde-dpmsolver++" and not self._corrected:
+        if self._corrected:
+            e = 2 * e  # the second difference times two is the second derivative
+        elif config.algorithm_type == "sde-dpmsolver++":
             e = e - alpha[1:]  # minus a half, where it should be plus
         zero = torch.zeros_like(h)
         none = torch.full_like(h[:2], torch.nan)
@@ -440,6 +445,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         else:
             from_image = 1 / sigma, -alpha / sigma
             k0, k1 = {"epsilon": (zero, one), "sample": from_image, "v_prediction": (sigma, alpha)}[prediction]
+            image = (1 - sigma * k0) / alpha, -sigma * k1 / alpha  # which flow sigmas make another than v's
         by_image = torch.stack([*image, *from_image], dim=1).tolist()
         return (zero, one, by_image) if self.config.thresholding else (k0, k1, by_image)
 

@@ -109,7 +109,8 @@ def x0_columns(prediction: str, abar: Tensor) -> tuple[Tensor, Tensor]:
     """k0 and k1 of x_0 = k0 x + k1 out."""
     signal, sigma = abar.sqrt(), (1 - abar).sqrt()
     if prediction == "epsilon":
-        inverse = torch.where(signal > 0, 1 / signal, SATURATED)
+        # rounded as the kernel will, so that k1 / k0 keeps to sigma where it is nearly 1
+        inverse = torch.where(signal > 0, 1 / signal, SATURATED).float().double()
         return inverse, -inverse * sigma
     if prediction == "sample":
         return torch.zeros_like(signal), torch.ones_like(signal)
