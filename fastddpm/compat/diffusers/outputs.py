@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,11 +12,13 @@ class Output(dict[str, Any]):
     """Base of the outputs: out.name, out["name"], out[0] and out.to_tuple() are the same fields; those that are None
     are left out of all but the first."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # its subclasses are dataclasses
+
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # its subclasses are dataclasses
-            value = getattr(self, field.name)
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if value is not None:
-                super().__setitem__(field.name, value)
+                super().__setitem__(name, value)
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -31,7 +33,7 @@ class Output(dict[str, Any]):
             super().__setitem__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in their order."""

@@ -257,7 +257,7 @@ class BetaScheduler(Scheduler):
             kind = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
             raise TypeError(f"{op}: expected timesteps to be a tensor of integers, got {kind}; use torch.randint")
         if timesteps.device.type == "cpu" and timesteps.numel():
-            low, high = int(timesteps.min()), int(timesteps.max())
+            low, high = (int(t) for t in timesteps.aminmax())
             if low < 0 or high >= len(self):
                 raise ValueError(
                     f"{op}: expected timesteps in [0, {len(self)}), got {low} to {high}; "
@@ -338,15 +338,20 @@ def randn(shape: Any, dtype: torch.dtype, device: torch.device, generator: Gener
             f"step: expected a generator on the CPU or on {device}, got one on {source}; "
             f"make it with torch.Generator({device.type!r})"
         )
-    source = device if source.type == device.type else source
+    if source.type == device.type:
+        source = device
+    pinned = source != device and device.type == "cuda"  # or the copy would wait for all that was launched before
     if each is None:
-        return torch.randn(tuple(shape), generator=one, dtype=dtype, device=source).to(device)
+        drawn = torch.randn(tuple(shape), generator=one, dtype=dtype, device=source, pin_memory=pinned)
+        return drawn.to(device, non_blocking=True)
     if len(each) < shape[0]:
         raise ValueError(
             f"step: expected a generator for each of {shape[0]} samples, got {len(each)}; pass as many, or one for all"
         )
-    parts = [torch.randn((1, *shape[1:]), generator=g, dtype=dtype, device=source) for g in each[: shape[0]]]
-    return torch.cat(parts).to(device)
+    drawn = torch.empty(tuple(shape), dtype=dtype, device=source, pin_memory=pinned)
+    for g, row in zip(each, drawn.split(1), strict=False):
+        row.copy_(torch.randn(row.shape, generator=g, dtype=dtype, device=source))
+    return drawn.to(device, non_blocking=True)
 
 
 def counted_noise(like: Tensor, seed: int, sample: Tensor, step: int) -> Tensor:

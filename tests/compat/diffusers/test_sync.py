@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastddpm.compat.diffusers as ours
 from fastddpm.compat.diffusers.scheduler import Scheduler
@@ -45,6 +46,36 @@ def on_meta(walk: Walk, foreign: bool) -> None:
 def test_nothing_is_read_from_the_device(name: str, foreign: bool) -> None:
     for walk in walks(name, 25, seed=99):
         on_meta(walk, foreign)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("generator", ["cpu", "cuda", "list", "counter"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_never_waits_for_the_gpu(name: str, generator: str) -> None:
+    scheduler = getattr(ours, name)(**(dict(algorithm_type="sde-dpmsolver++") if name.startswith("DPM") else {}))
+    options: dict[str, Any] = dict(eta=1.0) if name == "DDIMScheduler" else {}
+    x, out = torch.randn(2, 4, 3, 16, 16, device="cuda").unbind()
+    if generator == "counter":
+        scheduler.set_noise_seed(3)
+    elif generator == "list":
+        options["generator"] = [torch.Generator().manual_seed(i) for i in range(4)]
+    else:
+        options["generator"] = torch.Generator(generator).manual_seed(1)
+
+    def walk(x: Tensor) -> Tensor:
+        for t in scheduler.timesteps:
+            x = scheduler.step(out, t, x, **options).prev_sample
+        return x
+
+    scheduler.set_timesteps(12, device="cuda")
+    walk(x)  # compiles and allocates
+    scheduler.set_timesteps(12, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x = walk(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.isfinite().all()
 
 
 def test_the_place_of_a_timestep_is_known_from_its_memory() -> None:
