@@ -34,16 +34,21 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def pipeline(name: str, size: int) -> Any:
+def small_network(size: int) -> Any:
+    """Of the script."""
+    import diffusers
+
+    return diffusers.UNet2DModel(
+        sample_size=size, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).to(DEVICE)  # fmt: skip
+
+
+def pipeline(name: str, network: Any) -> Any:
     """As a script makes it: a network and the scheduler that goes with the pipeline."""
     import diffusers
 
-    network = diffusers.UNet2DModel(
-        sample_size=size, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    scheduler = getattr(diffusers, name.replace("Pipeline", "Scheduler"))()
-    pipe = getattr(diffusers, name)(network.to(DEVICE), scheduler)
+    pipe = getattr(diffusers, name)(network, getattr(diffusers, name.replace("Pipeline", "Scheduler"))())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -98,7 +103,8 @@ def with_threads(threads: int) -> Any:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipeline(name: str, with_threads: int, benchmark: Any, capsys: Any, pytestconfig: pytest.Config) -> None:
     batch, size, steps = (2, 8, 2) if benchmark.disabled else (BATCH, SIZE, STEPS)
-    pipes = [pipeline(name, size) for _ in range(3)]
+    network = small_network(size)  # one for all: what differs is the scheduler
+    pipes = [pipeline(name, network) for _ in range(3)]
     ours.install(pipes[1])
     ours.install(pipes[2], noise_seed=0)
     names = ("before", "after install(pipe)", "after install(pipe, noise_seed=0)")
