@@ -392,10 +392,12 @@ class DPMSolverMultistepScheduler(Scheduler):
 
     def _table(self, device: torch.device) -> Tensor:
         """The coefficients of all steps on a device: those of first order, of second, of third."""
-        if not self._tables:
-            self._tables[torch.device("cpu")] = self._make_table()
+        host = torch.device("cpu")
         if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device, non_blocking=True)
+            with torch.inference_mode(False):  # it lasts longer than the block it is first needed in
+                if host not in self._tables:
+                    self._tables[host] = self._make_table()
+                self._tables[device] = self._tables[host].to(device, non_blocking=True)
         return self._tables[device]
 
     def _make_table(self) -> Tensor:

@@ -19,6 +19,13 @@ from ...sampling.guidance import quantile_of_magnitude
 from .configuration import NOT_GIVEN, Configured
 from .tables import PREDICTIONS, Rows, make_betas, schedule_of, spaced
 
+# by whose names diffusers finds the classes that can take a scheduler's place
+COMPATIBLES = [
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler", "UniPCMultistepScheduler", "DPMSolverSDEScheduler", "EDMEulerScheduler",
+]  # fmt: skip
 _JOINED: dict[type[Any], type[Any]] = {}
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -31,6 +38,7 @@ class Scheduler(Configured):
     """
 
     order = 1
+    _compatibles = COMPATIBLES
     init_noise_sigma = 1.0
     num_inference_steps: int | None
     noise_seed: int | None = None
@@ -154,7 +162,8 @@ class Scheduler(Configured):
         dtype = torch.promote_types(a.dtype, b.dtype)
         key = table.__name__, a.dtype, a.device
         if key not in self._noising:
-            self._noising[key] = table(a.dtype).to(a.device)
+            with torch.inference_mode(False):
+                self._noising[key] = table(a.dtype).to(a.device)
         x, z = as_image(a), as_image(b.to(a.device).expand_as(a))
         t = t.to(a.device, torch.int64).flatten().expand(len(x))
         options: dict[str, Any] = dict(pixel_scale=1.0, pixel_shift=0.0, noise=z, dtype=dtype)
@@ -202,10 +211,11 @@ class BetaScheduler(Scheduler):
     def _rows(self, *options: Any) -> Rows:
         """The coefficients for these options of a step; made anew where they or the timesteps change."""
         if self._cached is None or self._cached[0] != options:
-            table, steps = self._make_rows(*options)
-            if self.config.thresholding:  # the prediction then comes from outside, in the place of an earlier one
-                table = torch.cat([table[:, :2], table[:, 4:5], table[:, 3:4], table[:, 2:3], table[:, 5:]], dim=1)
-            self._cached = options, Rows(table, steps, len(self))
+            with torch.inference_mode(False):  # a table lasts longer than the block it is first needed in
+                table, steps = self._make_rows(*options)
+                if self.config.thresholding:  # the prediction then comes from outside, in the place of an earlier one
+                    table = torch.cat([table[:, :2], table[:, 4:5], table[:, 3:4], table[:, 2:3], table[:, 5:]], dim=1)
+                self._cached = options, Rows(table, steps, len(self))
         return self._cached[1]
 
     def _make_rows(self, *options: Any) -> tuple[Tensor, Tensor]:

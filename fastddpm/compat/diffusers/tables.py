@@ -157,7 +157,8 @@ class Rows:
             ValueError: t is a number that has no row.
         """
         if device not in self._moved:
-            self._moved[device] = self._table.to(device, non_blocking=True), self._row.to(device, non_blocking=True)
+            with torch.inference_mode(False):
+                self._moved[device] = self._table.to(device, non_blocking=True), self._row.to(device, non_blocking=True)
         table, row = self._moved[device]
         if isinstance(t, Tensor):
             at = t.to(device, torch.int64).clamp(0, len(self._known) - 1)

@@ -190,6 +190,20 @@ def test_noise_may_be_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_tables_made_in_inference_mode_serve_outside(name: str) -> None:
+    walk = Walk(name, {}, 5)
+    x = torch.randn(walk.shape)
+    party = Party(walk, mine(walk), walk.dtype)
+    with torch.inference_mode():
+        party.step(x, 0, x)
+        party.scheduler.add_noise(x, x, torch.tensor([3, 4]))
+    y = x.clone().requires_grad_()
+    party.step(y, 1, x).prev_sample.sum().backward()
+    party.scheduler.add_noise(y, x, torch.tensor([3, 4])).sum().backward()
+    assert y.grad is not None and y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_result_can_be_differentiated(name: str) -> None:
     walk = Walk(name, dict(prediction_type="v_prediction"), 5)
     gradients = []

@@ -106,6 +106,14 @@ def test_a_pipeline_takes_ours_in_its_constructor() -> None:
     assert_near_peer(images(made, "DDPMScheduler"), images(pipe, "DDPMScheduler"))
 
 
+@pytest.mark.parametrize("name", [*NAMES, "DPMSolverMultistepScheduler"])
+def test_classes_that_can_take_its_place(name: str) -> None:
+    import diffusers
+
+    expected = getattr(diffusers, name)().compatibles
+    assert set(getattr(ours, name)().compatibles) == set(expected)
+
+
 def test_options_of_install() -> None:
     pipe = ours.install(pipeline("DDPMScheduler"), corrected=True, noise_seed=3)
     assert pipe.scheduler.config.corrected and pipe.scheduler.noise_seed == 3

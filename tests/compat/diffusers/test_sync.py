@@ -44,7 +44,7 @@ def on_meta(walk: Walk, foreign: bool) -> None:
 @pytest.mark.parametrize("foreign", [False, True], ids=["own timesteps", "copies of timesteps"])
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_read_from_the_device(name: str, foreign: bool) -> None:
-    for walk in walks(name, 25, seed=99):
+    for walk in walks(name, 12, seed=99):
         on_meta(walk, foreign)
 
 
