@@ -16,6 +16,7 @@ from .scheduler import BetaScheduler, Generators, as_image, together
 from .tables import BETAS, LEAST_VARIANCE, PREDICTIONS, Transitions, rows, x0_columns
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+DEFAULT = "fixed_small"
 LEARNED = ("learned", "learned_range")
 
 
@@ -47,7 +48,8 @@ class DDPMScheduler(BetaScheduler):
     Args:
         num_train_timesteps: T. beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2",
             "sigmoid" or "laplace". trained_betas: [T], in place of these.
-        variance_type: std^2: "fixed_small" (or "fixed_small_log"), "fixed_large", "learned" or "learned_range".
+        variance_type: std^2: "fixed_small" (also "fixed_small_log" and None), "fixed_large", "learned" or
+            "learned_range".
         clip_sample, clip_sample_range: clamp the predicted image. prediction_type: "epsilon", "sample" or
             "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: in place of clipping, see
@@ -82,7 +84,7 @@ class DDPMScheduler(BetaScheduler):
         corrected: bool = False,
     ) -> None:
         self._start(*BETAS)
-        self._expect("variance_type", *VARIANCES)
+        self._expect("variance_type", *VARIANCES, None)
         self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self.variance_type = variance_type
@@ -191,7 +193,7 @@ class DDPMScheduler(BetaScheduler):
 
     def _make_rows(self, *options: Any) -> tuple[Tensor, Tensor]:
         """Of the timesteps that are visited: all T of them before `set_timesteps`."""
-        variance, prediction = self.config.variance_type, self.config.prediction_type
+        variance, prediction = self.config.variance_type or DEFAULT, self.config.prediction_type
         steps = torch.tensor(self._visited)
         if self._schedule is not None:
             return ddpm_table(self._schedule, steps, PREDICTIONS[prediction], variance.removesuffix("_log")), steps

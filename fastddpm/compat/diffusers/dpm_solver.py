@@ -18,6 +18,7 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
 SIGMAS = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+LEARNED = ("learned", "learned_range")
 FEW = 15
 """Steps below which lower_order_final has an effect."""
 LAST_ABAR = 2.0**-24
@@ -58,7 +59,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas, use_flow_sigmas, flow_shift: in
             place of equal steps in t. use_beta_sigmas needs scipy.
         lambda_min_clipped: visit no timestep with a smaller lambda. variance_type: "learned" or "learned_range", where
-            the network's output has a second half, which is not used.
+            the network's output has a second half, which is not used; any other has no effect.
         use_dynamic_shifting, time_shift_type: allow mu in `set_timesteps`.
         prediction_type: "epsilon", "sample", "v_prediction", or "flow_prediction" with ++. timestep_spacing:
             "linspace", "leading" or "trailing". The others are those of `DDPMScheduler`.
@@ -125,7 +126,6 @@ class DPMSolverMultistepScheduler(Scheduler):
         self._expect("solver_type", "midpoint", "heun")
         self._expect("solver_order", 1, 2, 3)
         self._expect("final_sigmas_type", "zero", "sigma_min")
-        self._expect("variance_type", None, "learned", "learned_range")
         self._expect("time_shift_type", "exponential")
         of_data = config.algorithm_type.endswith("++")
         used = [name for name in SIGMAS if config[name]]
@@ -314,7 +314,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             raise ValueError(
                 f"{op}: expected at most {self.num_inference_steps} steps, got another; call set_timesteps again"
             )
-        if self.config.variance_type is not None and self.config.prediction_type == "epsilon":
+        if self.config.variance_type in LEARNED and self.config.prediction_type == "epsilon":
             model_output = model_output[:, : sample.shape[1]]
         if model_output.shape != sample.shape:
             raise ValueError(

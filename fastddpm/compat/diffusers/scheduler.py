@@ -87,8 +87,14 @@ class Scheduler(Configured):
 
     def _make_tables(self, *schedules: str) -> None:
         """betas, alphas and alphas_cumprod, float32 [T]."""
-        if self.config.trained_betas is None:
+        trained = self.config.trained_betas
+        if trained is None:
             self._expect("beta_schedule", *schedules)
+        elif len(trained) != len(self):
+            raise ValueError(
+                f"{type(self).__name__}: expected as many trained_betas as num_train_timesteps, {len(self)}, got "
+                f"{len(trained)}; pass num_train_timesteps={len(trained)}"
+            )
         self._expect("timestep_spacing", "linspace", "leading", "trailing")
         self._schedule = schedule_of(self.config) if self._corrected else None
         if self._schedule is None:
@@ -164,7 +170,7 @@ class Scheduler(Configured):
         if key not in self._noising:
             with torch.inference_mode(False):
                 self._noising[key] = table(a.dtype).to(a.device)
-        x, z = as_image(a), as_image(b.to(a.device).expand_as(a))
+        x, z = as_image(a), as_image(b.expand_as(a))
         t = t.to(a.device, torch.int64).flatten().expand(len(x))
         options: dict[str, Any] = dict(pixel_scale=1.0, pixel_shift=0.0, noise=z, dtype=dtype)
         if wants_gradient(a, b):
@@ -301,7 +307,7 @@ def thresholded(pred: Tensor, ratio: float, most: float) -> Tensor:
 
 def update(x: Tensor, out: Tensor, table: Tensor, row: Tensor | int, **options: Any) -> tuple[Tensor, Tensor]:
     """`solver_step`, or its reference, which torch differentiates, where a gradient is wanted."""
-    if not wants_gradient(x, out, options.get("pred_prev")):
+    if not wants_gradient(x, out, options.get("pred_prev"), options.get("noise")):
         return solver_step(x, out, table, row, **options)
     default: dict[str, Any] = dict.fromkeys(
         ("pred_prev", "out_uncond", "clamp", "noise", "seed", "sample", "mask", "known", "known_table", "known_noise")

@@ -96,7 +96,9 @@ def _clips(rng: random.Random, config: dict[str, Any]) -> None:
 def _ddpm(rng: random.Random) -> Walk:
     config, steps = _common(rng, "leading", ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"))
     _clips(rng, config)
-    config["variance_type"] = rng.choice(("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"))
+    config["variance_type"] = rng.choice(
+        (None, "fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
+    )
     timesteps = None
     if rng.random() < 0.2:
         chosen = rng.sample(range(config["num_train_timesteps"]), 6)
@@ -120,15 +122,13 @@ def _dpm_solver(rng: random.Random) -> Walk:
         solver_order=rng.choice((1, 2) if algorithm == "sde-dpmsolver" else (1, 2, 3)),
         lower_order_final=rng.random() < 0.7, rescale_betas_zero_snr=rng.random() < 0.2,
         final_sigmas_type=rng.choice(("zero", "sigma_min")) if algorithm.endswith("++") else "sigma_min",
-        variance_type=rng.choice((None, None, "learned_range")),
+        variance_type=rng.choice((None, "fixed_large", "learned_range")),
     )  # fmt: skip
     tensors = _tensors(rng, config)
     if tensors["dtype"] == torch.float64:  # which the original computes in float32
         tensors["dtype"] = torch.float32
-    if config["variance_type"]:
-        tensors["shape"] = SHAPES[0]
-        if config["prediction_type"] != "epsilon":
-            config["variance_type"] = None
+    if config["variance_type"] == "learned_range":  # of which the original knows with 3 channels, and epsilon
+        tensors["shape"], config["prediction_type"] = SHAPES[0], "epsilon"
     how = rng.choice((None, None, "karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas"))
     timesteps = None
     if how is not None:

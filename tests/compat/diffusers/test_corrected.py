@@ -167,7 +167,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("DPM", dict(solver_type="rk"), "expected solver_type to be one of .*, got 'rk'"),
     ("DPM", dict(solver_order=4), "expected solver_order to be one of 1, 2, 3, got 4"),
     ("DPM", dict(final_sigmas_type="one"), "expected final_sigmas_type to be one of .*, got 'one'"),
-    ("DPM", dict(variance_type="fixed_small"), "expected variance_type to be one of .*, got 'fixed_small'"),
+    ("DDIMScheduler", dict(trained_betas=[0.1, 0.2]), "expected as many trained_betas .*, 1000, got 2"),
     ("DPM", dict(time_shift_type="linear"), "expected time_shift_type to be one of 'exponential', got 'linear'"),
     ("DPM", dict(algorithm_type="dpmsolver"), "expected final_sigmas_type='sigma_min' with algorithm_type='dpmsolver'"),
     (
