@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, whatever happens to the process that writes them."""
+"""Directories and files that appear whole or not at all, whatever happens to the process that writes them."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ def remove(path: Path) -> None:
     with suppress(FileNotFoundError):  # another process was faster
         os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to, beside ``target``: on leaving it takes the name, and the place, of ``target`` in one step.
+
+    Where the block raises, ``target`` stays as it was and nothing is left behind.
+    """
+    path = target.with_name(f"{_PREFIX}{secrets.token_hex(8)}-{target.name}")
+    try:
+        yield path
+        _sync(path)
+        os.replace(path, target)
+        _sync(target.parent)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
