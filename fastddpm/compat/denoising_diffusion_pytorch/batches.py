@@ -180,9 +180,12 @@ class Indices(data.Sampler[list[int]]):
 
     def __init__(self, count: int, batch_size: int, share: Share, agree: Callable[[Epoch], Epoch]) -> None:
         self.count, self.batch_size, self.share, self.agree = count, batch_size, share, agree
+        self._first = True
 
     def __iter__(self) -> Iterator[list[int]]:
-        seed = int(torch.empty((), dtype=torch.int64).random_())
+        draws = 1 if self._first else 2  # the seed of new processes, which the loader draws the first time alone
+        seed = [int(torch.empty((), dtype=torch.int64).random_()) for _ in range(draws)][-1]
+        self._first = False
         epoch = self.agree(Epoch(seed, 0, self.count, self.batch_size, 1))
         order = epoch.order()
         for places in epoch.batches(self.share):

@@ -60,7 +60,7 @@ class Dataset(data.Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         flip = self.augment_horizontal_flip and float(torch.rand(1)) < 0.5
-        return torch.from_numpy(np.ascontiguousarray(self.finish(self.resized(index), flip))).float() / 255
+        return torch.from_numpy(np.array(self.finish(self.resized(index), flip))).float() / 255
 
     def resized(self, index: int) -> UInt8Array:
         """Image number ``index`` at its new size, before what is random: [C, H, W]."""

@@ -24,6 +24,8 @@ from .fid import FID, Unavailable, parts
 from .optimizer import EMA, Adam, LossScale
 from .processes import Processes
 
+__all__ = ["Dataset", "Dataset1D", "Trainer", "Trainer1D"]
+
 VERSION = "2.3.4"
 """Of the package whose files these are."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
