@@ -200,7 +200,7 @@ def test_averages_are_taken_though_a_scaled_step_is_left_out() -> None:
 
 
 def test_decays_of_the_average() -> None:
-    """A copy at multiples of 10 up to 100; then (1 + n)^(-2/3) of the new weights, n = 10, 20, ..., no less than 1/10."""
+    """A copy at multiples of 10 up to 100; then (1 + n)^(-2/3) of the weights, n = 10, 20, ..., at least 1/10."""
     ema = EMA(Toy(), beta=0.9, update_every=10)
     found = []
     for _ in range(161):
