@@ -23,7 +23,7 @@ EMBEDDINGS: tuple[str, ...] = get_args(Embedding)
 
 
 def sinusoidal_embedding(
-    t: Tensor, channels: int, kind: Embedding = "ddpm", dtype: torch.dtype = torch.float32
+    t: Tensor, channels: int, kind: Embedding = "ddpm", dtype: torch.dtype = torch.float32, theta: float = 10000.0
 ) -> Tensor:
     """The sinusoids of the timestep, e(t) in the equations of this module.
 
@@ -32,11 +32,12 @@ def sinusoidal_embedding(
         channels: length d of the result, >= 2; if it is odd, the last element is 0.
         kind: "ddpm" (sine first, divisor d/2 - 1) or "adm" (cosine first, divisor d/2).
         dtype: of the arithmetic and of the result: float32 or float64.
+        theta: base of the frequencies, > 0, in place of 10000.
 
     Returns: [B, channels].
 
     Raises:
-        ValueError: fewer than 2 channels, or another kind. TypeError: another dtype.
+        ValueError: fewer than 2 channels, another kind, or theta not above 0. TypeError: another dtype.
 
     Numerics: never in half precision, under autocast either: bfloat16 cannot tell 999 from 1000.
     """
@@ -49,9 +50,11 @@ def sinusoidal_embedding(
         raise TypeError(
             f"sinusoidal_embedding: expected dtype float32 or float64, got {dtype}; round the result afterwards"
         )
+    if not theta > 0:
+        raise ValueError(f"sinusoidal_embedding: expected theta > 0, got {theta}; 10000 is usual")
     half = channels // 2
     divisor = max(half - 1, 1) if kind == "ddpm" else half
-    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000.0) / divisor))
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(theta) / divisor))
     angle = t.to(dtype).unsqueeze(1) * frequency
     parts = [angle.sin(), angle.cos()] if kind == "ddpm" else [angle.cos(), angle.sin()]
     return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
