@@ -255,7 +255,7 @@ class EMA(nn.Module):
             return 0.0
         if self.beta == 1:
             return None
-        warm = 1 - (1 + (s - self.update_after_step) / self.inv_gamma) ** -self.power
+        warm: float = 1 - (1 + (s - self.update_after_step) / self.inv_gamma) ** -self.power
         return min(self.beta, max(self.min_value, warm))
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
