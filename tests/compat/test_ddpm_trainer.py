@@ -97,8 +97,8 @@ def test_a_file_is_whole_or_as_it_was(make: Any, monkeypatch: pytest.MonkeyPatch
     trainer.save(1)
     before = (tmp_path / "results" / "model-1.pt").read_bytes()
 
-    def half(_: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def half(_: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)

@@ -106,7 +106,7 @@ class _Training:
         Raises:
             DivergenceError: no step since the last milestone had finite gradients.
         """
-        if not self.accelerator.is_local_main_process:
+        if not self.accelerator.is_main_process:
             return
         self._check_finite()
         contents = {
@@ -118,8 +118,8 @@ class _Training:
             "version": VERSION,
             "fastddpm": self._own_state(),
         }
-        with whole_file(self._file(f"model-{milestone}.pt")) as path:
-            torch.save(contents, path)
+        with whole_file(self._file(f"model-{milestone}.pt")) as path, path.open("wb") as file:
+            torch.save(contents, file)  # not the path: torch takes no name that begins with a dot
 
     def load(self, milestone: int | str) -> None:
         """Go on from ``model-<milestone>.pt`` in the results folder, which this or the original package wrote.
@@ -490,8 +490,8 @@ class Trainer1D(_Training):
             self.dl = of_dataset(dataset, train_batch_size, self.device, share, self.accelerator.agree)
 
     def _save_samples(self, samples: Tensor, milestone: int) -> None:
-        with whole_file(self._file(f"sample-{milestone}.png")) as path:
-            torch.save(samples, path)
+        with whole_file(self._file(f"sample-{milestone}.png")) as path, path.open("wb") as file:
+            torch.save(samples, file)
 
 
 class _Shown:
