@@ -21,6 +21,7 @@ from fastddpm.compat.denoising_diffusion_pytorch import trainer as module
 from fastddpm.compat.denoising_diffusion_pytorch.trainer import Dataset1D, Trainer, Trainer1D, grid
 from fastddpm.training import DivergenceError
 from tests.compat.toy_diffusion import SIZE, Toy, Toy1D, make_folder
+from tests.tolerance import assert_equal_to_rounding
 
 COUNT = 103  # six batches of 16, and one of 7
 
@@ -240,6 +241,18 @@ def test_state_of_the_loss_scale_is_saved_and_loaded(make: Any, tmp_path: Path) 
     assert again.scaler.state_dict() == contents["scaler"]
 
 
+def test_the_loss_scale_leaves_the_steps_as_they_are(make: Any) -> None:
+    """A power of two goes through the gradients without rounding; in float32 nothing overflows."""
+    plain, scaled = make(), make()
+    scaled.scaler = module.LossScale(scaled.device)
+    for trainer in (plain, scaled):
+        torch.manual_seed(3)
+        for _ in range(3):
+            trainer._train_step()
+    for a, b in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        assert_equal_to_rounding(a, b, 64, scale=b.detach().abs().max())
+
+
 class Breaks(Toy):
     """Its loss is not a number in some of its calls."""
 
@@ -264,6 +277,12 @@ def test_training_that_has_diverged_ends(make: Any, tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="NaN or Inf in each of the 5 steps before step 10"):
         trainer.train()
     assert not (tmp_path / "results" / "model-2.pt").exists()
+    again = make(Breaks(range(3)))
+    again.load(1)
+    again.train_num_steps = 8
+    again.train()
+    with pytest.raises(DivergenceError, match="NaN or Inf in each of the 3 steps before step 8"):
+        again.save("last")
     assert all(w.isfinite().all() for w in weights(trainer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
             path.write_bytes(contents)
             assert not target.exists() or target.read_bytes() == b"first"
         assert target.read_bytes() == contents
-    assert names(tmp_path) == ["a.bin"]
+        if contents == b"first":
+            os.link(target, tmp_path / "reader")  # as one that has the file open
+    assert (tmp_path / "reader").read_bytes() == b"first"
+    assert names(tmp_path) == ["a.bin", "reader"]
 
 
 def test_where_writing_fails_the_file_is_as_it_was(tmp_path: Path) -> None:
