@@ -192,10 +192,7 @@ class Upsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, dim, H, W] to [B, dim_out, 2H, 2W]."""
-        # a map of 1x1 is channels_last and not at once, and which of the two is lost on the way
-        x = F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")
-        out: Tensor = self[1](x)
-        return out
+        return cast(Conv3x3, self[1]).upsampled(x)
 
 
 def time_mlp(dim: int, width: int, by_weights: bool, is_random: bool, weights_dim: int, theta: float) -> TimeMLP:
