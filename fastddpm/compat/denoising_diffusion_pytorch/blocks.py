@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import sinusoidal_embedding
+from ...nn.patches import Conv3x3
 from ...ops import rms_norm_silu
 
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, dropout: float = 0.0, conv: Conv = nn.Conv2d) -> None:
         super().__init__()
-        self.proj = conv(dim, dim_out, 3, padding=1)
+        self.proj = Conv3x3(dim, dim_out) if conv is nn.Conv2d else conv(dim, dim_out, 3, padding=1)
         self.norm = RMSNorm(dim_out, self.proj.weight.dim())
         self.dropout = nn.Dropout(dropout)
 
