@@ -167,8 +167,14 @@ def test_errors_of_loading(make: Any, tmp_path: Path) -> None:
     trainer.save(3)
     with pytest.raises(FileNotFoundError, match=r"there are model-3\.pt"):
         trainer.load(7)
-    with pytest.raises(ValueError, match=r"(?s)expected .*model-3.pt of a network and a diffusion like.*size mismatch"):
-        make(Toy(channels=1)).load(3)
+    other = make(Toy(channels=1))
+    before = copy.deepcopy(weights(other))
+    shapes = r"net\.0\.weight \[4, 3, 3, 3\] for \[4, 1, 3, 3\], net\.2\.weight .*; make them with"
+    with pytest.raises(
+        ValueError, match=rf"expected .*model-3.pt of a network and a diffusion like these, got {shapes}"
+    ):
+        other.load(3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), before, strict=True))
     torch.save(Toy().state_dict(), tmp_path / "results" / "model-4.pt")
     with pytest.raises(ValueError, match="with step, model, opt and ema, got none of step, model, opt, ema"):
         trainer.load(4)
@@ -284,6 +290,35 @@ def test_training_that_has_diverged_ends(make: Any, tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="NaN or Inf in each of the 3 steps before step 8"):
         again.save("last")
     assert all(w.isfinite().all() for w in weights(trainer))
+
+
+def test_a_loss_scale_that_is_too_large_is_no_divergence(make: Any, tmp_path: Path) -> None:
+    trainer = make(Breaks(range(3)))
+    trainer.scaler = module.LossScale(trainer.device)
+    trainer._train_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.save(1)
+    trainer.scaler.scale.fill_(1.0)
+    trainer._train_step()
+    with pytest.raises(DivergenceError, match="in each of the 1 steps before step 2"):
+        trainer.save(2)
+
+
+def test_batches_of_a_user_take_the_place_of_ours(make: Any, tmp_path: Path) -> None:
+    class Counts(Toy):
+        seen: ClassVar[list[float]] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(float(images[0, 0, 0, 0]))
+            return super().forward(images)
+
+    trainer = make(Counts())
+    trainer.dl = (torch.full((16, 3, SIZE, SIZE), i / 10) for i in range(10))
+    trainer.train()
+    assert Counts.seen == pytest.approx([i / 10 for i in range(10)])
+    trainer.load(1)
+    assert trainer.step == 5
 
 
 def test_the_average_copies_then_averages(make: Any) -> None:
@@ -499,3 +534,39 @@ def test_sequences_of_any_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     trainer.save("last")
     trainer.load("last")
     assert trainer.step == 2
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["no", "bf16", "fp16"])
+def test_no_step_waits_for_the_gpu(make: Any, kind: str) -> None:
+    trainer = make(amp=True, mixed_precision_type=kind)
+    shown = module._Shown(trainer.device)
+    for _ in range(5):
+        shown.put(trainer._train_step())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):  # over the end of an epoch
+            shown.put(trainer._train_step())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    shown.put(torch.tensor(2.0, device=trainer.device))
+    torch.cuda.synchronize()
+    shown.put(torch.tensor(3.0, device=trainer.device))
+    assert shown.value == 2.0
+
+
+@pytest.mark.gpu
+def test_float16_finds_its_scale_on_a_gpu(make: Any, tmp_path: Path) -> None:
+    trainer = make(amp=True)
+    trainer.scaler.scale.fill_(2.0**40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train_num_steps = 60
+        trainer.train()
+    assert trainer.scaler.state_dict()["scale"] < 2.0**40
+    assert all(w.isfinite().all() for w in weights(trainer))

@@ -25,6 +25,7 @@ class Processes:
         device: where this process computes.
         process_index, num_processes: its number, and how many there are.
         is_main_process, is_local_main_process: whether it is the first of all, or of its machine.
+        local_processes: how many of them share this machine.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Processes:
         together = dist.is_available() and dist.is_initialized()
         self.process_index, self.num_processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.is_main_process, self.is_local_main_process = self.process_index == 0, local == 0
+        self.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if together else 1
 
     def print(self, *values: Any) -> None:
         """Print in the first process alone."""

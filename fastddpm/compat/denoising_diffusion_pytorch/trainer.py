@@ -19,7 +19,7 @@ from ...training.decode import SMALL, usable_cores
 from ...training.loop import DivergenceError
 from ...training.metrics import set_aside
 from .batches import Batches, of_dataset
-from .dataset import Dataset, Dataset1D, Pixels
+from .dataset import Dataset, Dataset1D, Pixels, available_memory
 from .fid import FID, Unavailable, parts
 from .optimizer import EMA, Adam, LossScale
 from .processes import Processes
@@ -142,16 +142,20 @@ class _Training:
                 f"{self.name}: expected {path} with step, model, opt and ema, got none of {', '.join(missing)}; "
                 "load weights alone with trainer.model.load_state_dict"
             )
-        try:
-            self.accelerator.unwrap_model(self.model).load_state_dict(contents["model"])
-            self.opt.load_state_dict(contents["opt"])
-            if self.accelerator.is_main_process:
-                self.ema.load_state_dict(contents["ema"])
-        except (RuntimeError, ValueError) as error:
+        model = self.accelerator.unwrap_model(self.model)
+        wanted, given = ({k: list(v.shape) for k, v in s.items()} for s in (model.state_dict(), contents["model"]))
+        if wanted != given:  # told before anything is changed
+            names = [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]
+            shapes = ", ".join(f"{name} {given.get(name)} for {wanted.get(name)}" for name in names[:4])
             raise ValueError(
-                f"{self.name}: expected {path} of a network and a diffusion like these, got {error}; make them with "
-                "the arguments that they were trained with"
-            ) from error
+                f"{self.name}: expected {path} of a network and a diffusion like these, got {shapes}"
+                f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}; make them with the arguments that they "
+                "were trained with"
+            )
+        model.load_state_dict(contents["model"])
+        self.opt.load_state_dict(contents["opt"])
+        if self.accelerator.is_main_process:
+            self.ema.load_state_dict(contents["ema"])
         self.step = self._looked = contents["step"]
         self._skipped.zero_()
         if self.scaler is not None and contents.get("scaler"):
@@ -233,7 +237,7 @@ class _Training:
         steps, skipped = self.step - self._looked, int(self._skipped)
         self._looked = self.step
         self._skipped.zero_()
-        if steps and skipped == steps:
+        if steps and skipped == steps and (self.scaler is None or float(self.scaler.scale) < 1):
             raise DivergenceError(
                 f"{self.name}: expected finite losses and gradients, got NaN or Inf in each of the {steps:,} steps "
                 f"before step {self.step:,}; the weights are those before them; go on from the last checkpoint with a "
@@ -344,7 +348,8 @@ class Trainer(_Training):
                 f"Trainer: expected at least {LEAST_IMAGES} images in {folder}, got {len(self.ds)}; files end in "
                 ".jpg, .jpeg, .png or .tiff, and 10,000 of them are better"
             )
-        self._pixels = Pixels(self.ds, self.channels)
+        neighbours = self.accelerator.local_processes
+        self._pixels = Pixels(self.ds, self.channels, available_memory() // (2 * neighbours))
         self.dl = Batches(
             lambda indices, flips: torch.from_numpy(self._pixels.batch(indices, flips)),
             len(self.ds),
@@ -352,7 +357,7 @@ class Trainer(_Training):
             self.device,
             finish=_to_unit_range,
             flips=augment_horizontal_flip,
-            threads=_threads(self.ds.paths[0]),
+            threads=_threads(self.ds.paths[0], neighbours),
             share=self.accelerator.share(train_batch_size, split_batches),
             agree=self.accelerator.agree,
         )
@@ -543,14 +548,14 @@ def _to_unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 255
 
 
-def _threads(first: Path) -> int:
-    """How many threads decode images like this one."""
+def _threads(first: Path, processes: int) -> int:
+    """How many threads decode images like this one, where so many processes do."""
     try:
         with Image.open(first) as image:
             small = image.width * image.height < SMALL
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         small = False  # its turn to be named comes
-    return 1 if small else usable_cores()
+    return 1 if small else max(1, usable_cores() // processes)
 
 
 def _check_diffusion(trainer: str, diffusion: Any) -> None:
