@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastddpm.compat.denoising_diffusion_pytorch import processes
 from tests.compat.one_of_several import train
 from tests.compat.toy_diffusion import make_folder
 from tests.tolerance import assert_equal_to_rounding
@@ -20,13 +21,15 @@ ROOT = str(Path(__file__).parents[2])
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of each batch, gradients averaged: the weights of one process, and each file written once."""
+    monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cpu"))
     folder = make_folder(tmp_path / "images", 112)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": ROOT}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": ROOT,
+              "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     command = [sys.executable, "-m", "tests.compat.one_of_several", str(folder), str(tmp_path / "several")]
     running = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastddpm.compat.denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+from fastddpm.compat.denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet, processes
 from tests.compat.original import skip_unless_installed
 from tests.compat.toy_diffusion import make_folder
 
@@ -73,6 +73,7 @@ def test_a_script_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
     make_folder(tmp_path / "images")
     model = Unet(dim=8, dim_mults=(1, 2), flash_attn=True)
     diffusion = GaussianDiffusion(model, image_size=SIZE, timesteps=20, sampling_timesteps=3)
+    monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cpu"))
     with pytest.warns(UserWarning, match=r"float32|pytorch-fid"):
         trainer = Trainer(
             diffusion, "images", train_batch_size=16, train_lr=8e-5, train_num_steps=4, gradient_accumulate_every=2,
@@ -84,5 +85,6 @@ def test_a_script_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     again = Trainer(diffusion, "images", calculate_fid=False)
     again.load(2)
+    assert again.step == 4
     samples = again.ema.ema_model.sample(batch_size=4)  # type: ignore[operator]
     assert samples.shape == (4, 3, SIZE, SIZE)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils import data
 
+from fastddpm.compat.denoising_diffusion_pytorch import batches, processes
 from fastddpm.compat.denoising_diffusion_pytorch import trainer as module
 from fastddpm.compat.denoising_diffusion_pytorch.trainer import Dataset1D, Trainer, Trainer1D, grid
 from fastddpm.training import DivergenceError
@@ -24,6 +25,12 @@ from tests.compat.toy_diffusion import SIZE, Toy, Toy1D, make_folder
 from tests.tolerance import assert_equal_to_rounding
 
 COUNT = 103  # six batches of 16, and one of 7
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -517,8 +524,6 @@ def test_sequences(tmp_path: Path) -> None:
 
 
 def test_sequences_of_any_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastddpm.compat.denoising_diffusion_pytorch import batches
-
     class Squares(data.Dataset[Tensor]):
         def __len__(self) -> int:
             return 20

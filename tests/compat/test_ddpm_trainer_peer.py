@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastddpm.compat import denoising_diffusion_pytorch as compat
-from fastddpm.compat.denoising_diffusion_pytorch import batches
+from fastddpm.compat.denoising_diffusion_pytorch import batches, processes
 from fastddpm.compat.denoising_diffusion_pytorch.optimizer import EMA
 from tests.compat.original import original
 from tests.compat.toy_diffusion import make_folder
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = dict(num_samples=4, ema_update_every=2, train_lr=1e-3,
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """The package with two workers, since flips depend on their number; accelerate as in a new process."""
+    """The package with two workers, since flips depend on their number; accelerate as in a new process, on a CPU."""
     package = original()
     for name in (
         f"{package.__name__}.denoising_diffusion_pytorch",
@@ -40,6 +40,8 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     ):
         monkeypatch.setattr(f"{name}.cpu_count", lambda: WORKERS)
     monkeypatch.setattr(batches, "cpu_count", lambda: WORKERS)
+    monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     importlib.import_module("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
     return package
 
