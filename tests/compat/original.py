@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 PACKAGE = "denoising_diffusion_pytorch"
 NEEDED = (PACKAGE, "einops", "scipy", "torchvision", "accelerate", "ema_pytorch")
@@ -33,3 +37,32 @@ def original() -> types.ModuleType:
             kernels = "torchvision._meta_registrations"
             sys.modules[kernels] = types.ModuleType(kernels)
     return importlib.import_module(PACKAGE)
+
+
+def form(contents: Any, name: str = "") -> list[str]:
+    """What is in a checkpoint, in order: names with types, shapes and dtypes, but not the numbers in tensors."""
+    if isinstance(contents, dict):
+        return [line for key, value in contents.items() for line in form(value, f"{name}/{key}") if key != "fastddpm"]
+    if isinstance(contents, torch.Tensor):
+        return [f"{name} {list(contents.shape)} {contents.dtype} {contents.device}"]
+    return [f"{name} {type(contents).__name__} {contents}"]
+
+
+def write_checkpoint(library: Any, folder: Path, results: Path) -> Any:
+    """The contents of a checkpoint of two steps of a small network, by the original or by ours."""
+    diffusion = library.GaussianDiffusion(library.Unet(dim=8, dim_mults=(1, 2)), image_size=8, timesteps=5)
+    trainer = library.Trainer(
+        diffusion, folder, train_num_steps=2, save_and_sample_every=2, num_samples=1, calculate_fid=False,
+        results_folder=results,
+    )  # fmt: skip
+    trainer.train()
+    return torch.load(results / "model-1.pt", weights_only=True)
+
+
+FORM = (891, "2b55e264dceb27ba")
+"""Lines of `form` of what the original writes, and the first digits of their SHA-256."""
+
+
+def digest(lines: list[str]) -> tuple[int, str]:
+    """As in `FORM`."""
+    return len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils import data
 
+from fastddpm.compat import denoising_diffusion_pytorch as compat
 from fastddpm.compat.denoising_diffusion_pytorch import batches, processes
 from fastddpm.compat.denoising_diffusion_pytorch import trainer as module
 from fastddpm.compat.denoising_diffusion_pytorch.trainer import Dataset1D, Trainer, Trainer1D, grid
 from fastddpm.training import DivergenceError
+from tests.compat.original import FORM, digest, form, write_checkpoint
 from tests.compat.toy_diffusion import SIZE, Toy, Toy1D, make_folder
 from tests.tolerance import assert_equal_to_rounding
 
@@ -80,6 +82,11 @@ def test_training_writes_what_the_original_writes(make: Any, tmp_path: Path) -> 
     assert int(contents["ema"]["step"]) == 10
     with Image.open(tmp_path / "results" / "sample-2.png") as picture:
         assert (picture.size, picture.mode) == ((2 * (SIZE + 2) + 2,) * 2, "RGB")
+
+
+def test_checkpoints_have_the_form_of_the_original_ones(folder: Path, tmp_path: Path) -> None:
+    """Names, order, shapes and types of every entry; what the original writes is written down in FORM."""
+    assert digest(form(write_checkpoint(compat, folder, tmp_path))) == FORM
 
 
 def test_grid_is_that_of_torchvision() -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastddpm.compat import denoising_diffusion_pytorch as compat
 from fastddpm.compat.denoising_diffusion_pytorch import batches, processes
 from fastddpm.compat.denoising_diffusion_pytorch.optimizer import EMA
-from tests.compat.original import original
+from tests.compat.original import FORM, digest, form, original, write_checkpoint
 from tests.compat.toy_diffusion import make_folder
 from tests.tolerance import assert_equal_to_rounding, assert_near_peer
 
@@ -217,6 +217,12 @@ def test_checkpoints_go_either_way(peer: Any, folder: Path, tmp_path: Path, kind
     assert_same_training(middle, last)
     names = [set(torch.load(tmp_path / f"model-{n}.pt", weights_only=True)) for n in (1, 2)]
     assert names[0] == names[1] - {"fastddpm"}
+
+
+def test_form_of_the_checkpoints_is_the_one_written_down(peer: Any, folder: Path, tmp_path: Path) -> None:
+    lines = form(write_checkpoint(peer, folder, tmp_path / "theirs"))
+    assert form(write_checkpoint(compat, folder, tmp_path / "ours")) == lines
+    assert digest(lines) == FORM
 
 
 def test_the_average_is_that_of_ema_pytorch(peer: Any) -> None:
