@@ -2,10 +2,11 @@
 
     y[p] = sum_i W_i [x[p + (i, -1)] .. x[p + (i, 1)]] + b,   i = -1, 0, 1,   x = 0 outside
 
-The three pixels side by side are one row of a matrix [H, B W, 3 I], made once; rows of the map come first there, so that
-what row p + i gives to row p is a product of two blocks as they lie, without the rows outside. On a map of 4x4 pixels or
-less the convolutions of a CPU spend their time on what one row of an image leaves of their blocks, and on bringing the
-weight, which is larger than the map, to an order of their own and its gradient back; the products do neither.
+The three pixels side by side are one row of a matrix [H, B W, 3 I], made once; rows of the map come first there, so
+that what row p + i gives to row p is a product of two blocks as they lie, without the rows outside. On a map of 4x4
+pixels or less the convolutions of a CPU spend their time on what one row of an image leaves of their blocks, and on
+bringing the weight, which is larger than the map, to an order of their own and its gradient back; the products do
+neither.
 
 A convolution of an image of repeated pixels, y[2p + a] with a in {0, 1}^2, sees 2x2 pixels of what was repeated: its
 taps are sums of those of W, 16 in place of 36 for 4 pixels of y.
@@ -50,7 +51,8 @@ class Conv3x3(nn.Conv2d):
             return upsampled_conv3x3_products(x, self.weight, self.bias)
         # a map of 1x1 is channels_last and not at once, and which of the two is lost on the way
         x = F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")
-        return self(x)
+        y: Tensor = self(x)
+        return y
 
 
 def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class _Products(torch.autograd.Function):
         dbeside, dtaps = torch.zeros_like(beside), torch.empty_like(taps)
         for phase, row, to, of, columns in _terms(x, taps):
             theirs = dy[phase, to].flatten(0, 1)
-            torch.mm(theirs.T, beside[of, :, columns].flatten(0, 1), out=dtaps[:, phase, row])
+            dtaps[:, phase, row].addmm_(theirs.T, beside[of, :, columns].flatten(0, 1), beta=0)
             dbeside[of, :, columns].flatten(0, 1).addmm_(theirs, taps[:, phase, row])
         return _spread(dbeside, x), dtaps, dy.flatten(0, 2).sum(0)
 
@@ -161,7 +163,7 @@ def _spread(beside: Tensor, like: Tensor) -> Tensor:
     """The transposed of `_beside`: what each pixel has in the three rows of the matrix that it is in, summed."""
     b, c, h, w = like.shape
     left, total, right = beside.view(h, b, w, 3, c).permute(3, 1, 0, 2, 4)
-    total = total.contiguous()
-    total[:, :, :-1] += left[:, :, 1:]
-    total[:, :, 1:] += right[:, :, :-1]
-    return total.permute(0, 3, 1, 2)
+    dx: Tensor = total.contiguous()
+    dx[:, :, :-1] += left[:, :, 1:]
+    dx[:, :, 1:] += right[:, :, :-1]
+    return dx.permute(0, 3, 1, 2)

@@ -7,7 +7,8 @@ float32 under the names of that package, so that its state dicts load; whatever 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from ...schedule import Schedule, cosine_beta_schedule, extract, linear_beta_sch
 OBJECTIVES = {"pred_noise": "noise", "pred_x0": "x0", "pred_v": "v"}
 """What the network predicts, and what `fastddpm.q_sample` calls it."""
 Step = TypeVar("Step")
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class ModelPrediction(NamedTuple):

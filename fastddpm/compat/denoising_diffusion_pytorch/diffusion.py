@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...schedule import extract
-from .chain import Chain, cosine_betas, scaled_linear_betas, sigmoid_betas
+from .chain import NOTHING, Chain, cosine_betas, scaled_linear_betas, sigmoid_betas
 
 SCHEDULES = {"linear": scaled_linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
 LEAST_PROBABILITY = 1e-15
@@ -63,7 +63,7 @@ class GaussianDiffusion(Chain):
         sampling_timesteps: int | None = None,
         objective: str = "pred_v",
         beta_schedule: str = "sigmoid",
-        schedule_fn_kwargs: Mapping[str, Any] | None = None,
+        schedule_fn_kwargs: Mapping[str, Any] = NOTHING,
         ddim_sampling_eta: float = 0.0,
         auto_normalize: bool = True,
         offset_noise_strength: float = 0.0,
@@ -82,7 +82,7 @@ class GaussianDiffusion(Chain):
             )
         super().__init__(
             model,
-            SCHEDULES[beta_schedule](timesteps, **(schedule_fn_kwargs or {})),
+            SCHEDULES[beta_schedule](timesteps, **schedule_fn_kwargs),
             objective,
             sampling_timesteps,
             ddim_sampling_eta,

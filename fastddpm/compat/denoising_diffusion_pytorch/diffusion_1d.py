@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import Chain, ModelPrediction, cosine_betas, scaled_linear_betas
+from .chain import NOTHING, Chain, ModelPrediction, cosine_betas, scaled_linear_betas
 
 SCHEDULES = {"linear": scaled_linear_betas, "cosine": cosine_betas}
-NOTHING: Mapping[str, Any] = {}
 
 
 class GaussianDiffusion1D(Chain):
