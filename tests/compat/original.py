@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -27,16 +26,18 @@ def skip_unless_installed(*needed: str) -> None:
 
 
 def original() -> types.ModuleType:
-    """The package. torchvision is imported without its kernels, which no test uses: those on the package index are for
-    CUDA, and do not load beside a torch for CPUs."""
+    """The package."""
     skip_unless_installed(*NEEDED)
-    if PACKAGE in sys.modules:
-        return sys.modules[PACKAGE]
-    with contextlib.suppress(ImportError):
-        if "torchvision" not in sys.modules:
-            kernels = "torchvision._meta_registrations"
-            sys.modules[kernels] = types.ModuleType(kernels)
+    leave_out_kernels_of_torchvision()
     return importlib.import_module(PACKAGE)
+
+
+def leave_out_kernels_of_torchvision() -> None:
+    """Let it be imported without them, since no test uses them: those of the package index are for CUDA, and do not
+    load beside a torch for CPUs."""
+    if "torchvision" not in sys.modules:
+        kernels = "torchvision._meta_registrations"
+        sys.modules.setdefault(kernels, types.ModuleType(kernels))
 
 
 def form(contents: Any, name: str = "") -> list[str]:

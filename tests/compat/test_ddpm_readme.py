@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from tests.compat.toy_diffusion import make_folder
 
 SIZE, STEPS = 8, 2
 SCRIPTS = {"usage": "training_images", "trainer": "Trainer(", "explorative": "XMWrapper(", "sequences": "Trainer1D("}
+
+
+@pytest.fixture(autouse=True)
+def _without_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pytorch-fid is installed, it would fetch the weights of its network."""
+    for name in ("pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def scripts() -> list[str]:

@@ -439,7 +439,8 @@ def test_best_and_latest(pytorch_fid: None, with_fid: Any, monkeypatch: pytest.M
 def test_without_pytorch_fid_it_warns_once_and_trains(
     make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pytorch_fid", None)
+    for name in ("pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.warns(UserWarning, match=r"trains without calculate_fid.*pytorch_fid.*; pip install") as caught:
         trainer = make(calculate_fid=True)
     assert len(caught) == 1

@@ -39,6 +39,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         f"{package.__name__}.denoising_diffusion_pytorch_1d",
     ):
         monkeypatch.setattr(f"{name}.cpu_count", lambda: WORKERS)
+        monkeypatch.setattr(f"{name}.tqdm", tqdm)  # which tests of networks take away
     monkeypatch.setattr(batches, "cpu_count", lambda: WORKERS)
     monkeypatch.setattr(processes, "choose_device", lambda name: torch.device("cpu"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
