@@ -35,7 +35,8 @@ class Processes:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", local) if "LOCAL_RANK" in os.environ else self.device
             torch.cuda.set_device(self.device)
-        if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and dist.is_available() and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         together = dist.is_available() and dist.is_initialized()
         self.process_index, self.num_processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
