@@ -522,9 +522,7 @@ class GaussianDiffusion(nn.Module):
             self.predict(x_t, t, labels), x_t, t, self.schedule, c.prediction, c.variance, c.clip_denoised
         )
 
-    def p_sample(
-        self, x_t: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def p_sample(self, x_t: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of ancestral sampling over the full chain (algorithm 2): x_{t-1} = mu + sigma z, z = 0 at t = 0.
 
         Args:

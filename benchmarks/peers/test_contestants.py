@@ -132,6 +132,15 @@ def test_verdicts() -> None:
     assert any(line.endswith("bfloat16: not measured") for line in lines)
 
 
+def test_a_script_before_and_after_has_a_bar_of_its_own() -> None:
+    after = replace(ROW, network=f"{report.SCRIPT}{LUCIDRAINS} at 32x32", own=True, floor=None, memory=None)
+    before = replace(after, library=LUCIDRAINS, seconds=1.4)
+    (line,) = report.verdicts([asdict(before), asdict(after)])
+    assert line.startswith(f"training, the script of {LUCIDRAINS} at 32x32, batch 8, cpu, 3 thread(s) (")
+    assert line.endswith(": at least 1.3x: 1.40x, met")
+    assert report.verdicts([asdict(replace(before, seconds=1.2)), asdict(after)])[0].endswith("1.20x, NOT MET")
+
+
 def test_the_page_and_the_picture(tmp_path: Path) -> None:
     about = {"device": "a processor", "cpus": 4, "instruction set": "avx2", "packages": {"torch": "2.13"},
              "python": "3.11", "date": "today", "commit": "abc"}  # fmt: skip

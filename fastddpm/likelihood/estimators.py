@@ -83,9 +83,7 @@ def trajectory_estimate(
     for i in range(diffusion.num_timesteps):
         t = torch.full_like(sample, i)
         draw = step * diffusion.num_timesteps + i
-        z = normal(
-            tuple(x0.shape), seed=seed, sample=sample, step=draw, stream=philox.TRAINING_NOISE, dtype=x0.dtype
-        )
+        z = normal(tuple(x0.shape), seed=seed, sample=sample, step=draw, stream=philox.TRAINING_NOISE, dtype=x0.dtype)
         x_t = _one_step(x_prev, t, z, schedule)
         value -= _log_p(diffusion, x0, x_prev, x_t, t, labels)
         log_q += _log_q(x0, x_prev, x_t, t, schedule)
@@ -149,9 +147,7 @@ def single_estimate(
     """
     sample = _sample(x0, sample)
     t, weight = _step(diffusion, x0, probabilities, t, seed, sample, step, "single_estimate")
-    noise = normal(
-        tuple(x0.shape), seed=seed, sample=sample, step=step, stream=philox.TRAINING_NOISE, dtype=x0.dtype
-    )
+    noise = normal(tuple(x0.shape), seed=seed, sample=sample, step=step, stream=philox.TRAINING_NOISE, dtype=x0.dtype)
     value = weight * vlb_term(diffusion, x0, t, noise, labels)
     return Estimate(value, torch.zeros_like(value), t)
 

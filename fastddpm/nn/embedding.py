@@ -24,7 +24,7 @@ EMBEDDINGS: tuple[str, ...] = get_args(Embedding)
 
 
 def sinusoidal_embedding(
-    t: Tensor, channels: int, kind: Embedding = "ddpm", dtype: torch.dtype = torch.float32
+    t: Tensor, channels: int, kind: Embedding = "ddpm", dtype: torch.dtype = torch.float32, theta: float = 10000.0
 ) -> Tensor:
     """The sinusoids of the timestep, e(t) in the equations of this module.
 
@@ -34,11 +34,12 @@ def sinusoidal_embedding(
         kind: "ddpm" (sine first, divisor d/2 - 1) or "adm" (cosine first, divisor d/2); "ddpm_cos_first" and
             "adm_sin_first" are these with the other order.
         dtype: of the arithmetic and of the result: float32 or float64.
+        theta: base of the frequencies, > 0, in place of 10000.
 
     Returns: [B, channels].
 
     Raises:
-        ValueError: fewer than 2 channels, or another kind. TypeError: another dtype.
+        ValueError: fewer than 2 channels, another kind, or theta not above 0. TypeError: another dtype.
 
     Numerics: never in half precision, under autocast either: bfloat16 cannot tell 999 from 1000.
     """
@@ -51,9 +52,11 @@ def sinusoidal_embedding(
         raise TypeError(
             f"sinusoidal_embedding: expected dtype float32 or float64, got {dtype}; round the result afterwards"
         )
+    if not theta > 0:
+        raise ValueError(f"sinusoidal_embedding: expected theta > 0, got {theta}; 10000 is usual")
     half = channels // 2
     divisor = max(half - 1, 1) if kind.startswith("ddpm") else half
-    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(10000.0) / divisor))
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * (-math.log(theta) / divisor))
     angle = t.to(dtype).unsqueeze(1) * frequency
     parts = [angle.sin(), angle.cos()] if kind in ("ddpm", "adm_sin_first") else [angle.cos(), angle.sin()]
     return F.pad(torch.cat(parts, dim=1), (0, channels % 2))

@@ -99,6 +99,12 @@ def test_the_two_layers() -> None:
     assert_equal_to_rounding(module(t), expected, ulps=32, scale=1.0)
 
 
+def test_frequencies_fall_from_1_to_1_over_theta() -> None:
+    e = sinusoidal_embedding(torch.tensor([1.0], dtype=torch.float64), 8, dtype=torch.float64, theta=100.0)[0]
+    expected = [-i / 3 * math.log(100) for i in range(4)]
+    assert_equal_to_rounding(e[:4].asin().log(), torch.tensor(expected, dtype=torch.float64), scale=5.0)
+
+
 def test_errors() -> None:
     t = torch.tensor([1])
     with pytest.raises(ValueError, match="sinusoidal_embedding: expected channels >= 2, got 1; "):
@@ -107,3 +113,5 @@ def test_errors() -> None:
         sinusoidal_embedding(t, 8, "fourier")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"sinusoidal_embedding: expected dtype float32 or float64, got torch.bfloat"):
         sinusoidal_embedding(t, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="sinusoidal_embedding: expected theta > 0, got 0; "):
+        sinusoidal_embedding(t, 8, theta=0)

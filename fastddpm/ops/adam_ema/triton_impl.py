@@ -117,9 +117,7 @@ def adam_ema_kernel(
         update(of, numbers, begin + part, part < size, GRAD, EMA, MIRROR, False)
 
 
-def unsupported(
-    *, params: list[Tensor], grads: list[Tensor], mirror: list[Tensor] | None, **_: Any
-) -> str | None:
+def unsupported(*, params: list[Tensor], grads: list[Tensor], mirror: list[Tensor] | None, **_: Any) -> str | None:
     """Why these kernels cannot run, or None."""
     for name, tensors in (("grads", grads), ("mirror", mirror or [])):
         if len({x.dtype for x in tensors}) > 1:

@@ -1,0 +1,169 @@
+"""3x3 convolutions as matrix products, where that is the faster way: on a CPU, on small maps and behind an upsampling.
+
+    y[p] = sum_i W_i [x[p + (i, -1)] .. x[p + (i, 1)]] + b,   i = -1, 0, 1,   x = 0 outside
+
+The three pixels side by side are one row of a matrix [H, B W, 3 I], made once; rows of the map come first there, so
+that what row p + i gives to row p is a product of two blocks as they lie, without the rows outside. On a map of 4x4
+pixels or less the convolutions of a CPU spend their time on what one row of an image leaves of their blocks, and on
+bringing the weight, which is larger than the map, to an order of their own and its gradient back; the products do
+neither.
+
+A convolution of an image of repeated pixels, y[2p + a] with a in {0, 1}^2, sees 2x2 pixels of what was repeated: its
+taps are sums of those of W, 16 in place of 36 for 4 pixels of y.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MOST_PIXELS = 16
+"""Of a map on which a convolution is faster as products."""
+LEAST_PIXELS = 64
+"""Of all maps of a batch: with fewer, reading the weight is all there is to do."""
+
+
+class Conv3x3(nn.Conv2d):
+    """`torch.nn.Conv2d` of kernel 3 and padding 1, by the faster way.
+
+    Args:
+        in_channels, out_channels: I and O.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, H, W] to [B, O, H, W]."""
+        if x.shape[2] * x.shape[3] <= MOST_PIXELS and _takes(x, self.weight):
+            assert self.bias is not None
+            return conv3x3_products(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def upsampled(self, x: Tensor) -> Tensor:
+        """[B, I, H, W] to [B, O, 2H, 2W]: each pixel is repeated 2x2 first."""
+        if _takes(x, self.weight):
+            assert self.bias is not None
+            return upsampled_conv3x3_products(x, self.weight, self.bias)
+        # a map of 1x1 is channels_last and not at once, and which of the two is lost on the way
+        x = F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")
+        y: Tensor = self(x)
+        return y
+
+
+def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.conv2d(x, weight, bias, padding=1) as three matrix products.
+
+    Args:
+        x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
+
+    Returns: [B, O, H, W], channels_last.
+    """
+    b, c, h, w = x.shape
+    taps = weight.permute(0, 2, 3, 1).reshape(len(weight), 1, 3, 3 * c)
+    return _products(x, taps, bias).view(h, b, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
+
+
+def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1) as eight matrix products on x as it is.
+
+    Args:
+        x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
+
+    Returns: [B, O, 2H, 2W], channels_last.
+    """
+    b, c, h, w = x.shape
+    sums = _sums_of_taps(weight.device, weight.dtype) @ weight.permute(0, 2, 3, 1).reshape(len(weight), 9, c)
+    y = _products(x, sums.view(len(weight), 4, 2, 2 * c), bias).view(2, 2, h, b, w, -1)
+    return y.permute(3, 2, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1).contiguous().permute(0, 3, 1, 2)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    enough = x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
+    return same and enough and not torch.is_autocast_enabled("cpu")
+
+
+def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[16, 9]: which of the 3x3 taps fall on tap (p, q) of phase (a, b), rows in the order a, b, p, q.
+
+    Along one axis the pixels before, at and after y[2p + a] are repetitions of x at p - 1, p, p (a = 0) or p, p, p + 1.
+    """
+    axis = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=device, dtype=dtype)  # [a, p, tap]
+    return torch.einsum("api,bqj->abpqij", axis, axis).reshape(16, 9)
+
+
+def _products(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """Sums of products of rows of x with taps [O, phases, rows, K], [phases, H, B W, O].
+
+    One phase has three rows of 3 I taps. Of four phases (a, b), phase (a, b) has two rows of 2 I taps: rows p + a - 1
+    and p + a, pixels b - 1 and b.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, taps, bias)):
+        y: Tensor = _Products.apply(x, taps, bias)  # type: ignore[no-untyped-call]
+        return y
+    return _forward(x, taps, bias)
+
+
+class _Products(torch.autograd.Function):
+    """Keeps x and the taps; the matrix of x, three times as large, is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        return _forward(x, taps, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps = ctx.saved_tensors
+        dy = dy.contiguous()
+        beside = _beside(x)
+        dbeside, dtaps = torch.zeros_like(beside), torch.empty_like(taps)
+        for phase, row, to, of, columns in _terms(x, taps):
+            theirs = dy[phase, to].flatten(0, 1)
+            dtaps[:, phase, row].addmm_(theirs.T, beside[of, :, columns].flatten(0, 1), beta=0)
+            dbeside[of, :, columns].flatten(0, 1).addmm_(theirs, taps[:, phase, row])
+        return _spread(dbeside, x), dtaps, dy.flatten(0, 2).sum(0)
+
+
+def _forward(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    beside = _beside(x)
+    y = bias.expand(taps.shape[1], *beside.shape[:2], -1).contiguous()
+    for phase, row, to, of, columns in _terms(x, taps):
+        y[phase, to].flatten(0, 1).addmm_(beside[of, :, columns].flatten(0, 1), taps[:, phase, row].T)
+    return y
+
+
+def _terms(x: Tensor, taps: Tensor) -> list[tuple[int, int, slice, slice, slice]]:
+    """(phase, row of taps, rows of y that it gives to, rows of x that it takes from, columns of the matrix of x)."""
+    c, height = x.shape[1:3]
+    terms = []
+    for phase in range(taps.shape[1]):
+        a, b = divmod(phase, 2)
+        for row in range(taps.shape[2]):
+            shift = a + row - 1
+            to, of = slice(max(0, -shift), height - max(0, shift)), slice(max(0, shift), height - max(0, -shift))
+            terms.append((phase, row, to, of, slice(b * c, b * c + taps.shape[3])))
+    return terms
+
+
+def _beside(x: Tensor) -> Tensor:
+    """Each pixel with its neighbours to the left and right, 0 outside: [H, B W, 3 I]."""
+    b, c, h, w = x.shape
+    padded = F.pad(x.permute(2, 0, 3, 1), (0, 0, 1, 1))
+    return padded.unfold(2, 3, 1).permute(0, 1, 2, 4, 3).reshape(h, b * w, 3 * c)
+
+
+def _spread(beside: Tensor, like: Tensor) -> Tensor:
+    """The transposed of `_beside`: what each pixel has in the three rows of the matrix that it is in, summed."""
+    b, c, h, w = like.shape
+    left, total, right = beside.view(h, b, w, 3, c).permute(3, 1, 0, 2, 4)
+    dx: Tensor = total.contiguous()
+    dx[:, :, :-1] += left[:, :, 1:]
+    dx[:, :, 1:] += right[:, :, :-1]
+    return dx.permute(0, 3, 1, 2)
