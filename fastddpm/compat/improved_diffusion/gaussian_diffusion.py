@@ -88,7 +88,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
         scale = 1000 / num_diffusion_timesteps
         return np.linspace(scale * 1e-4, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
     if schedule_name == "cosine":
-        return cosine_beta_schedule(num_diffusion_timesteps).numpy()
+        return cosine_beta_schedule(num_diffusion_timesteps).cpu().numpy()
     raise NotImplementedError(
         f"get_named_beta_schedule: expected schedule_name 'linear' or 'cosine', got {schedule_name!r}; "
         "or pass betas of your own to SpacedDiffusion"
@@ -135,7 +135,7 @@ class GaussianDiffusion:
     ) -> None:
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps, self.corrected = rescale_timesteps, corrected
-        self.schedule = s = Schedule.from_betas(torch.tensor(np.asarray(betas, dtype=np.float64)))
+        self.schedule = s = Schedule.from_betas(torch.from_numpy(np.array(betas, dtype=np.float64)))
         self.num_timesteps = s.num_timesteps
         self.betas: Array = s.betas.numpy()
         self.alphas_cumprod: Array = s.alphas_cumprod.numpy()

@@ -83,7 +83,7 @@ class SpacedDiffusion(GaussianDiffusion):
             )
         # abar from one visited timestep to the next is the product over those it jumps over
         log_abar = torch.log1p(-torch.from_numpy(betas)).cumsum(0)[self.timestep_map]
-        kwargs["betas"] = -torch.expm1(torch.diff(log_abar, prepend=torch.zeros(1, dtype=torch.float64))).numpy()
+        kwargs["betas"] = -torch.expm1(torch.diff(log_abar, prepend=log_abar.new_zeros(1))).numpy()
         super().__init__(**kwargs)
         self._map: dict[tuple[torch.device, bool], Tensor] = {}
 
