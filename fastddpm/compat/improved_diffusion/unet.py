@@ -159,7 +159,7 @@ class UNetModel(nn.Module):
 
         handles = [module.register_forward_hook(keep(name)) for name, module in stages]
         try:
-            self(x, timesteps, y)
+            UNetModel.forward(self, x, timesteps, y)
         finally:
             for handle in handles:
                 handle.remove()
@@ -220,8 +220,7 @@ class SuperResModel(UNetModel):
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """See `UNetModel.get_feature_vectors`."""
-        joined = self._joined(x, low_res) if x.shape[1] != self.in_channels else x  # it calls forward in its turn
-        return super().get_feature_vectors(joined, timesteps, **kwargs)
+        return super().get_feature_vectors(self._joined(x, low_res), timesteps, **kwargs)
 
     @staticmethod
     def _joined(x: Tensor, low_res: Tensor | None) -> Tensor:
