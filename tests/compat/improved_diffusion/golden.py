@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from benchmarks.peers.improved_diffusion import original
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SHAPE = (3, 1, 2, 2)
@@ -226,10 +226,7 @@ def of_case(library: Any, case: tuple[Any, ...]) -> dict[str, dict[str, Tensor]]
 
 
 def _write() -> None:
-    for part in ("gaussian_diffusion", "resample", "respace", "script_util"):
-        importlib.import_module(f"improved_diffusion.{part}")
-    np.int = int  # type: ignore[attr-defined]  # noqa: NPY001  # gone from NumPy since
-    library = sys.modules["improved_diffusion"]
+    library = original()
 
     def plain(found: dict[str, Tensor]) -> dict[str, list[float]]:
         return {name: [float(f"{v:.7g}") for v in value.flatten().tolist()] for name, value in found.items()}

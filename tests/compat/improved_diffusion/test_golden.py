@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 import fastddpm.compat.improved_diffusion as ours
+from benchmarks.peers.improved_diffusion import is_there, original
 from tests.compat.improved_diffusion import golden
-from tests.compat.improved_diffusion.original import needs_original, original
 from tests.tolerance import assert_near_peer
 
+needs_original = pytest.mark.skipif(
+    not is_there(), reason="peer: needs a checkout of openai/improved-diffusion on PYTHONPATH"
+)
 GOLDEN: dict[str, Any] = json.loads(golden.GOLDEN.read_text())
 GRID = {
     "schedule": ("linear", "cosine"),
@@ -74,9 +77,9 @@ def test_flags_names_respacings_and_timesteps_are_those_of_the_original(what: st
 @needs_original
 @pytest.mark.peer
 @pytest.mark.parametrize(("schedule", "mean"), list(itertools.product(GRID["schedule"], GRID["mean"])))
-def test_every_method_agrees_with_the_original(schedule: str, mean: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_agrees_with_the_original(schedule: str, mean: str) -> None:
     """Two of the six options a test, so that each is short: 768 configurations in all, with `--run-slow`."""
-    theirs = original(monkeypatch)
+    theirs = original()
     rest = itertools.product(*(GRID[name] for name in ("var", "loss", "respacing", "rescale")))
     for i, options in enumerate(rest):
         if i % 16 == 5:  # the slow test takes all
@@ -88,10 +91,8 @@ def test_every_method_agrees_with_the_original(schedule: str, mean: str, monkeyp
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("schedule", "mean"), list(itertools.product(GRID["schedule"], GRID["mean"])))
-def test_every_method_agrees_with_the_original_everywhere(
-    schedule: str, mean: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = original(monkeypatch)
+def test_every_method_agrees_with_the_original_everywhere(schedule: str, mean: str) -> None:
+    theirs = original()
     rest = itertools.product(*(GRID[name] for name in ("var", "loss", "respacing", "rescale")))
     for i, options in enumerate(rest):
         check(theirs, (schedule, mean, *options), seed=i)
@@ -115,8 +116,8 @@ def check(theirs: Any, case: tuple[Any, ...], seed: int) -> None:
 @needs_original
 @pytest.mark.peer
 @pytest.mark.parametrize("name", golden.NETWORKS)
-def test_networks_agree_with_the_original(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = original(monkeypatch)
+def test_networks_agree_with_the_original(name: str) -> None:
+    theirs = original()
     flags = dict(theirs.script_util.model_and_diffusion_defaults(), **golden.NETWORKS[name])
     flags.update(image_size=64, num_channels=32, num_res_blocks=1)
     models = []

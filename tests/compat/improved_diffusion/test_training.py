@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
 import fastddpm.compat.improved_diffusion as ours
+from benchmarks.peers.improved_diffusion import is_there, original
 from fastddpm.compat.improved_diffusion import (
     SpacedDiffusion,
     UNetModel,
@@ -27,9 +29,11 @@ from fastddpm.compat.improved_diffusion import (
 from fastddpm.compat.improved_diffusion.image_datasets import ImageDataset, load_data
 from fastddpm.compat.improved_diffusion.train_util import TrainLoop, parse_resume_step_from_filename
 from fastddpm.training.loop import DivergenceError
-from tests.compat.improved_diffusion.original import needs_original, original
 from tests.tolerance import assert_near_peer
 
+needs_original = pytest.mark.skipif(
+    not is_there(), reason="peer: needs a checkout of openai/improved-diffusion on PYTHONPATH"
+)
 SIZE = (4, 3, 8, 8)
 RATES = (0.9, 0.5)
 
@@ -39,6 +43,8 @@ def _logger(tmp_path: Path) -> Iterator[None]:
     logger.configure(str(tmp_path), ["csv"])
     yield
     logger.reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def small(library: Any = ours) -> Any:
@@ -275,9 +281,9 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
 @needs_original
 @pytest.mark.peer
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_images_come_as_from_the_original(deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_come_as_from_the_original(deterministic: bool, tmp_path: Path) -> None:
     folder, sides = folder_of_images(tmp_path / "images"), []
-    for library in (original(monkeypatch, training=True), ours):
+    for library in (original(), ours):
         torch.manual_seed(1)
         data = library.image_datasets.load_data(
             data_dir=str(folder), batch_size=4, image_size=8, class_cond=True, deterministic=deterministic
@@ -293,9 +299,9 @@ def test_images_come_as_from_the_original(deterministic: bool, tmp_path: Path, m
 @needs_original
 @pytest.mark.peer
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
-def test_training_agrees_with_the_original(sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_agrees_with_the_original(sampler: str, tmp_path: Path) -> None:
     """Losses, moments and weights of six steps; then each goes on from the files of the other."""
-    theirs = original(monkeypatch, training=True)
+    theirs = original()
     ours.dist_util.setup_dist()  # the original trains in a process group alone
 
     def train(library: Any, name: str, resume: str) -> Path:
@@ -394,10 +400,8 @@ def test_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model000002.pt").exists()
 
 
-def test_the_scripts_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scripts_run_as_they_are(tmp_path: Path) -> None:
     """What scripts of the original call, in their order: train, then sample, then evaluate."""
-    import torch.distributed as dist
-
     from fastddpm.compat.improved_diffusion import dist_util
 
     folder = folder_of_images(tmp_path / "images", 6)
