@@ -1,6 +1,14 @@
-"""Not here: half precision is by autocast, over float32 weights."""
+"""Empty: half precision is by autocast here, over float32 weights, and needs no functions of its own."""
 
-raise ImportError(
-    "fastddpm.compat.improved_diffusion: expected a module that is there, got fp16_util; half precision is "
-    "UNetModel.convert_to_fp16 and TrainLoop(use_fp16=True), which keep float32 weights by themselves"
-)
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise ImportError(
+        f"{__name__}: expected UNetModel.convert_to_fp16 or TrainLoop(use_fp16=True), which keep float32 weights by "
+        f"themselves, got {name!r}; leave it out"
+    )

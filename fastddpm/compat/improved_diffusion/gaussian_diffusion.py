@@ -9,6 +9,7 @@ bound are evaluated for many timesteps in one call of a network in eval mode.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from ... import diffusion as theory
 from ... import ops
 from ..._checks import FLOATS, is_nhwc
+from ..._graph import Replayed
 from ...sampling import ddim_table, ddpm_table
 from ...schedule import Schedule, cosine_beta_schedule, extract
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .unet import UNetModel
 
 Array = npt.NDArray[np.float64]
 Model = Callable[..., Tensor]
@@ -33,6 +36,8 @@ Kwargs = dict[str, Any]
 
 BOUND_PIXELS = 2**18
 """How many pixels `GaussianDiffusion.calc_bpd_loop` gives to a network at once, at most, where a batch has less."""
+LEAST_RECORDED = 10
+"""Steps of a sampling on a GPU from which on it is worth to record one."""
 
 
 class ModelMeanType(enum.Enum):
@@ -288,8 +293,12 @@ class GaussianDiffusion:
 
         Returns: [B, C, H, W].
         """
+        x = _start(model, shape, noise, device)
+        own = self._has_own("p_sample_loop_progressive", "p_sample", "p_mean_variance")
+        if own and denoised_fn is None and _is_state(x):
+            return self._in_place(self._ddpm_table(x), model, x, clip_denoised, model_kwargs, progress)
         steps = self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress
+            model, shape, x, clip_denoised, denoised_fn, model_kwargs, device, progress
         )
         return _last(steps)["sample"]
 
@@ -379,8 +388,12 @@ class GaussianDiffusion:
         Raises:
             ValueError: eta for which a root would not be real (NaN in the original).
         """
+        x = _start(model, shape, noise, device)
+        methods = "ddim_sample_loop_progressive", "ddim_sample", "p_mean_variance", "_predict_eps_from_xstart"
+        if self._has_own(*methods) and denoised_fn is None and _is_state(x):
+            return self._in_place(self._ddim_table(x, eta), model, x, clip_denoised, model_kwargs, progress)
         steps = self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta
+            model, shape, x, clip_denoised, denoised_fn, model_kwargs, device, progress, eta
         )
         return _last(steps)["sample"]
 
@@ -401,13 +414,9 @@ class GaussianDiffusion:
         def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.ddim_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs, eta)
 
-        def table(x: Tensor) -> Tensor:
-            return self._table(("ddim", eta), lambda: self._ddim_table(eta), x)
-
         fused = denoised_fn is None and self._has_own("ddim_sample", "p_mean_variance", "_predict_eps_from_xstart")
-        return self._loop(
-            step, table if fused else None, model, shape, noise, clip_denoised, model_kwargs, device, progress
-        )
+        table = functools.partial(self._ddim_table, eta=eta) if fused else None
+        return self._loop(step, table, model, shape, noise, clip_denoised, model_kwargs, device, progress)
 
     def training_losses(
         self,
@@ -610,8 +619,11 @@ class GaussianDiffusion:
 
         return self._table(("ddpm",), make, x)
 
-    def _ddim_table(self, eta: float) -> Tensor:
-        return ddim_table(self.schedule, self._all_steps(), PREDICTIONS[self.model_mean_type], eta)
+    def _ddim_table(self, x: Tensor, eta: float) -> Tensor:
+        def make() -> Tensor:
+            return ddim_table(self.schedule, self._all_steps(), PREDICTIONS[self.model_mean_type], eta)
+
+        return self._table(("ddim", eta), make, x)
 
     def _all_steps(self) -> Tensor:
         return torch.arange(self.num_timesteps - 1, -1, -1)
@@ -633,15 +645,10 @@ class GaussianDiffusion:
         progress: bool,
     ) -> Iterator[dict[str, Tensor]]:
         """From x_T to x_0: by a `solver_step` each where there is a table and x is a dense image, else by ``step``."""
-        if not isinstance(shape, (tuple, list)):
-            raise TypeError(f"improved_diffusion: expected shape to be a tuple or list, got {shape!r}; (B, C, H, W)")
-        if device is None:
-            assert isinstance(model, nn.Module), "pass device= where the network has no parameters"
-            device = next(model.parameters()).device
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        fused = table is not None and _is_image(x) and x.dtype in (torch.float32, torch.float64)
+        x = _start(model, shape, noise, device)
+        fused = table is not None and _is_state(x)
         for i, steps in enumerate(_bar(range(self.num_timesteps - 1, -1, -1), progress)):
-            t = torch.full((shape[0],), steps, device=device)
+            t = torch.full((len(x),), steps, device=x.device)
             with torch.no_grad():
                 if fused:
                     assert table is not None
@@ -655,6 +662,27 @@ class GaussianDiffusion:
             yield made
             x = made["sample"]
 
+    def _in_place(
+        self, table: Tensor, model: Model, x: Tensor, clip_denoised: bool, model_kwargs: Kwargs | None, progress: bool
+    ) -> Tensor:
+        """A whole sampling, from x_T to the image. On a GPU a step of our own network is recorded, launched whole."""
+        x, row = x.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+        steps = self._all_steps().to(x.device)
+
+        def step() -> None:
+            t = steps.index_select(0, row.reshape(1)).repeat(len(x))
+            out = self._output(model, x, t, model_kwargs)
+            clamp = 1.0 if clip_denoised else None
+            ops.solver_step(x, _dense(out), table, row, clamp=clamp, noise=torch.randn_like(x), inplace=True)
+            row.add_(1)
+
+        recorded = isinstance(model, UNetModel) and self.num_timesteps >= LEAST_RECORDED
+        run = Replayed(step, x.device, "sampling") if recorded else step
+        with torch.no_grad():
+            for _ in _bar(range(self.num_timesteps), progress):
+                run()
+        return x
+
     def _timesteps_at_once(self, model: Model, x_start: Tensor, model_kwargs: Kwargs | None) -> int:
         """How many timesteps of these images go through the network together."""
         apart = not isinstance(model, nn.Module) or model.training  # it may draw numbers, or do who knows what
@@ -662,6 +690,22 @@ class GaussianDiffusion:
         if apart or not all(isinstance(v, Tensor) and v.dim() and len(v) == len(x_start) for v in given):
             return 1
         return max(1, BOUND_PIXELS // max(1, x_start[:, :1].numel()))
+
+
+def _start(model: Model, shape: Sequence[int], noise: Tensor | None, device: torch.device | str | None) -> Tensor:
+    """x_T, as given or drawn where the network is."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"improved_diffusion: expected shape to be a tuple or list, got {shape!r}; (B, C, H, W)")
+    if noise is not None:
+        return noise
+    if device is None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"improved_diffusion: expected device with a model that is no module, got None and {model!r}; pass "
+                "device="
+            )
+        device = next(model.parameters()).device
+    return torch.randn(*shape, device=device)
 
 
 def _moves(t: Tensor, x: Tensor) -> Tensor:
@@ -672,6 +716,11 @@ def _moves(t: Tensor, x: Tensor) -> Tensor:
 def _is_image(x: Tensor) -> bool:
     """Whether our ops take it."""
     return x.dim() == 4 and x.dtype in FLOATS and (x.is_contiguous() or is_nhwc(x))
+
+
+def _is_state(x: Tensor) -> bool:
+    """Whether `solver_step` goes on from it without a change of dtype."""
+    return _is_image(x) and x.dtype in (torch.float32, torch.float64)
 
 
 def _dense(x: Tensor) -> Tensor:

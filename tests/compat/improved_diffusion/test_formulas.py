@@ -20,6 +20,7 @@ from fastddpm.compat.improved_diffusion import (
     ModelMeanType,
     ModelVarType,
     SpacedDiffusion,
+    UNetModel,
     betas_for_alpha_bar,
     create_gaussian_diffusion,
     get_named_beta_schedule,
@@ -159,6 +160,45 @@ def test_a_loop_takes_the_steps_of_a_subclass() -> None:
     )
     assert grey.p_sample_loop(Formula(True), SHAPE).abs().max() < 1e-6
     assert d.p_sample_loop(Formula(True), SHAPE).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_loop_in_one_go_is_the_one_that_shows_its_steps(clip: bool) -> None:
+    d, network = made(), Formula(True)
+    for loop, steps in (
+        (d.p_sample_loop, d.p_sample_loop_progressive),
+        (d.ddim_sample_loop, d.ddim_sample_loop_progressive),
+    ):
+        given = torch.randn(SHAPE)
+        kept = given.clone()
+        torch.manual_seed(8)
+        found = loop(network, SHAPE, noise=given, clip_denoised=clip)
+        assert torch.equal(given, kept)  # x_T is the user's
+        torch.manual_seed(8)
+        seen = list(steps(network, SHAPE, noise=given, clip_denoised=clip))
+        assert len(seen) == 12
+        assert torch.equal(seen[-1]["sample"], found)
+        assert torch.equal(seen[-1]["pred_xstart"], found)  # the last step adds no noise
+        assert not torch.equal(seen[-2]["sample"], found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["p_sample_loop", "ddim_sample_loop"])
+def test_a_recorded_step_draws_what_the_others_draw(kind: str) -> None:
+    """A step launched from a CUDA graph takes torch's generator on as one without."""
+    torch.manual_seed(0)
+    model = UNetModel(3, 32, 6, 1, (2,), channel_mult=(1, 2), num_heads=2).cuda().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.05)
+    d, shape = made(betas=get_named_beta_schedule("cosine", 30)), (4, 3, 8, 8)
+    torch.manual_seed(8)
+    found = getattr(d, kind)(model, shape)
+    after = torch.cuda.get_rng_state()
+    torch.manual_seed(8)
+    for seen in getattr(d, f"{kind}_progressive")(model, shape):
+        expected = seen["sample"]
+    assert torch.equal(after, torch.cuda.get_rng_state())
+    assert_near_peer(found, expected, 1e-4)
 
 
 def test_noise_keeps_its_order_in_memory() -> None:
@@ -339,6 +379,7 @@ def test_a_bar_and_the_default_device(capsys: pytest.CaptureFixture[str]) -> Non
         (lambda d: d.p_sample(Formula(False), pixels(), torch.zeros(4).long()), ValueError, "twice the channels"),
         (lambda d: d.p_sample_loop(Formula(False), SHAPE), ValueError, "twice the channels"),
         (lambda d: d.p_sample_loop(Formula(True), 4), TypeError, "expected shape to be a tuple or list"),
+        (lambda d: d.p_sample_loop(lambda x, t: x, SHAPE), TypeError, "expected device with a model that is no module"),
         (lambda d: d.ddim_reverse_sample(None, pixels(), 0, eta=0.5), ValueError, "expected eta = 0, got 0.5"),
         (lambda d: d.ddim_sample_loop(Formula(True), SHAPE, eta=-1.0), ValueError, "expected eta in"),
         (lambda d: made(betas=[0.1, 1.5]), ValueError, "expected betas in"),
