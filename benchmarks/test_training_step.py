@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm.nn import GroupNormSiLU
+from fastddpm.nn.layers import torch_layers
 from fastddpm.training.optimizer import AdamEMA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +69,7 @@ def stock_step(model: nn.Module, images: Tensor) -> Any:
         x0 = images.float() * (2 / 255) - 1
         t, noise = torch.randint(0, 1000, (len(x0),), device=x0.device), torch.randn_like(x0)
         abar = ALPHAS_CUMPROD[t][:, None, None, None]
-        with torch.autocast(x0.device.type, torch.bfloat16):
+        with torch.autocast(x0.device.type, torch.bfloat16), torch_layers():
             pred = model(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t)
         loss = F.mse_loss(pred.float(), noise)
         optimizer.zero_grad(set_to_none=True)
@@ -112,7 +113,8 @@ def test_the_network_on_stock_ops_is_the_same() -> None:
         nn.init.normal_(p, std=0.1)
     stock = on_stock_ops(model)
     x, t = torch.randn(2, 3, 8, 8, device=DEVICE), torch.tensor([1, 700], device=DEVICE)
-    expected, found = model(x, t), stock(x, t)
+    with torch_layers():
+        expected, found = model(x, t), stock(x, t)
     assert float((expected - found).norm() / expected.norm()) < 1e-5
 
 

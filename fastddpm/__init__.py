@@ -7,7 +7,7 @@ trains it.
 from ._dispatch import explain, use_backend
 from .diffusion import DiffusionConfig, GaussianDiffusion
 from .nn import UNet, UNetConfig
-from .ops import adam_ema, diffusion_loss, group_norm_silu, q_sample, rms_norm_silu, solver_step
+from .ops import adam_ema, conv3x3, diffusion_loss, group_norm_silu, q_sample, rms_norm_silu, solver_step
 from .schedule import Schedule, make_schedule
 from .training import TrainConfig, Trainer, load_diffusion, load_images
 
@@ -21,6 +21,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "adam_ema",
+    "conv3x3",
     "diffusion_loss",
     "explain",
     "group_norm_silu",

@@ -301,7 +301,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(sample, "Draw images from a trained model, into one picture.",
                 "fastddpm sample runs/photos --out grid.png --sampler ddim --num-steps 50 --film film.gif")  # fmt: skip
-    p.add_argument("checkpoint", metavar="RUN", help="directory of a training run, or one of its checkpoints")
+    p.add_argument(
+        "checkpoint",
+        metavar="RUN",
+        help="directory of a training run, or one of its checkpoints; or a DDPM pipeline of diffusers, "
+        "a folder or a repository such as google/ddpm-cifar10-32",
+    )
     p.add_argument("--out", default="samples.png", help="picture to write (default: %(default)s)")
     p.add_argument("--num-images", type=_at_least(1), default=64, help="how many (default: %(default)s)")
     p.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="(default: %(default)s)")
@@ -340,7 +345,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(evaluate, "Bits per dimension of a data set: prior, each timestep, decoder.",
                 "fastddpm evaluate runs/photos held-out/ --out runs/photos --timesteps-per-image 20")  # fmt: skip
-    p.add_argument("checkpoint", metavar="RUN", help="directory of a training run, or one of its checkpoints")
+    p.add_argument(
+        "checkpoint",
+        metavar="RUN",
+        help="directory of a training run, or one of its checkpoints; or a DDPM pipeline of diffusers, "
+        "a folder or a repository such as google/ddpm-cifar10-32",
+    )
     p.add_argument("data", help="as for train; of the size the model has")
     p.add_argument("--out", default=".", help="folder for bits_per_dim.json and .png (default: here)")
     p.add_argument(

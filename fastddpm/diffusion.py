@@ -354,6 +354,11 @@ class GaussianDiffusion(nn.Module):
         return count
 
     @property
+    def null_class(self) -> int | None:
+        """The class that stands for none; None where the network has no such class."""
+        return self.num_classes if getattr(self.model, "null_class", True) else None
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -570,8 +575,13 @@ class GaussianDiffusion(nn.Module):
             )
         if not self.training or self.config.label_dropout == 0:
             return labels
+        if self.null_class is None:
+            raise ValueError(
+                f"GaussianDiffusion: expected label_dropout=0 for a network without a null class, "
+                f"got {self.config.label_dropout}; set it to 0, or give the network null_class=True"
+            )
         dropped = philox.integers(2, stream=philox.FLIP, **draw)[:, 1] < round(self.config.label_dropout * 2**32)
-        return torch.where(dropped, self.num_classes, labels)
+        return torch.where(dropped, self.null_class, labels)
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)
@@ -667,7 +677,7 @@ class GaussianDiffusion(nn.Module):
             x = sampling.initial_noise((len(index), self.channels, *self.image_size), seed=seed, sample=index)
             return sampling.sample_loop(
                 self._network, x, table, steps, labels=None if classes is None else classes[row],
-                null_label=self.num_classes,
+                null_label=self.null_class,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
                 dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index,
                 cuda_graph=cuda_graph, callback=callback, progress=progress, **options,
@@ -780,17 +790,21 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(
                 f"sample: expected labels with guidance_scale={guidance_scale}, got None; say which classes to draw"
             )
+        if self.null_class is None and (labels is None or guidance_scale != 1):
+            raise ValueError(
+                "sample: expected labels, and no guidance, for a network without a null class, "
+                f"got {'none' if labels is None else f'guidance_scale={guidance_scale}'}; say which classes to draw"
+            )
         given = torch.as_tensor(self.num_classes if labels is None else labels, dtype=torch.int64)
         if given.dim() > 1 or (given.dim() == 1 and len(given) != count):
             raise ValueError(
                 f"sample: expected labels [{count}] or one class, got shape {list(given.shape)}; "
                 "give one class an image"
             )
-        if bool(((given < 0) | (given > self.num_classes)).any()):
-            raise ValueError(
-                f"sample: expected labels in [0, {self.num_classes}), got {given.tolist()}; "
-                f"{self.num_classes} is the null class"
-            )
+        most = self.num_classes if self.null_class is not None else self.num_classes - 1
+        if bool(((given < 0) | (given > most)).any()):
+            null = f"{self.num_classes} is the null class" if most == self.num_classes else "there is no null class"
+            raise ValueError(f"sample: expected labels in [0, {self.num_classes}), got {given.tolist()}; {null}")
         return given.to(self.device).expand(count)
 
     def _known(self, known: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor] | None:

@@ -222,6 +222,20 @@ def test_labels_are_dropped_as_often_as_asked() -> None:
         assert (spy.labels == labels).all()
 
 
+def test_labels_cannot_be_dropped_without_a_class_for_none() -> None:
+    diffusion, spy = spied(num_classes=3)
+    spy.null_class = False
+    images, labels = images_of(3), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"expected label_dropout=0 for a network without a null class, got 0\.1"):
+        diffusion(images, labels)
+    diffusion.eval()
+    diffusion(images, labels)
+    diffusion, spy = spied(num_classes=3, label_dropout=0.0)
+    spy.null_class = False
+    diffusion(images, labels)
+    assert spy.labels is not None and spy.labels.tolist() == [0, 1, 2]
+
+
 def test_labels_follow_the_index() -> None:
     diffusion, spy = spied(num_classes=3, label_dropout=0.0)
     diffusion.losses(images_of(3), torch.tensor([0, 1, 2]), index=torch.tensor([2, 0, 2, 1]))

@@ -71,6 +71,34 @@ def test_one_label_for_all_and_none() -> None:
     assert (diffusion.sample(3, labels=2, seed=1, guidance_scale=3.0) != one).any()
 
 
+def test_guidance_leads_away_from_the_null_class() -> None:
+    diffusion = class_diffusion()
+    guided = diffusion.sample(2, labels=2, seed=1, guidance_scale=2.0)
+    for row, matters in ((0, False), (1, False), (2, True), (3, True)):
+        with torch.no_grad():
+            embedding: Tensor = diffusion.model.class_embedding.weight  # type: ignore[union-attr, assignment]
+            kept = embedding[row].clone()
+            embedding[row] += 1
+            assert (diffusion.sample(2, labels=2, seed=1, guidance_scale=2.0) != guided).any() == matters
+            embedding[row] = kept
+
+
+def test_a_network_without_a_null_class_is_told_each_class() -> None:
+    diffusion = class_diffusion()
+    assert diffusion.null_class == 3
+    network = UNet(diffusion.model.config, null_class=False)  # type: ignore[arg-type]
+    state = diffusion.model.state_dict()
+    network.load_state_dict({**state, "class_embedding.weight": state["class_embedding.weight"][:3]})
+    plain = GaussianDiffusion(network, config=diffusion.config)
+    assert plain.null_class is None
+    assert (plain.sample(3, labels=2, seed=1) == diffusion.sample(3, labels=2, seed=1)).all()
+    for options in ({}, dict(labels=2, guidance_scale=2.0)):
+        with pytest.raises(ValueError, match="expected labels, and no guidance, for a network without a null class"):
+            plain.sample(3, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected labels in \[0, 3\), got 3; there is no null class"):
+        plain.sample(3, labels=3)
+
+
 def test_options_reach_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
     diffusion = small_diffusion(prediction="eps")  # whose predicted images leave the range
     seen: list[tuple[int, int]] = []

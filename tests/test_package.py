@@ -20,7 +20,7 @@ import fastddpm
 from fastddpm import _native
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"datasets", "diffusers", "matplotlib", "sklearn", "tensorboard", "triton"}
+OPTIONAL = {"datasets", "diffusers", "huggingface_hub", "matplotlib", "sklearn", "tensorboard", "triton"}
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

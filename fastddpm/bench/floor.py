@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..nn.layers import torch_layers
 from .timing import copy_rate, times
 
 OPTIMIZER_BYTES = 38
@@ -99,7 +100,7 @@ class Recorder(TorchFunctionMode):
 def record(call: Callable[[], object]) -> Counter[Layer]:
     """How often each layer is called in ``call()``, which must not be compiled."""
     recorder = Recorder()
-    with recorder:
+    with torch_layers(), recorder:
         call()
     return recorder.layers
 

@@ -10,9 +10,9 @@ Nichol and Dhariwal 2021.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Linear, attention
 from .norm import GroupNormSiLU
 
 
@@ -25,26 +25,36 @@ class SelfAttention(nn.Module):
     Args:
         channels: C, divisible by num_groups and by num_heads.
         num_heads: number of heads; d = C / num_heads.
-        num_groups, eps: of the group norm.
+        num_groups, eps: of the group norm; None for num_groups leaves it out.
+        output_scale: y is divided by it.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, num_groups: int = 32, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_groups: int | None = 32,
+        eps: float = 1e-6,
+        *,
+        output_scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.norm = GroupNormSiLU(channels, num_groups, eps, activation=False)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.num_heads, self.output_scale = num_heads, output_scale
+        self.norm = None if num_groups is None else GroupNormSiLU(channels, num_groups, eps, activation=False)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same; channels_last x is rearranged nowhere, and the result is channels_last."""
         b, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
+        z = x if self.norm is None else self.norm(x)
+        tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
         heads = (b, h * w, self.num_heads, c // self.num_heads)
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H*W, d]
+        y = attention(q, k, v)  # [B, heads, H*W, d]
         y = self.proj(y.transpose(1, 2).reshape(b, h * w, c))
         out: Tensor = x + y.view(b, h, w, c).permute(0, 3, 1, 2)
-        return out
+        return out if self.output_scale == 1 else out / self.output_scale
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers import Conv2d, conv2d
 from .norm import GroupNormSiLU
 
 Padding = Literal["same", "symmetric"]
@@ -47,6 +48,7 @@ class ResBlock(nn.Module):
         layer: number of the block in its network, >= 0: each draws dropout of its own.
         resample: "down" averages 2x2 pixels, "up" repeats each pixel 2x2, on both branches, on the main one after the
             first activation (Dhariwal and Nichol 2021, section 3).
+        output_scale: y is divided by it.
 
     Attributes:
         recompute: in training keep nothing but the inputs, and compute the block again in backward (Chen et al. 2016).
@@ -63,16 +65,18 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         layer: int = 0,
         resample: Literal["down", "up"] | None = None,
+        output_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.scale_shift, self.dropout, self.layer, self.resample = scale_shift, dropout, layer, resample
+        self.output_scale = output_scale
         self.recompute = False
         self.embedding_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None, skip: Tensor | None = None) -> Tensor:
         """Apply the block.
@@ -99,7 +103,7 @@ class ResBlock(nn.Module):
         if skip is not None and not reads_apart(x):
             x, skip = torch.cat([x, skip], dim=1), None
 
-        h = F.conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
+        h = conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
         h = self.norm2(
             h,
             channel_bias=bias if self.scale_shift else bias + e,
@@ -110,7 +114,7 @@ class ResBlock(nn.Module):
             **noise,
         )
         out: Tensor = self._shortcut(x, skip) + self.conv2(h)
-        return out
+        return out if self.output_scale == 1 else out / self.output_scale
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if skip is None:
@@ -143,7 +147,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: Padding = "same") -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], H and W even, to [B, C, H / 2, W / 2]."""
@@ -160,7 +164,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W]."""

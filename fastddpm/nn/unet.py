@@ -14,7 +14,8 @@ Ho et al. 2020 (appendix B), 35,746,307 parameters. The options lead to the netw
     UNet(num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4, scale_shift=True, learned_variance=True,
          dropout=0.3, norm_eps=1e-5, embedding="adm", downsample_padding="symmetric")
 
-Activations are channels_last from the first layer to the last.
+Activations are channels_last from the first layer to the last. `UNet.from_pretrained` reads the networks of other
+libraries, for which the last options of the configuration are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,10 +35,16 @@ from .._checks import check_device, check_dtype, check_shape
 from .attention import SelfAttention
 from .blocks import PADDINGS, Downsample, DropoutKey, Padding, ResBlock, Upsample
 from .embedding import EMBEDDINGS, Embedding, TimeEmbedding
+from .layers import Conv2d
 from .norm import GroupNormSiLU
 
 Resample = Literal["conv", "resblock"]
 RESAMPLES: tuple[str, ...] = get_args(Resample)
+MiddleKind = Literal["attention", "plain_attention", "blocks", "none"]
+MIDDLES: tuple[str, ...] = get_args(MiddleKind)
+
+
+OPTIONAL = ("head_channels", "num_classes", "time_width", "prediction_channels")
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,22 @@ class UNetConfig:
         num_classes: number of classes, >= 1; None for a network without labels.
         num_groups: groups of every group norm; divides the width of every level.
         norm_eps: added to the variances, > 0: 1e-6 (Ho et al.) or 1e-5 (improved DDPM, ADM).
-        embedding: "ddpm" or "adm", see `fastddpm.nn.embedding`.
+        embedding: "ddpm" or "adm", see `fastddpm.nn.embedding`, which has two more.
         downsample_padding: "same" (right and bottom, Ho et al.) or "symmetric" (improved DDPM, ADM).
         resample: change size by a convolution, "conv", or by a residual block, "resblock" (ADM).
+        widths: channels of each level, the first being those of the first convolution, in place of channel_mult times
+            base_channels (ADM at 512x512 pixels, and ratios that are no integers).
+        time_width: length of the time embedding, >= 1; None is four times base_channels.
+        time_scale: timesteps are multiplied by it, > 0: 1000 / T where improved DDPM was trained with
+            rescale_timesteps.
+        null_class: have one class more, for none (classifier-free guidance); False takes labels alone.
+        middle: the middle has residual blocks with "attention" between, with attention that has no group norm of its
+            own, "plain_attention", or "blocks" alone; "none" leaves the middle out.
+        middle_scale: divide what each part of the middle gives by this, > 0.
+        prediction_channels: channels of the prediction, >= 1, where they are not in_channels, since the input has a
+            condition beside x_t; None is in_channels.
+        center_input: bring inputs in [0, 1] to [-1, 1].
+        up_attention_resolutions: attention_resolutions of the way up, where they are others.
 
     Raises:
         ValueError: a value out of its range, or values that do not fit together.
@@ -86,39 +107,65 @@ class UNetConfig:
     embedding: Embedding = "ddpm"
     downsample_padding: Padding = "same"
     resample: Resample = "conv"
+    widths: tuple[int, ...] | None = None
+    time_width: int | None = None
+    time_scale: float = 1.0
+    null_class: bool = True
+    middle: MiddleKind = "attention"
+    middle_scale: float = 1.0
+    prediction_channels: int | None = None
+    center_input: bool = False
+    up_attention_resolutions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if _is_int(self.image_size):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        for name in ("image_size", "channel_mult", "attention_resolutions"):
+        sequences = ("widths", "up_attention_resolutions")
+        for name in ("image_size", "channel_mult", "attention_resolutions", *sequences):
             value = getattr(self, name)
+            if value is None and name in sequences:
+                continue
             sequence = isinstance(value, (list, tuple)) and all(_is_int(v) and v >= 1 for v in value)
             _expect(sequence, name, "to be a sequence of integers >= 1", value, "pass a tuple of integers")
             object.__setattr__(self, name, tuple(value))
         _expect(len(self.image_size) == 2, "image_size", "to be (height, width)", self.image_size, "pass two integers")
         _expect(len(self.channel_mult) > 0, "channel_mult", "to have a number per level", (), "(1, 2, 2, 2) is usual")
-        for name in ("in_channels", "num_res_blocks", "num_heads", "head_channels", "num_classes", "num_groups"):
+        many = self.widths is None or len(self.widths) > 0
+        _expect(many, "widths", "to have a number per level", self.widths, "or leave it out and give channel_mult")
+        for name in ("in_channels", "num_res_blocks", "num_heads", "num_groups", *OPTIONAL):
             value = getattr(self, name)
-            optional = value is None and name in ("head_channels", "num_classes")
+            optional = value is None and name in OPTIONAL
             _expect(optional or (_is_int(value) and value >= 1), name, "to be an integer >= 1", value, "choose one")
         wide = _is_int(self.base_channels) and self.base_channels >= 2
         _expect(wide, "base_channels", "to be an integer >= 2", self.base_channels, "choose one")
-        for name in ("learned_variance", "scale_shift"):
+        for name in ("learned_variance", "scale_shift", "null_class", "center_input"):
             value = getattr(self, name)
             _expect(isinstance(value, bool), name, "to be True or False", value, "choose one of these")
-        for name, choices in (("embedding", EMBEDDINGS), ("downsample_padding", PADDINGS), ("resample", RESAMPLES)):
+        for name, choices in (
+            ("embedding", EMBEDDINGS),
+            ("downsample_padding", PADDINGS),
+            ("resample", RESAMPLES),
+            ("middle", MIDDLES),
+        ):
             value, wanted = getattr(self, name), " or ".join(map(repr, choices))
             _expect(value in choices, name, f"to be {wanted}", value, "choose one of these")
         probability = _is_number(self.dropout) and 0 <= self.dropout < 1
         _expect(probability, "dropout", "in [0, 1)", self.dropout, "0.1 drops one element in ten")
-        positive = _is_number(self.norm_eps) and 0 < self.norm_eps < float("inf")
-        _expect(positive, "norm_eps", "> 0 and finite", self.norm_eps, "1e-6 and 1e-5 are usual")
+        for name, usual in (
+            ("norm_eps", "1e-6 and 1e-5 are usual"),
+            ("time_scale", "1 is usual"),
+            ("middle_scale", "1 is usual"),
+        ):
+            value = getattr(self, name)
+            _expect(_is_number(value) and 0 < value < float("inf"), name, "> 0 and finite", value, usual)
 
-        _check_divisible("UNetConfig", "image_size", *self.image_size, len(self.channel_mult))
-        for height in self.attention_resolutions:
+        _check_divisible("UNetConfig", "image_size", *self.image_size, len(self.level_widths))
+        heights = [("attention_resolutions", height) for height in self.attention_resolutions]
+        heights += [("up_attention_resolutions", height) for height in self.up_attention_resolutions or ()]
+        for name, height in heights:
             _expect(
                 height in self.level_heights,
-                "attention_resolutions",
+                name,
                 f"to be heights of feature maps, here {self.level_heights}",
                 height,
                 "choose among these, or () for attention in the middle alone, or give channel_mult more levels",
@@ -132,8 +179,10 @@ class UNetConfig:
                 f"set num_groups to a divisor of {self.base_channels}, or base_channels to a multiple of num_groups",
             )
         name = "num_heads" if self.head_channels is None else "head_channels"
-        for width, has_attention in zip(self.level_widths, self.level_has_attention, strict=True):
-            if has_attention or width == self.level_widths[-1]:
+        in_middle = self.level_widths[-1] if "attention" in self.middle else None
+        both_ways = zip(self.level_widths, self.level_has_attention, self.up_level_has_attention, strict=True)
+        for width, *has_attention in both_ways:
+            if any(has_attention) or width == in_middle:
                 _expect(
                     width % getattr(self, name) == 0,
                     name,
@@ -145,22 +194,34 @@ class UNetConfig:
     @property
     def level_heights(self) -> tuple[int, ...]:
         """Height of the feature map at each level."""
-        return tuple(self.image_size[0] >> i for i in range(len(self.channel_mult)))
+        return tuple(self.image_size[0] >> i for i in range(len(self.level_widths)))
 
     @property
     def level_widths(self) -> tuple[int, ...]:
         """Channels at each level."""
-        return tuple(self.base_channels * m for m in self.channel_mult)
+        return tuple(self.base_channels * m for m in self.channel_mult) if self.widths is None else self.widths
 
     @property
     def level_has_attention(self) -> tuple[bool, ...]:
-        """Whether the residual blocks of each level have attention behind them."""
+        """Whether the residual blocks of each level have attention behind them, on the way down."""
         return tuple(height in self.attention_resolutions for height in self.level_heights)
+
+    @property
+    def up_level_has_attention(self) -> tuple[bool, ...]:
+        """The same on the way up, the first level first."""
+        if self.up_attention_resolutions is None:
+            return self.level_has_attention
+        return tuple(height in self.up_attention_resolutions for height in self.level_heights)
 
     @property
     def out_channels(self) -> int:
         """Channels that the network gives: C, or 2C with a learned variance."""
-        return 2 * self.in_channels if self.learned_variance else self.in_channels
+        predicted = self.in_channels if self.prediction_channels is None else self.prediction_channels
+        return 2 * predicted if self.learned_variance else predicted
+
+
+FIRST_OPTIONS = [field.name for field in dataclasses.fields(UNetConfig)].index("widths")
+"""Number of options that the first version had."""
 
 
 class DownLevel(nn.Module):
@@ -192,15 +253,16 @@ class DownLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block, at the smallest size."""
+    """Residual block, attention (or none), residual block, at the smallest size."""
 
-    def __init__(self, block1: ResBlock, attention: SelfAttention, block2: ResBlock) -> None:
+    def __init__(self, block1: ResBlock, attention: SelfAttention | None, block2: ResBlock) -> None:
         super().__init__()
         self.block1, self.attention, self.block2 = block1, attention, block2
 
     def forward(self, x: Tensor, e: tuple[Tensor, ...], key: DropoutKey | None) -> Tensor:
         """[B, C, H, W] to the same."""
-        return _apply(self.block2, self.attention(_apply(self.block1, x, e, key)), e, key)
+        x = _apply(self.block1, x, e, key)
+        return _apply(self.block2, x if self.attention is None else self.attention(x), e, key)
 
 
 class UpLevel(nn.Module):
@@ -235,7 +297,7 @@ class UNet(nn.Module):
         config: what it is made of; None for the defaults of `UNetConfig`.
         **overrides: options of `UNetConfig` that take the place of those in ``config``.
 
-    Attributes: config, in_channels, out_channels, num_classes, learned_variance.
+    Attributes: config, in_channels, out_channels, num_classes, null_class, learned_variance.
 
     Raises:
         ValueError: an option that `UNetConfig` does not have, or a value that it refuses.
@@ -247,33 +309,38 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig | None = None, **overrides: Any) -> None:
         super().__init__()
-        _refuse_unknown("UNet", overrides)
+        refuse_unknown("UNet", overrides)
         config = dataclasses.replace(config if config is not None else UNetConfig(), **overrides)
         self.config = config
         self.in_channels, self.out_channels = config.in_channels, config.out_channels
         self.num_classes, self.learned_variance = config.num_classes, config.learned_variance
+        self.null_class = config.null_class
         groups, eps = config.num_groups, config.norm_eps
         self.projected: list[int] = []  # elements of the time projection that each residual block takes, by its number
 
-        def block(c_in: int, c_out: int, resample: Literal["down", "up"] | None = None) -> ResBlock:
+        def block(
+            c_in: int, c_out: int, resample: Literal["down", "up"] | None = None, output_scale: float = 1.0
+        ) -> ResBlock:
             layer = len(self.projected)
             made = ResBlock(
-                c_in, c_out, groups, eps,
-                scale_shift=config.scale_shift, dropout=config.dropout, layer=layer, resample=resample,
+                c_in, c_out, groups, eps, scale_shift=config.scale_shift, dropout=config.dropout, layer=layer,
+                resample=resample, output_scale=output_scale,
             )  # fmt: skip
             self.projected.append(made.embedding_width)
             return made
 
-        def attention(c: int) -> SelfAttention:
+        def attention(c: int, norm: bool = True, output_scale: float = 1.0) -> SelfAttention:
             heads = config.num_heads if config.head_channels is None else c // config.head_channels
-            return SelfAttention(c, heads, groups, eps)
+            return SelfAttention(c, heads, groups if norm else None, eps, output_scale=output_scale)
 
-        width = 4 * config.base_channels
-        self.time_embedding = TimeEmbedding(config.base_channels, width, config.embedding)
-        self.class_embedding = None if config.num_classes is None else nn.Embedding(config.num_classes + 1, width)
-        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        width = 4 * config.base_channels if config.time_width is None else config.time_width
+        self.time_embedding = TimeEmbedding(config.base_channels, width, config.embedding, config.time_scale)
+        self.class_embedding = (
+            None if config.num_classes is None else nn.Embedding(config.num_classes + config.null_class, width)
+        )
+        c = config.base_channels if config.widths is None else config.widths[0]
+        self.conv_in = Conv2d(config.in_channels, c, 3, padding=1)
 
-        c = config.base_channels
         skips = [c]  # channels of the outputs that the way up will join
         self.down = nn.ModuleList()
         levels = list(zip(config.level_widths, config.level_has_attention, strict=True))
@@ -289,9 +356,15 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down.append(DownLevel(blocks, attentions, downsample))
 
-        self.middle = Middle(block(c, c), attention(c), block(c, c))
+        self.middle: Middle | None = None
+        if config.middle != "none":
+            scale, norm = config.middle_scale, config.middle == "attention"
+            block1 = block(c, c, output_scale=scale)
+            between = None if config.middle == "blocks" else attention(c, norm, scale)
+            self.middle = Middle(block1, between, block(c, c, output_scale=scale))
 
         self.up = nn.ModuleList()
+        levels = list(zip(config.level_widths, config.up_level_has_attention, strict=True))
         for i, (c_out, has_attention) in reversed(list(enumerate(levels))):
             joined = [skips.pop() for _ in range(config.num_res_blocks + 1)]
             blocks = [block((c if n == 0 else c_out) + skip, c_out) for n, skip in enumerate(joined)]
@@ -303,7 +376,7 @@ class UNet(nn.Module):
             self.up.append(UpLevel(blocks, attentions, upsample))
 
         self.norm_out = GroupNormSiLU(c, groups, eps)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(c, config.out_channels, 3, padding=1)
         self.time_projection = nn.Linear(width, sum(self.projected))  # of all residual blocks, in order of their number
         self._initialise()
 
@@ -323,7 +396,8 @@ class UNet(nn.Module):
             x: noisy images, floating point, [B, C, H, W], H and W divisible by 2^(levels - 1). Here, and nowhere later,
                 they are brought to channels_last and to the dtype of the weights, where they are not so already.
             t: timesteps, 0 = least noise: integer, float32 or float64, [B].
-            labels: classes 0..num_classes-1, or num_classes for no class, int64, [B]; None means no class for all.
+            labels: classes 0..num_classes-1, or num_classes for no class, int64, [B]; None means no class for all. With
+                null_class=False there is no such class, and labels are needed.
             seed, sample, step: where dropout draws in training (see `fastddpm.ops.philox`): int or int64 [] / int64 [B]
                 / int or int64 []. By default the seed comes from torch's generator of the device, rows are numbered
                 from 0, and step is 0.
@@ -331,7 +405,8 @@ class UNet(nn.Module):
         Returns: [B, C, H, W], or [B, 2C, H, W] with a learned variance, in the dtype of the weights or of autocast.
 
         Raises:
-            ValueError: a shape or device that does not fit; labels for a network without classes. TypeError: a dtype.
+            ValueError: a shape or device that does not fit; labels for a network without classes, or none for one
+                without a null class. TypeError: a dtype.
 
         Numerics: the sinusoids of t are never in half precision. Nothing waits for the device.
         """
@@ -339,11 +414,13 @@ class UNet(nn.Module):
         e = self._embed(t, labels)
         key = self._dropout_key(x, seed, sample, step)
         x = x.to(dtype=self.conv_in.weight.dtype, memory_format=torch.channels_last)
+        if self.config.center_input:
+            x = 2 * x - 1
 
         skips = [self.conv_in(x)]
         for level in self.down:
             skips += level(skips[-1], e, key)
-        h = self.middle(skips[-1], e, key)
+        h = skips[-1] if self.middle is None else self.middle(skips[-1], e, key)
         for level in self.up:
             h = level(h, skips, e, key)
         out: Tensor = self.conv_out(self.norm_out(h))
@@ -357,8 +434,15 @@ class UNet(nn.Module):
                 module.recompute = enabled
 
     def to_config(self) -> dict[str, Any]:
-        """The configuration as plain data for JSON; `from_config` makes a network of it."""
+        """The configuration as plain data for JSON; `from_config` makes a network of it.
+
+        Options that came after the first version are left out where they have their defaults, so that configurations
+        compare equal with those that earlier versions wrote.
+        """
         options = dataclasses.asdict(self.config)
+        for field in dataclasses.fields(self.config)[FIRST_OPTIONS:]:
+            if options[field.name] == field.default:
+                del options[field.name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
     @classmethod
@@ -368,8 +452,67 @@ class UNet(nn.Module):
         Raises:
             ValueError: an option that `UNetConfig` does not have, named, or a value that it refuses.
         """
-        _refuse_unknown("UNet.from_config", config)
+        refuse_unknown("UNet.from_config", config)
         return cls(UNetConfig(**config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        attention_order: Literal["legacy", "new"] | None = None,
+        num_timesteps: int | None = None,
+        rescale_timesteps: bool | None = None,
+        **options: Any,
+    ) -> UNet:
+        """A trained network, of this library or of another, in eval mode on the CPU.
+
+        Read are folders that `save_pretrained` wrote; a ``UNet2DModel`` of diffusers (its folder, that of a pipeline
+        with the sub-folder ``unet``, or the same as a repository on the Hugging Face hub); and ``.pt`` files of
+        improved-diffusion and guided-diffusion, which hold weights alone.
+
+        Args:
+            path: a folder, a file, or the name of a repository such as "google/ddpm-cifar10-32"; a folder of that name
+                is preferred.
+            subfolder: where in the folder or repository; None looks there, then in ``unet``.
+            revision: of the repository on the hub: a branch, tag or commit.
+            dtype: of the weights, floating point; what is stored is rounded to it once.
+            attention_order: of a .pt file with several heads: "new" where it was trained with
+                use_new_attention_order, else "legacy".
+            num_timesteps: of a .pt file: T that it was trained with (diffusion_steps).
+            rescale_timesteps: of a .pt file whose T is not 1000: whether it was trained with that flag.
+            **options: options of `UNetConfig` that the files cannot tell: image_size and num_heads or head_channels for
+                a .pt file; dropout for further training; null_class=True for a network of diffusers whose last class
+                stands for none. What the files tell cannot be changed.
+
+        Raises:
+            ValueError: nothing to read there; a file that is no such network, or is damaged; options that are missing,
+                unknown, or against what the files say; a configuration that cannot be represented, with each key at
+                fault. ImportError: a repository on the hub without the package huggingface_hub.
+
+        Numerics: tensors are copied, or permuted where rows are ordered in another way; none is computed.
+        """
+        from .pretrained import load_unet  # it builds networks, so it stands above this module
+
+        about = dict(attention_order=attention_order, num_timesteps=num_timesteps, rescale_timesteps=rescale_timesteps)
+        return load_unet(path, subfolder=subfolder, revision=revision, dtype=dtype, options=options, about=about)
+
+    def save_pretrained(self, folder: str | Path, format: Literal["fastddpm", "diffusers"] = "fastddpm") -> None:
+        """Write the network to a folder that `from_pretrained` reads: config.json and weights in safetensors.
+
+        Args:
+            folder: where to; made where it is missing, files of the same names are replaced.
+            format: "fastddpm", or "diffusers" for what ``UNet2DModel.from_pretrained`` of diffusers reads.
+
+        Raises:
+            ValueError: another format, or options that diffusers does not have, each named.
+        """
+        from .pretrained import save_unet
+
+        save_unet(self, folder, format)
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         """What each residual block takes: W silu(embedding(t) + class) + b, W of all blocks in one product."""
@@ -399,13 +542,18 @@ class UNet(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"UNet: expected x of a floating-point dtype, got {x.dtype}; bring pixels to [-1, 1] first")
-        _check_divisible("UNet", "x", x.shape[2], x.shape[3], len(self.config.channel_mult))
+        _check_divisible("UNet", "x", x.shape[2], x.shape[3], len(self.config.level_widths))
         check_shape("UNet", "t", t, (x.shape[0],))
         if t.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(
                 f"UNet: expected t of an integer dtype, float32 or float64, got {t.dtype}; it cannot hold each timestep"
             )
         check_device("UNet", x, t=t, labels=labels)
+        if labels is None and self.num_classes is not None and not self.null_class:
+            raise ValueError(
+                f"UNet: expected labels for a network with {self.num_classes} classes and no null class, got None; "
+                "pass the class of each image, int64 [B]"
+            )
         if labels is not None:
             if self.num_classes is None:
                 raise ValueError(
@@ -467,7 +615,7 @@ def _check_divisible(who: str, name: str, height: int, width: int, num_levels: i
         )
 
 
-def _refuse_unknown(who: str, options: Mapping[str, Any]) -> None:
+def refuse_unknown(who: str, options: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(UNetConfig)]
     for name in options:
         if name not in known:

@@ -65,11 +65,16 @@ def dynamic_threshold(
     if not 0 < ratio <= 1:
         raise ValueError(f"dynamic_threshold: expected ratio in (0, 1], got {ratio}; 0.995 is usual")
     pred, _, _ = _prediction("dynamic_threshold", x, out, table, step, out_uncond, guidance_scale)
+    return quantile_of_magnitude(pred, ratio).clamp(min=1)
+
+
+def quantile_of_magnitude(pred: Tensor, ratio: float) -> Tensor:
+    """A quantile of |pred| in each sample: [B, ...] to [B], linear between neighbours, of any number of elements."""
     ascending = pred.abs().flatten(1).sort(dim=1).values
     position = ratio * (ascending.shape[1] - 1)
     below = int(position)
     above = min(below + 1, ascending.shape[1] - 1)
-    return torch.lerp(ascending[:, below], ascending[:, above], position - below).clamp(min=1)
+    return torch.lerp(ascending[:, below], ascending[:, above], position - below)
 
 
 def thresholded_output(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import check_dtype, check_shape
 from .._graph import Replayed
 from ..ops import philox
+from ..ops.conv3x3 import keep_transformed
 from ..ops.normal import normal
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule
@@ -170,7 +171,7 @@ def sample_loop(
         )  # fmt: skip
         row.add_(1)
 
-    with torch.no_grad():
+    with torch.no_grad(), keep_transformed():
         run = Replayed(step, device, "sampling") if cuda_graph else step
         for i in _counted(num_steps, progress):
             run()

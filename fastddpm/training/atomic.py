@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, whatever happens to the process that writes them."""
+"""Directories and files that appear whole or not at all, whatever happens to the process that writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,25 +20,13 @@ def unfinished_directory(parent: Path) -> Iterator[Path]:
     A writer holds a lock on its directory. One that is not locked was left by a process that died, and the next writer
     removes it. Where there are no such locks (Windows, some network file systems) it stays.
     """
-    parent_lock = _lock(parent, wait=True)
-    try:
-        for leftover in parent.glob(f"{_PREFIX}*"):
-            lock = _lock(leftover, wait=False)
-            if lock is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-                os.close(lock)
-        path = parent / f"{_PREFIX}{secrets.token_hex(8)}"
-        path.mkdir()
-        own_lock = _lock(path, wait=False)
-    finally:
-        if parent_lock is not None:
-            os.close(parent_lock)
+    path, lock = _begin(parent, Path.mkdir)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        if own_lock is not None:
-            os.close(own_lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def publish(path: Path, target: Path) -> None:
@@ -67,6 +55,25 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A file to write to, beside ``target``: on leaving it takes the name, and the place, of ``target`` in one step.
+
+    Where the block raises, ``target`` stays as it was and nothing is left behind. What a process that died left behind
+    is removed by the next writer; see `unfinished_directory`.
+    """
+    path, lock = _begin(target.parent, Path.touch)
+    try:
+        yield path
+        _sync(path)
+        os.replace(path, target)
+        _sync(target.parent)
+    finally:
+        path.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's share of it, is full."""
     full = (errno.ENOSPC, errno.EDQUOT)
@@ -78,6 +85,23 @@ def is_disk_full(error: BaseException) -> bool:
 def megabytes(size: int) -> str:
     """A size in bytes, for a message."""
     return f"{size / 1e6:,.1f} MB"
+
+
+def _begin(parent: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
+    """A new hidden file or directory in ``parent``, and its lock; those that no living process writes are removed."""
+    parent_lock = _lock(parent, wait=True)
+    try:
+        for leftover in parent.glob(f"{_PREFIX}*"):
+            lock = _lock(leftover, wait=False)
+            if lock is not None:
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+                os.close(lock)
+        path = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        make(path)
+        return path, _lock(path, wait=False)
+    finally:
+        if parent_lock is not None:
+            os.close(parent_lock)
 
 
 def _lock(path: Path, wait: bool) -> int | None:

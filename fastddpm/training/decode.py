@@ -23,7 +23,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _CHUNK = 32  # images that a thread decodes at a time
 # Pixels below which several threads, handing the interpreter lock to and fro, are slower than one (measured on JPEG
 # and PNG files: half as fast at 32 x 32, as fast at about 80 x 80, twice as fast at 128 x 128).
-_SMALL = 96 * 96
+SMALL = 96 * 96
 # What Pillow and zipfile raise on damaged contents; RuntimeError: encrypted, or an unknown compression.
 _DAMAGED = (SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 _TOO_LARGE = Image.DecompressionBombError
@@ -127,6 +127,6 @@ def _decode_or_reason(source: Source, settings: Settings, i: int) -> UInt8Array 
 def _is_small(source: Source) -> bool:
     try:
         with Image.open(io.BytesIO(source.read(0))) as image:
-            return bool(image.width * image.height < _SMALL)
+            return bool(image.width * image.height < SMALL)
     except (OSError, *_DAMAGED, _TOO_LARGE):
         return False

@@ -1,4 +1,4 @@
-"""From the files of a training run back to a diffusion that samples."""
+"""From the files of a training run, or of a pipeline of diffusers, to a diffusion that samples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..diffusion import DiffusionConfig, GaussianDiffusion
 from ..nn.unet import UNet
 from .checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint
 from .config import choose_device
+from .pipeline import is_pipeline, load_pipeline
 
 
 def load_diffusion(
@@ -20,15 +21,23 @@ def load_diffusion(
     """Load the diffusion of a checkpoint, ready to sample: in eval mode, with the averaged weights.
 
     Args:
-        path: directory of a checkpoint, or of a run, whose newest intact checkpoint is taken.
+        path: directory of a checkpoint, or of a run, whose newest intact checkpoint is taken; or a DDPM pipeline of
+            diffusers, a folder or the name of a repository on the Hugging Face hub such as "google/ddpm-cifar10-32".
         ema: take the moving average of the weights, which samples better; False takes the weights of the last step.
         device: where to; "auto" takes a GPU where there is one.
         model: the network to load into, needed where it is not a `fastddpm.UNet`; as it was for the training.
 
     Raises:
         CheckpointError: no checkpoint there, a half-written or damaged one, one that this version cannot read, or one
-            of another configuration than ``model`` has.
+            of another configuration than ``model`` has; a pipeline that cannot be read or represented, see
+            `UNet.from_pretrained`. ImportError: a repository without the package huggingface_hub.
     """
+    if is_pipeline(path) and model is None:
+        try:
+            diffusion = load_pipeline(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        return diffusion.to(choose_device(device) if isinstance(device, str) else device)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     try:

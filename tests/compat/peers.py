@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.peers.contestants import NOT_NEEDED, PACKAGES, stand_ins
+from tests.compat.original import leave_out_kernels_of_torchvision
 
 LUCIDRAINS = "denoising-diffusion-pytorch"
 MISSING = [name for name in PACKAGES[LUCIDRAINS] if importlib.util.find_spec(name) is None]
@@ -24,6 +25,7 @@ with_lucidrains = [
 
 def lucidrains(name: str = "denoising_diffusion_pytorch") -> Any:
     """A module of that package, without its progress bars."""
+    leave_out_kernels_of_torchvision()
     with stand_ins(NOT_NEEDED):
         module: Any = importlib.import_module(f"denoising_diffusion_pytorch.{name}")
     if hasattr(module, "tqdm"):

@@ -27,6 +27,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide, odd numbers": dict(
         image_size=(4, 12), in_channels=5, base_channels=9, attention_resolutions=(4,), num_groups=3, num_heads=3,
     ),
+    "of another library": dict(
+        base_channels=16, widths=(8, 12), time_width=20, time_scale=0.25, scale_shift=True, num_classes=3,
+        null_class=False, middle="plain_attention", middle_scale=1.5, center_input=True, embedding="adm_sin_first",
+    ),
+    "of another library, without a middle": dict(
+        in_channels=3, prediction_channels=2, learned_variance=True, middle="none", embedding="ddpm_cos_first",
+        up_attention_resolutions=(8,),
+    ),
 }  # fmt: skip
 
 
@@ -51,4 +59,4 @@ def inputs(unet: UNet, batch: int = 2, dtype: torch.dtype = torch.float32) -> tu
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn((batch, unet.in_channels, *unet.config.image_size), generator=generator, dtype=dtype)
     t = torch.arange(batch) * 997 % 1000
-    return x, t, None if unet.num_classes is None else torch.arange(batch) % (unet.num_classes + 1)
+    return x, t, None if unet.num_classes is None else torch.arange(batch) % (unet.num_classes + unet.null_class)

@@ -15,12 +15,12 @@ from tests.tolerance import assert_equal_to_rounding
 def entry(kind: str, t: float, i: int, channels: int) -> float:
     """Element i of e(t), written from the papers."""
     half = channels // 2
-    w = 10000.0 ** (-(i % half) / (half - 1 if kind == "ddpm" else half))
-    sine_first = kind == "ddpm"
+    w = 10000.0 ** (-(i % half) / (half - 1 if kind in ("ddpm", "ddpm_cos_first") else half))
+    sine_first = kind in ("ddpm", "adm_sin_first")
     return math.sin(w * t) if (i < half) == sine_first else math.cos(w * t)
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "adm"])
+@pytest.mark.parametrize("kind", ["ddpm", "adm", "ddpm_cos_first", "adm_sin_first"])
 @pytest.mark.parametrize("t", [0.0, 1.0, 17.5, 999.0])
 def test_values_are_those_of_the_formula(kind: str, t: float) -> None:
     e = sinusoidal_embedding(torch.tensor([t], dtype=torch.float64), 128, kind, torch.float64)[0]
@@ -39,6 +39,15 @@ def test_integer_and_float_timesteps_agree() -> None:
     t = torch.tensor([0, 3, 999])
     for other in (t.int(), t.float(), t.double()):
         assert torch.equal(sinusoidal_embedding(t, 32), sinusoidal_embedding(other, 32))
+
+
+def test_a_scale_multiplies_the_timesteps() -> None:
+    t = torch.tensor([0, 3, 3999])
+    module = TimeEmbedding(32, 8, "adm", scale=0.25)
+    assert torch.equal(seen_by_linear1(module, t), sinusoidal_embedding(t / 4, 32, "adm"))
+    wide = seen_by_linear1(module.double(), t)
+    assert torch.equal(wide, sinusoidal_embedding(t.double() / 4, 32, "adm", torch.float64))
+    assert "scale=0.25" in repr(module)
 
 
 def test_an_odd_length_ends_in_zero() -> None:
@@ -100,7 +109,7 @@ def test_errors() -> None:
     t = torch.tensor([1])
     with pytest.raises(ValueError, match="sinusoidal_embedding: expected channels >= 2, got 1; "):
         sinusoidal_embedding(t, 1)
-    with pytest.raises(ValueError, match="sinusoidal_embedding: expected kind 'ddpm' or 'adm', got 'fourier'; "):
+    with pytest.raises(ValueError, match=r"sinusoidal_embedding: expected kind 'ddpm' or 'adm' or .*, got 'fourier'; "):
         sinusoidal_embedding(t, 8, "fourier")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"sinusoidal_embedding: expected dtype float32 or float64, got torch.bfloat"):
         sinusoidal_embedding(t, 8, dtype=torch.bfloat16)

@@ -66,7 +66,8 @@ def test_size_of_the_output() -> None:
     for name in VARIANTS:
         unet = variant(name)
         x, t, labels = inputs(unet)
-        channels = 2 * unet.in_channels if unet.learned_variance else unet.in_channels
+        channels = unet.config.prediction_channels or unet.in_channels
+        channels *= 2 if unet.learned_variance else 1
         assert unet(x, t, labels).shape == (2, channels, *unet.config.image_size)
         assert unet.out_channels == unet.config.out_channels == channels
         assert (unet.num_classes, unet.in_channels) == (unet.config.num_classes, unet.config.in_channels)
@@ -85,13 +86,16 @@ def plain_unet(unet: UNet, x: Tensor, t: Tensor, labels: Tensor | None) -> Tenso
     def norm(name: str, h: Tensor) -> Tensor:
         return F.group_norm(h, config.num_groups, w[f"{name}.weight"], w[f"{name}.bias"], config.norm_eps)
 
-    sinusoid = sinusoidal_embedding(t, config.base_channels, config.embedding, x.dtype)
+    sinusoid = sinusoidal_embedding(t * config.time_scale, config.base_channels, config.embedding, x.dtype)
     embedding = linear("time_embedding.linear2", F.silu(linear("time_embedding.linear1", sinusoid)))
     if config.num_classes is not None:
         assert labels is not None
         embedding = embedding + w["class_embedding.weight"][labels]
     projections = linear("time_projection", F.silu(embedding))
     used = 0
+
+    def scaled(name: str, h: Tensor) -> Tensor:
+        return h / config.middle_scale if name.startswith("middle") else h
 
     def res(name: str, h: Tensor, resample: str = "") -> Tensor:
         nonlocal used
@@ -109,22 +113,23 @@ def plain_unet(unet: UNet, x: Tensor, t: Tensor, labels: Tensor | None) -> Tenso
         else:
             y = norm(f"{name}.norm2", y + e)
         y = conv(f"{name}.conv2", F.silu(y), padding=1)
-        return y + (conv(f"{name}.shortcut", x) if f"{name}.shortcut.weight" in w else x)
+        return scaled(name, y + (conv(f"{name}.shortcut", x) if f"{name}.shortcut.weight" in w else x))
 
     def attend(name: str, h: Tensor) -> Tensor:
         if f"{name}.qkv.weight" not in w:
             return h
         c = h.shape[1]
         d = config.head_channels or c // config.num_heads
-        qkv = linear(f"{name}.qkv", norm(f"{name}.norm", h).flatten(2).mT)
+        z = norm(f"{name}.norm", h) if f"{name}.norm.weight" in w else h
+        qkv = linear(f"{name}.qkv", z.flatten(2).mT)
         q, k, v = (part.unflatten(2, (c // d, d)) for part in qkv.split(c, dim=2))
         scores = torch.softmax(torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(d), dim=3)
         y = linear(f"{name}.proj", torch.einsum("bhnm,bmhd->bnhd", scores, v).flatten(2))
-        return h + y.mT.unflatten(2, h.shape[2:])
+        return scaled(name, h + y.mT.unflatten(2, h.shape[2:]))
 
-    h = conv("conv_in", x, padding=1)
+    h = conv("conv_in", 2 * x - 1 if config.center_input else x, padding=1)
     skips = [h]
-    levels = len(config.channel_mult)
+    levels = len(config.level_widths)
     for i in range(levels):
         for j in range(config.num_res_blocks):
             h = attend(f"down.{i}.attentions.{j}", res(f"down.{i}.blocks.{j}", h))
@@ -137,7 +142,8 @@ def plain_unet(unet: UNet, x: Tensor, t: Tensor, labels: Tensor | None) -> Tenso
             else:
                 h = conv(f"down.{i}.downsample.conv", h, stride=2, padding=1)
             skips.append(h)
-    h = res("middle.block2", attend("middle.attention", res("middle.block1", h)))
+    if config.middle != "none":
+        h = res("middle.block2", attend("middle.attention", res("middle.block1", h)))
     for i in range(levels):
         for j in range(config.num_res_blocks + 1):
             h = attend(f"up.{i}.attentions.{j}", res(f"up.{i}.blocks.{j}", torch.cat([h, skips.pop()], dim=1)))

@@ -61,9 +61,28 @@ def test_properties_of_the_levels() -> None:
         (dict(dropout="0.1"), "dropout in [0, 1), got '0.1'; "),
         (dict(norm_eps=0.0), "norm_eps > 0 and finite, got 0.0; "),
         (dict(norm_eps=float("inf")), "norm_eps > 0 and finite, got inf; "),
-        (dict(embedding="fourier"), "embedding to be 'ddpm' or 'adm', got 'fourier'; "),
+        (
+            dict(embedding="fourier"),
+            "embedding to be 'ddpm' or 'adm' or 'ddpm_cos_first' or 'adm_sin_first', got 'fourier'; ",
+        ),
         (dict(downsample_padding="valid"), "downsample_padding to be 'same' or 'symmetric', got 'valid'; "),
         (dict(resample="pool"), "resample to be 'conv' or 'resblock', got 'pool'; "),
+        (dict(widths=()), "widths to have a number per level, got (); or leave it out and give channel_mult"),
+        (dict(widths=(32, 0.5)), "widths to be a sequence of integers >= 1, got (32, 0.5); "),
+        (dict(widths=(32, 40)), "num_groups to divide the width of every level, here (32, 40), got 32; "),
+        (dict(time_width=0), "time_width to be an integer >= 1, got 0; "),
+        (dict(time_scale=0), "time_scale > 0 and finite, got 0; 1 is usual"),
+        (dict(null_class=None), "null_class to be True or False, got None; "),
+        (dict(middle="bottom"), "middle to be 'attention' or 'plain_attention' or 'blocks' or 'none', got 'bottom'; "),
+        (dict(middle_scale=-1.0), "middle_scale > 0 and finite, got -1.0; 1 is usual"),
+        (dict(prediction_channels=0), "prediction_channels to be an integer >= 1, got 0; "),
+        (dict(up_attention_resolutions=16), "up_attention_resolutions to be a sequence of integers >= 1, got 16; "),
+        (dict(up_attention_resolutions=(5,)), "up_attention_resolutions to be heights of feature maps, here (32, 16, "),
+        (
+            dict(up_attention_resolutions=(32,), num_heads=96),
+            "num_heads to divide the width 128 of a level with attention, got 96; ",
+        ),
+        (dict(center_input=1), "center_input to be True or False, got 1; "),
         (
             dict(attention_resolutions=(16, 12)),
             "attention_resolutions to be heights of feature maps, here (32, 16, 8, 4), got 12; choose among these",
@@ -86,6 +105,29 @@ def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         UNetConfig(**options)
     assert str(error.value).startswith(f"UNetConfig: expected {message}")
+
+
+def test_widths_take_the_place_of_the_multiples() -> None:
+    config = UNetConfig(widths=(32, 96), image_size=(6, 6), attention_resolutions=(3,))
+    assert config.level_widths == (32, 96)
+    assert config.level_has_attention == (False, True)
+    unet = UNet(config)
+    assert unet.conv_in.out_channels == unet.conv_out.in_channels == 32
+    assert unet.time_embedding.linear1.weight.shape == (512, 128)  # base_channels stays the length of the sinusoids
+
+
+def test_heads_need_not_divide_where_there_is_no_attention() -> None:
+    options = dict(TINY, attention_resolutions=(), num_heads=3)
+    for middle in ("blocks", "none"):
+        UNetConfig(**options, middle=middle)
+    with pytest.raises(ValueError, match="num_heads to divide the width 16"):
+        UNetConfig(**options, middle="plain_attention")
+
+
+def test_later_options_are_written_where_they_differ_from_their_defaults() -> None:
+    """So the configuration of a run that an earlier version began compares equal, and the run can be resumed."""
+    assert "middle" not in UNet(**TINY).to_config()
+    assert UNet(**TINY, middle="none").to_config() == {**UNet(**TINY).to_config(), "middle": "none"}
 
 
 def test_unknown_options_are_named() -> None:

@@ -21,6 +21,7 @@ from fastddpm._dispatch import Op
 Inputs = dict[str, Any]
 
 HALVED = {
+    "conv3x3": {"x", "weight"},
     "q_sample": {"x0", "noise"},
     "diffusion_loss": {"pred", "target", "x0", "weight"},
     "solver_step": {"x", "out", "pred_prev", "out_uncond", "clamp", "noise", "known", "known_noise", "mask"},
@@ -375,6 +376,32 @@ CASES = [
             x=randn(g, 2, 3, 1, 1), weight=1 + 0.3 * randn(g, 3), shift=randn(g, 2, 3), activation=False, eps=100.0
         ),
         gradients=("x", "weight", "shift"),
+    ),
+    # conv3x3
+    Case(
+        "conv3x3",
+        "plain",
+        lambda g: dict(x=randn(g, 2, 7, 5, 3), weight=0.3 * randn(g, 9, 7, 3, 3), bias=randn(g, 9)),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
+        "conv3x3",
+        "more channels than a panel, odd width",
+        lambda g: dict(x=5 + randn(g, 2, 20, 6, 9), weight=0.1 * randn(g, 37, 20, 3, 3)),
+        gradients=("x", "weight"),
+        compiled=True,
+    ),
+    Case(
+        "conv3x3",
+        "one pixel",
+        lambda g: dict(x=randn(g, 3, 8, 1, 1), weight=randn(g, 8, 8, 3, 3), bias=randn(g, 8)),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
+        "conv3x3",
+        "several blocks of tiles, several sums",
+        lambda g: dict(x=randn(g, 2, 16, 34, 33), weight=0.1 * randn(g, 65, 16, 3, 3), bias=randn(g, 65)),
+        gradients=("x", "weight", "bias"),
     ),
     # adam_ema
     Case("adam_ema", "plain", lambda g: optimizer_state(g, *SHAPES), written=STATE),

@@ -35,6 +35,7 @@ from tests.ops.cases import (
     Inputs,
     bound_table,
     drawn,
+    holder_of,
     images,
     norm_weights,
     optimizer_state,
@@ -77,6 +78,7 @@ OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
         "tensors": YES_NO,
     },
     "rms_norm_silu": COMMON | {"scale": YES_NO, "shift": YES_NO, "activation": YES_NO, "eps": (1e-12, 3.0)},
+    "conv3x3": COMMON | {"bias": YES_NO, "outputs": (8, 31, 32, 33, 65), "mean": (0.0, 100.0)},
     "adam_ema": {
         "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "clip": YES_NO, "ema": YES_NO, "mirror": YES_NO,
         "scale": YES_NO, "found_inf": ("none", "no", "yes"), "tensors": YES_NO, "decay": (0.0, 0.1),
@@ -262,6 +264,15 @@ def _rms_norm_silu(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     return Case("rms_norm_silu", "", make, gradients=("x", *given))
 
 
+def _conv3x3(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
+    def make(g: torch.Generator) -> Inputs:
+        weight = randn(g, choice["outputs"], shape[1], 3, 3) / (9 * shape[1]) ** 0.5
+        bias = {"bias": randn(g, choice["outputs"])} if choice["bias"] else {}
+        return dict(x=choice["mean"] + randn(g, *shape), weight=weight, **bias)
+
+    return Case("conv3x3", "", make, gradients=("x", "weight", *(["bias"] if choice["bias"] else [])))
+
+
 def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     def make(g: torch.Generator) -> Inputs:
         inputs = optimizer_state(g, shape, shape[1:2], ()) | dict(weight_decay=choice["decay"])
@@ -288,6 +299,7 @@ def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
 MAKE = {
     "q_sample": _q_sample, "diffusion_loss": _diffusion_loss, "solver_step": _solver_step,
     "group_norm_silu": _group_norm_silu, "rms_norm_silu": _rms_norm_silu, "adam_ema": _adam_ema,
+    "conv3x3": _conv3x3,
 }  # fmt: skip
 
 
@@ -314,15 +326,15 @@ def check(op: str, number: int, backend: str, most: int = 8192) -> None:
         raise AssertionError(f"{op}, {case.name}\n{error}\n{again}") from error
 
 
-def numbered(count: int, first: int = 0) -> list[tuple[str, int]]:
-    """The ops in turn."""
-    ops = tuple(MAKE)
+def numbered(count: int, first: int = 0, backend: str = "native") -> list[tuple[str, int]]:
+    """The ops that have this backend, in turn."""
+    ops = [op for op in MAKE if backend in holder_of(op).present]
     return [(ops[i % len(ops)], i // len(ops)) for i in range(first, first + count)]
 
 
 def _mismatches(first: int, count: int, backend: str, most: int) -> list[str]:
     torch.set_num_threads(1)
-    found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first))
+    found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first, backend))
     return [text for text in found if text is not None]
 
 
@@ -349,7 +361,7 @@ def run(count: int, backend: str, most: int, processes: int, part: int = 100) ->
         "cases": count,
         "mismatches": len(mismatches),
         "first mismatches": mismatches[:10],
-        "cases of each op": dict(Counter(op for op, _ in numbered(count))),
+        "cases of each op": dict(Counter(op for op, _ in numbered(count, backend=backend))),
         "choices that cover all pairs": {op: len(pairwise(op)) for op in MAKE},
         "seconds": round(time.time() - begin),
         "torch": torch.__version__,

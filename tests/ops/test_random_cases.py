@@ -32,7 +32,7 @@ def test_triton(first: int) -> None:
 
     if not triton_common.INTERPRETED:
         pytest.skip("on a GPU the contract tests run these kernels: the cases here are on the CPU")
-    for op, number in numbered(10, first):
+    for op, number in numbered(10, first, "triton"):
         check(op, number, "triton", most=512)
 
 

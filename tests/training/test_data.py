@@ -325,7 +325,7 @@ def test_threads_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = np.stack([pixels(i, 4, 4) for i in range(150) if i != 70]).transpose(0, 3, 1, 2)
     for threads, small in ((1, 0), (3, 0), (3, 10**6)):
         monkeypatch.setattr(decode, "usable_cores", lambda threads=threads: threads)
-        monkeypatch.setattr(decode, "_SMALL", small)
+        monkeypatch.setattr(decode, "SMALL", small)
         with pytest.warns(UserWarning, match="skipped 1 of 150 images"):
             assert np.array_equal(load(root, cache_dir=tmp_path / f"{threads} {small}").images, expected)
 

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "common/data.h"
+#include "common/isa.h"
+
+namespace fastddpm {
+
+enum : int64_t {
+    PANEL = 32,              // output channels whose weights lie together
+    TOGETHER = 16,           // channels of a work item that transforms weights
+    BLOCK = 12,              // tiles of a work item are a multiple of this
+    WIDE = 128, HIGH = 64,   // channels and output channels of a work item of the gradient
+    APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
+    GRADIENT_SCRATCH = 16 * (32 * (WIDE + HIGH) + HIGH * WIDE + 3 * APART) + WIDE,
+};
+
+// What the convolution is cut into: tiles of 2x2 pixels of the output, each from 4x4 pixels of the input. Of a panel of
+// 32 output channels the weights lie together.
+struct Conv3x3 {
+    Shape shape;                  // of the input: NHWC order is the fast one
+    int64_t outputs;              // channels of the output
+    int64_t down, across, tiles;  // tiles of a column, of a row, of all samples
+    int64_t block;                // tiles of a work item, a multiple of BLOCK
+    Image x, y;
+    Values bias;           // [outputs], or none
+    const float* weights;  // transformed: [panels, 16, channels, 32]
+    int64_t scratch;       // floats that a call needs
+};
+
+// Weights [outputs, channels, 3, 3] to [panels, 16, channels, 32], 0 in the panel's channels beyond the last. Strides
+// count elements; backward exchanges the first two, and turns the filter by 180 degrees.
+struct Conv3x3Weights {
+    int64_t outputs, channels;
+    int64_t output_stride, channel_stride, row_stride, column_stride;
+    bool turned;
+    Values from;
+    float* to;
+};
+
+// The gradient of the weights: a work item is WIDE channels by HIGH output channels of a slice of the tiles.
+struct Conv3x3Gradient {
+    Conv3x3 of;      // x, and y the gradient of the output
+    int64_t slices;  // of the tiles: as many whatever the threads, for their sums come to the same then
+    float* sums;     // [slices, outputs, 9, channels]
+    float* bias;     // [slices, outputs], or nullptr
+    Image gradient;  // what they come to, as [outputs, 3, 3, channels]
+};
+
+FASTDDPM_DECLARE(conv3x3_forward, const Conv3x3& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(conv3x3_weights, const Conv3x3Weights& a, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_gradient, const Conv3x3Gradient& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(conv3x3_sum, const Conv3x3Gradient& a, int64_t begin, int64_t end)
+
+}  // namespace fastddpm

@@ -1,0 +1,62 @@
+"""conv3x3 by the kernels of csrc/conv3x3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._dispatch import dense_gradient
+from ..native_common import like_in_order, reason_against, register_fake
+from .kept import kept
+
+Saved = tuple[Tensor, ...]
+
+
+def unsupported(*, x: Tensor, **_: Any) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if x.is_cuda:
+        return "the kernels are for the CPU: on a GPU torch.nn.functional.conv2d has tensor cores"
+    return reason_against(x)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
+    """Returns y, and what backward wants beside the inputs: nothing."""
+    bias = bias if bias is None else bias.contiguous()
+    weights = kept(weight, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False))
+    return torch.ops.fastddpm.conv3x3(x, weights, bias, weight.shape[0]), ()
+
+
+def backward(
+    dy: Tensor, saved: Saved, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, as far as wanted, from that of y."""
+    dy = dense_gradient("conv3x3", x, dy)
+    dx = dweight = dbias = None
+    if wanted[0]:
+        turned = torch.ops.fastddpm.conv3x3_weights(weight, True)
+        dx = torch.ops.fastddpm.conv3x3(dy, turned, None, x.shape[1])
+    if wanted[1] or wanted[2]:
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None)
+        layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+        dweight = found[0].contiguous(memory_format=layout)
+        dbias = found[1] if wanted[2] else None
+    return dx, dweight if wanted[1] else None, dbias
+
+
+@register_fake("conv3x3_weights")
+def _(weight: Tensor, turned: bool) -> Tensor:
+    outputs, channels = weight.shape[:2] if not turned else (weight.shape[1], weight.shape[0])
+    return weight.new_empty(((outputs + 31) // 32, 16, channels, 32), dtype=torch.float32)
+
+
+@register_fake("conv3x3")
+def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return like_in_order(x, (x.shape[0], outputs, *x.shape[2:]))
+
+
+@register_fake("conv3x3_gradient")
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    dweight = torch.empty_like(weight, memory_format=torch.channels_last)
+    return [dweight, *(() if bias is None else (torch.empty_like(bias),))]

@@ -1,0 +1,145 @@
+"""Layers that choose how a CPU computes them: to the precision of float32, with what is kept in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm import UNet
+from fastddpm.nn import layers
+from tests.nn.networks import TINY, filled
+from tests.tolerance import assert_within
+
+HALF = (torch.bfloat16, torch.float16)
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
+    "3x3, transformed": (
+        lambda x, w, b: layers.conv2d(x, w, b, padding=1),
+        lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        dict(x=(4, 16, 16, 16), w=(24, 16, 3, 3), b=(24,)),
+    ),
+    "3x3, few pixels": (
+        lambda x, w, b: layers.conv2d(x, w, b, padding=1),
+        lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        dict(x=(2, 16, 4, 4), w=(24, 16, 3, 3), b=(24,)),
+    ),
+    "stride 2": (
+        lambda x, w, b: layers.conv2d(x, w, b, stride=2),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2),
+        dict(x=(2, 16, 9, 9), w=(16, 16, 3, 3), b=(16,)),
+    ),
+    "1x1, no bias": (layers.conv2d, F.conv2d, dict(x=(2, 16, 5, 5), w=(8, 16, 1, 1))),
+    "linear": (layers.linear, F.linear, dict(x=(2, 9, 16), w=(24, 16), b=(24,))),
+    "attention": (
+        layers.attention,
+        F.scaled_dot_product_attention,
+        dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)),
+    ),
+}
+
+
+def numbers(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=g).to(dtype) for shape in shapes.values()]
+    return [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in made]
+
+
+def with_gradients(call: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    y = call(*given)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype).to(dtype)
+    return [y.detach(), *torch.autograd.grad(y, given, g)]
+
+
+@pytest.fixture
+def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies half precision slowly, whatever this one does."""
+    monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: True)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    ours, stock, shapes = CALLS[name]
+    inputs = numbers(shapes, dtype)
+    found = with_gradients(ours, inputs, dtype)
+    in64, in32 = (with_gradients(stock, inputs, wide) for wide in (torch.float64, torch.float32))
+    for value, exact, single in zip(found, in64, in32, strict=True):
+        assert value.dtype == dtype
+        assert_within(value, exact, single, name)
+
+
+@pytest.mark.usefixtures("slow_half")
+def test_what_is_kept_for_backward_is_in_half_precision() -> None:
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    for name in ("3x3, transformed", "3x3, few pixels", "stride 2", "1x1, no bias", "linear"):
+        ours, _, shapes = CALLS[name]
+        inputs = [x.requires_grad_() for x in numbers(shapes, torch.bfloat16)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            ours(*inputs)
+    assert kept and all(x.dtype == torch.bfloat16 for x in kept)
+
+
+def test_a_processor_with_matrix_units_computes_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: False)
+    x, w, b = numbers(CALLS["linear"][2], torch.bfloat16)
+    assert torch.equal(layers.linear(x, w, b), F.linear(x, w, b))
+    assert not layers.computes_in_float32(x)
+
+
+def test_torch_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("not one of torch's layers")
+
+    monkeypatch.setattr(layers, "conv3x3", refuse)
+    x, w, b = numbers(CALLS["3x3, transformed"][2], torch.float32)
+    with layers.torch_layers():
+        assert torch.equal(layers.conv2d(x, w, b, padding=1), F.conv2d(x, w, b, padding=1))
+    with pytest.raises(AssertionError, match="not one of"):
+        layers.conv2d(x, w, b, padding=1)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "attention"])
+def test_autocast_gives_half_precision_of_weights_that_are_not_rounded(name: str) -> None:
+    ours, stock, shapes = CALLS[name]
+    x, *weights = numbers(shapes, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x, *weights)
+    assert y.dtype == torch.bfloat16
+    x = x.bfloat16()
+    exact = stock(x.double(), *(p.double() for p in weights))
+    assert_within(y, exact, stock(x.float(), *weights), name)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_network_compiles_without_a_break_in_half_precision(autocast: bool) -> None:
+    """Forward and backward, and what it gives is what it gives uncompiled: gradients to bfloat16, where autocast rounds
+    those of torch's own layers at other places."""
+    network = filled(UNet(**TINY | dict(base_channels=16, image_size=(32, 32), attention_resolutions=(), channel_mult=(1,))))
+    network = network if autocast else network.to(torch.bfloat16)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (compiled, network):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = call(x, t)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert found[0][0].dtype == torch.bfloat16
+    (y, *gradients), (expected, *others) = found
+    assert torch.equal(y, expected)
+    for one, other in zip(gradients, others, strict=True):
+        assert torch.equal(one, other) or (autocast and (one - other).norm() <= 2**-7 * other.norm())

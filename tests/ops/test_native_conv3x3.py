@@ -1,0 +1,88 @@
+"""The C++ kernels of conv3x3: tiles, blocks and panels around their edges, instruction sets, threads, kept weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastddpm
+from fastddpm.ops.conv3x3 import is_kept, keep_transformed
+from tests.ops.cases import LAYOUTS, Case, randn
+from tests.ops.test_contract import check_values, results
+from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+
+# batch, channels, outputs, height, width: around a vector, a panel, a block of tiles, an item of the gradient
+SIZES = [(1, 1, 8, 2, 2), (2, 15, 31, 4, 5), (1, 16, 32, 9, 3), (3, 17, 33, 8, 8), (1, 129, 65, 7, 6),
+         (5, 3, 64, 14, 15)]  # fmt: skip
+
+
+def convolution(batch: int, channels: int, outputs: int, height: int, width: int) -> Case:
+    return Case(
+        "conv3x3",
+        f"{channels} to {outputs} channels, {batch} of {height}x{width}",
+        lambda g: dict(
+            x=3 + randn(g, batch, channels, height, width), weight=0.1 * randn(g, outputs, channels, 3, 3),
+            bias=randn(g, outputs),
+        ),
+        gradients=("x", "weight", "bias"),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_around_the_edges(dtype: torch.dtype, layout: str) -> None:
+    for size in SIZES:
+        case = convolution(*size)
+        inputs = case.inputs(dtype, layout)
+        with fastddpm.use_backend("native"):
+            found = results(case, inputs, dtype)
+        check_values(case, found, inputs, dtype)
+
+
+def test_threads_change_no_bit() -> None:
+    case = convolution(4, 40, 70, 32, 32)
+    inputs = case.inputs(torch.float32, "NHWC")
+    found = []
+    with fastddpm.use_backend("native"):
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(case, inputs))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_a_direct_sum_is_no_more_exact() -> None:
+    """In the mean: what the docstring says of the rounding error."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 64, 16, 16, generator=g), torch.randn(64, 64, 3, 3, generator=g)
+    x = x.contiguous(memory_format=torch.channels_last)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    with fastddpm.use_backend("native"):
+        error = (fastddpm.conv3x3(x, weight).double() - exact).norm()
+    direct = torch.zeros(2, 64, 16, 16)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    for k in range(64):
+        for i in range(3):
+            for j in range(3):
+                moved = padded[:, k, None, i : i + 16, j : j + 16]
+                direct = direct + weight[:, k, i, j].reshape(1, -1, 1, 1) * moved
+    assert error <= 1.6 * (direct.double() - exact).norm()
+
+
+def test_weights_are_kept_within_the_block_alone() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
+    x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    with fastddpm.use_backend("native"), torch.no_grad():
+        first = fastddpm.conv3x3(x, weight)
+        with keep_transformed():
+            assert is_kept()
+            assert torch.equal(fastddpm.conv3x3(x, weight), first)
+            weight.mul_(2)  # which nobody may do here: what was kept is used
+            assert torch.equal(fastddpm.conv3x3(x, weight), first)
+            with torch.enable_grad():  # nothing is kept where weights may be trained
+                assert not is_kept()
+                assert torch.equal(fastddpm.conv3x3(x, weight).detach(), 2 * first)
+        assert not is_kept()
+        assert torch.equal(fastddpm.conv3x3(x, weight), 2 * first)
