@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import is_nhwc
+from ..ops.conv3x3 import conv3x3, is_kept
+from . import layers
 
 MOST_PIXELS = 16
 """Of a map on which a convolution is faster as products."""
@@ -29,8 +31,8 @@ LEAST_PIXELS = 64
 """Of all maps of a batch: with fewer, reading the weight is all there is to do."""
 
 
-class Conv3x3(nn.Conv2d):
-    """`torch.nn.Conv2d` of kernel 3 and padding 1, by the faster way.
+class Conv3x3(layers.Conv2d):
+    """`torch.nn.Conv2d` of kernel 3 and padding 1, by the fastest way: see `fastddpm.nn.layers` for large maps.
 
     Args:
         in_channels, out_channels: I and O.
@@ -43,6 +45,8 @@ class Conv3x3(nn.Conv2d):
         """[B, I, H, W] to [B, O, H, W]."""
         if x.shape[2] * x.shape[3] <= MOST_PIXELS and _takes(x, self.weight):
             assert self.bias is not None
+            if is_kept() and is_nhwc(x) and min(self.weight.shape[:2]) >= layers.LEAST_CHANNELS:
+                return conv3x3(x, self.weight, self.bias)  # which has the weights ready
             return conv3x3_products(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -57,7 +61,7 @@ class Conv3x3(nn.Conv2d):
         return y
 
 
-class Conv1x1(nn.Conv2d):
+class Conv1x1(layers.Conv2d):
     """`torch.nn.Conv2d` of kernel 1: a linear layer over the pixels, where that is the faster way.
 
     Args:
@@ -78,11 +82,11 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         x: [B, I, H, W]. weight: [O, I, 1, 1]. bias: [O].
 
-    Returns: [B, O, H, W], in the memory order of x.
+    Returns: [B, O, H, W], channels_last where x is.
     """
     if _is_plain(x, weight) and is_nhwc(x):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias)
+    return layers.conv2d(x, weight, bias)
 
 
 def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.nn import patches
-from fastddpm.nn.patches import Conv3x3, conv3x3_products, upsampled_conv3x3_products
+from fastddpm.nn.patches import Conv3x3, conv1x1, conv3x3_products, upsampled_conv3x3_products
+from fastddpm.ops.conv3x3 import conv3x3, keep_transformed
 from tests.tolerance import assert_within
 
 
@@ -54,6 +55,23 @@ def test_same_as_the_convolution(way: str, shape: tuple[int, ...], layout: torch
     assert torch.equal(y, products(*single))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 6, 1, 1), (3, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_kernel_1_is_a_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=torch.channels_last)
+    inputs = [x, torch.randn(7, shape[1], 1, 1, dtype=torch.float64), *[torch.randn(7, dtype=torch.float64)] * bias]
+    single = [p.float() for p in inputs]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return conv1x1(x, weight, bias)
+
+    outputs = step(ours, *single), step(F.conv2d, *inputs), step(F.conv2d, *single)
+    for name, a, r, n in zip(("y", "dx", "dweight", "dbias"), *outputs, strict=False):
+        assert_within(a, r, n, name)
+    assert outputs[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert_within(ours(single[0].contiguous(), *single[1:]), outputs[1][0], outputs[2][0], "of another memory order")
+
+
 def test_gradients_that_nobody_asks_for() -> None:
     x, weight, bias = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(5, requires_grad=True)
     conv3x3_products(x, weight, bias).sum().backward()
@@ -83,6 +101,19 @@ def test_small_maps_of_enough_images_are_products(
 
 
 real = patches._products
+
+
+def test_small_maps_in_a_sampling_take_the_weights_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(patches, "conv3x3", lambda *inputs: calls.append(inputs) or conv3x3(*inputs))
+    conv, x = Conv3x3(16, 24), torch.randn(4, 16, 4, 4).to(memory_format=torch.channels_last)
+    r, n = plain(x.double(), conv.weight.double(), conv.bias.double()), plain(x, conv.weight, conv.bias)
+    with keep_transformed():
+        assert_within(conv(x), r, n)
+        assert not calls
+        with torch.no_grad():
+            assert_within(conv(x), r, n)
+    assert len(calls) == 1
 
 
 def test_upsampling_of_few_and_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
