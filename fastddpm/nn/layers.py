@@ -72,10 +72,10 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     if x.device.type == "cpu" and not _plain and is_nhwc(x):
         if kind == (1, 1, 1, 0):
             return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        if kind == (3, 3, 1, 1) and _is_small(x):
-            return _in_float32(conv3x3_products, x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_transformed(x, weight):
             return conv3x3(x, weight, bias)
+        if kind == (3, 3, 1, 1) and _is_small(x):
+            return _in_float32(conv3x3_products, x, weight, bias)
     if computes_in_float32(x):
         y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
         return y
