@@ -336,6 +336,11 @@ def as_image(x: Tensor) -> Tensor:
     return x.reshape(shape).contiguous()
 
 
+def as_sample(x: Tensor, sample: Tensor) -> Tensor:
+    """An image in the shape of the sample that it came of."""
+    return x if x.shape == sample.shape else x.reshape(sample.shape)
+
+
 def together(sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     """Both as images; the sample, and so what comes of it, in the dtype that torch gives to their sum."""
     dtype = torch.promote_types(sample.dtype, model_output.dtype)
