@@ -105,6 +105,22 @@ def test_the_spaced_chain_has_the_signal_of_the_long_one() -> None:
     assert seen[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_network_gets_its_timesteps(rescale: bool) -> None:
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return torch.cat([x, x], dim=1)
+
+    d, t = made(rescale_timesteps=rescale), torch.tensor([0, 3, 7, 11])
+    d.p_mean_variance(network, pixels(), t)
+    d.training_losses(network, pixels(), t)
+    for given in seen:
+        assert given.tolist() == [pytest.approx(i * 1000 / 12) if rescale else i for i in t.tolist()]
+        assert given.dtype == (torch.float32 if rescale else torch.int64)
+
+
 @pytest.mark.parametrize(
     ("total", "counts", "expected"),
     [
@@ -345,6 +361,7 @@ def test_the_likelihood_of_all_levels() -> None:
     assert 1e-4 < (approximate - exact)[exact > -8].abs().max() < 0.1
     x = torch.linspace(-4, 4, 100)
     assert (approx_standard_normal_cdf(x) - torch.special.ndtr(x)).abs().max() < 3e-4
+    assert_near_peer(x * approx_standard_normal_cdf(x), nn.functional.gelu(x, approximate="tanh"), 1e-6)  # the same one
     with pytest.raises(ValueError, match="expected means and log_scales of the shape of x"):
         discretized_gaussian_log_likelihood(levels, means=mean[:1], log_scales=log_scale)
 

@@ -74,6 +74,15 @@ def test_a_sampler_of_ones_own_is_told_the_losses() -> None:
     sampler.update_with_local_losses(torch.tensor([1, 3]), torch.tensor([0.5, 2.0]))
     sampler.sample(2, "cpu")
     assert sampler.told == [([1, 3], [0.5, 2.0])]
+    # on a GPU losses are on their way to the host until timesteps are drawn again
+    arrived: list[bool] = []
+    event: Any = SimpleNamespace(synchronize=lambda: arrived.append(True))
+    sampler._pending = [(torch.tensor([2]), torch.tensor([4.0]), event)]
+    sampler.sample(2, "cpu")
+    assert arrived
+    assert sampler.told[1:] == [([2], [4.0])]
+    sampler.sample(2, "cpu")
+    assert len(sampler.told) == 2
 
 
 def test_functions_of_nn() -> None:

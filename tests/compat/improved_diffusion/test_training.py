@@ -205,6 +205,7 @@ def test_half_precision_finds_its_scale(tmp_path: Path) -> None:
     assert training.lg_loss_scale == 199
     assert all(torch.equal(p, w) for p, w in zip(training.model.parameters(), weights, strict=True))
     assert training.opt.step == 0
+    assert training._norm.tolist() == [0, 0]  # it has no part in the mean that is logged
     training._lg_loss_scale.fill_(8.0)
     training.run_step(*next(training.data))
     assert training.lg_loss_scale == pytest.approx(8.001)
