@@ -288,7 +288,7 @@ def test_the_corrected_hybrid_loss_is_our_own(mean: ModelMeanType) -> None:
 @pytest.mark.parametrize("clip", [True, False])
 def test_the_corrected_bound_is_our_own(variance: ModelVarType, clip: bool) -> None:
     d, x0 = made(model_var_type=variance, corrected=True), pixels()
-    network = Formula(d._learned).eval()
+    network = Formula(d._learned).eval().requires_grad_(False)
     name = module.VARIANCES[variance]
     mine = ours(d, network, name, loss="hybrid" if d._learned else "simple", clip_denoised=clip)
     torch.manual_seed(4)
