@@ -157,6 +157,7 @@ def test_the_logger_takes_its_places_from_the_environment(tmp_path: Path, monkey
     with logger.scoped_configure(str(tmp_path / "there"), ["log"]):
         logger.error("elsewhere")
     assert logger.get_dir() == str(tmp_path / "here")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     logger.configure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -387,9 +388,13 @@ dist.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
     def start(rank: int) -> subprocess.Popen[str]:
         environment = dict(
-            os.environ, OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_SIZE="2", MASTER_PORT="29713",
+            os.environ, OMPI_COMM_WORLD_RANK=str(rank), OMPI_COMM_WORLD_SIZE="2", MASTER_PORT=port,
             PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1",
         )  # fmt: skip
         command = [sys.executable, "-c", WORKER, str(tmp_path / "run")]
