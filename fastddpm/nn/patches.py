@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._checks import is_nhwc
+
 MOST_PIXELS = 16
 """Of a map on which a convolution is faster as products."""
 LEAST_PIXELS = 64
@@ -55,6 +57,34 @@ class Conv3x3(nn.Conv2d):
         return y
 
 
+class Conv1x1(nn.Conv2d):
+    """`torch.nn.Conv2d` of kernel 1: a linear layer over the pixels, where that is the faster way.
+
+    Args:
+        in_channels, out_channels: I and O.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, H, W] to [B, O, H, W]."""
+        return conv1x1(x, self.weight, self.bias)
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(x, weight, bias), on a CPU as the product that it is: for few images torch has no fast convolution.
+
+    Args:
+        x: [B, I, H, W]. weight: [O, I, 1, 1]. bias: [O].
+
+    Returns: [B, O, H, W], in the memory order of x.
+    """
+    if _is_plain(x, weight) and is_nhwc(x):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
+
+
 def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1) as three matrix products.
 
@@ -82,10 +112,14 @@ def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tenso
     return y.permute(3, 2, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1).contiguous().permute(0, 3, 1, 2)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether all is float32 or float64, on a CPU."""
     same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    enough = x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
-    return same and enough and not torch.is_autocast_enabled("cpu")
+    return same and not torch.is_autocast_enabled("cpu")
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS and _is_plain(x, weight)
 
 
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:

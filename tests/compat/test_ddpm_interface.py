@@ -290,7 +290,10 @@ def test_copies_pickles_and_half_precision() -> None:
     torch.save(diffusion, stored)
     stored.seek(0)
     assert torch.equal(seeded(torch.load(stored, weights_only=False).sample, 2), images)
-    diffusion.model.to(torch.bfloat16)
+    diffusion.to(torch.bfloat16)
+    assert all(table.dtype == torch.float32 for table in diffusion.buffers())
+    assert next(diffusion.parameters()).dtype == torch.bfloat16
+    diffusion(torch.rand(2, 3, 8, 8)).backward()
     assert (seeded(diffusion.sample, 2).float() - images).abs().max() < 0.1
 
 

@@ -127,7 +127,8 @@ def test_autocast_gives_half_precision_of_weights_that_are_not_rounded(name: str
 def test_a_network_compiles_without_a_break_in_half_precision(autocast: bool) -> None:
     """Forward and backward, and what it gives is what it gives uncompiled: gradients to bfloat16, where autocast rounds
     those of torch's own layers at other places."""
-    network = filled(UNet(**TINY | dict(base_channels=16, image_size=(32, 32), attention_resolutions=(), channel_mult=(1,))))
+    changed = dict(base_channels=16, image_size=(32, 32), attention_resolutions=(), channel_mult=(1,))
+    network = filled(UNet(**TINY | changed))
     network = network if autocast else network.to(torch.bfloat16)
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

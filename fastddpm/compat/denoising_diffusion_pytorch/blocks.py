@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import sinusoidal_embedding
-from ...nn.patches import Conv3x3
+from ...nn.patches import Conv1x1, Conv3x3
 from ...ops import rms_norm_silu
 
 
@@ -144,7 +144,9 @@ class ResnetBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Identity(), nn.Linear(time_emb_dim, dim_out * 2))
         self.block1 = Block(dim, dim_out, dropout, conv)
         self.block2 = Block(dim_out, dim_out, conv=conv)
-        self.res_conv = conv(dim, dim_out, 1) if dim != dim_out else nn.Identity()
+        self.res_conv: nn.Module = nn.Identity()
+        if dim != dim_out:
+            self.res_conv = Conv1x1(dim, dim_out) if conv is nn.Conv2d else conv(dim, dim_out, 1)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         """x [B, dim, H, W] and silu(embedding) [B, time_emb_dim] to [B, dim_out, H, W]."""

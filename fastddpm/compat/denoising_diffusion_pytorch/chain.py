@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ... import ops
 from ..._checks import is_nhwc
 from ...schedule import Schedule, cosine_beta_schedule, extract, linear_beta_schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OBJECTIVES = {"pred_noise": "noise", "pred_x0": "x0", "pred_v": "v"}
 """What the network predicts, and what `fastddpm.q_sample` calls it."""
@@ -138,6 +141,16 @@ class Chain(nn.Module):
         }
         for key, table in tables.items():
             self.register_buffer(key, table.to(torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As for any module, but tables stay float32 where weights become half precision."""
+        tables = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in tables.items():
+            after = getattr(self, name)
+            if after.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before.to(after.device))
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import check_shape
-from ...nn.patches import Conv3x3
+from ...nn.patches import Conv1x1, Conv3x3
 from .blocks import (
     Attention,
     LinearAttention,
@@ -124,7 +124,7 @@ class Unet(nn.Module):
 
         self.out_dim = channels * (2 if learned_variance else 1) if out_dim is None else out_dim
         self.final_res_block = block(init_dim * 2, init_dim)
-        self.final_conv = nn.Conv2d(init_dim, self.out_dim, 1)
+        self.final_conv = Conv1x1(init_dim, self.out_dim)
         for p in self.parameters():
             if p.dim() == 4:
                 p.data = p.data.to(memory_format=torch.channels_last)

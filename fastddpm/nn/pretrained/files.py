@@ -91,7 +91,7 @@ def local_copy(path: str | Path, patterns: list[str], revision: str | None, who:
     except ImportError as error:
         raise ImportError(
             f"{who}: expected the package huggingface_hub to get {path} (there is no folder of that name), got none; "
-            "pip install huggingface_hub, or pass a folder"
+            "pip install 'fastddpm[hub]', or pass a folder"
         ) from error
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
