@@ -103,6 +103,7 @@ def test_what_does_not_fit_is_named_as_in_the_file() -> None:
     assert found.missing_keys == ["middle_block.0.emb_layers.1.bias"]
 
 
+@torch.no_grad()
 def test_layout_and_dtype_of_what_it_gives() -> None:
     model, (x, t, _) = trained(), inputs(trained())
     assert model(x, t).is_contiguous()
@@ -112,6 +113,7 @@ def test_layout_and_dtype_of_what_it_gives() -> None:
     assert model.double()(x.double(), t).dtype == torch.float64
 
 
+@torch.no_grad()
 def test_half_precision_leaves_the_weights_alone() -> None:
     model, (x, t, _) = trained(), inputs(trained())
     exact = model(x, t)
