@@ -48,6 +48,16 @@ def test_a_state_goes_out_and_in(options: dict[str, Any], tmp_path: Path) -> Non
     assert torch.equal(first(x, t, y), second(x, t, y))
 
 
+def test_a_new_network_gives_0() -> None:
+    model = UNetModel(**SMALL)
+    x, t, y = inputs(model)
+    assert not model(x, t, y).any()
+    zero = {name.rsplit(".", 1)[0] for name, value in model.state_dict().items() if not value.any()}
+    zero = {name for name in zero if not name.endswith(("in_layers.0", "out_layers.0", "norm", "out.0"))}  # biases
+    assert {name.split(".", 3 if "blocks" in name else 2)[-1] for name in zero} == {"out_layers.3", "proj_out", "2"}
+    assert sum(name.endswith("proj_out") for name in zero) == 1 + 1 + 2  # down, middle, up
+
+
 def test_our_own_reader_takes_its_files(tmp_path: Path) -> None:
     model = trained().eval()
     torch.save(model.state_dict(), tmp_path / "ema_0.9999_000010.pt")
@@ -93,6 +103,7 @@ def test_what_does_not_fit_is_named_as_in_the_file() -> None:
     assert found.missing_keys == ["middle_block.0.emb_layers.1.bias"]
 
 
+@torch.no_grad()
 def test_layout_and_dtype_of_what_it_gives() -> None:
     model, (x, t, _) = trained(), inputs(trained())
     assert model(x, t).is_contiguous()
@@ -102,6 +113,7 @@ def test_layout_and_dtype_of_what_it_gives() -> None:
     assert model.double()(x.double(), t).dtype == torch.float64
 
 
+@torch.no_grad()
 def test_half_precision_leaves_the_weights_alone() -> None:
     model, (x, t, _) = trained(), inputs(trained())
     exact = model(x, t)
