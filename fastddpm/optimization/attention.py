@@ -59,7 +59,7 @@ class DiffusersAttention(Block):
         for layer in self.to_out:
             y = layer(y)
         y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        y = y + x if self.residual_connection else y
+        y = x + y if self.residual_connection else y  # in the order of x
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
     @staticmethod

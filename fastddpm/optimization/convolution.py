@@ -21,16 +21,17 @@ GAIN = 1.2
 class Float32Conv2d(Fused):
     """A convolution that computes in float32 where that is faster, between the same inputs and outputs.
 
-    The products of bfloat16 or float16 numbers are exact in float32, and are added up in float32 either way.
+    The products of bfloat16 or float16 numbers are exact in float32, and are added up in float32 either way. Under
+    autocast the float32 weights are taken as they are. For backward the input is kept in float32.
     """
 
-    pattern = "Conv2d: in inference in half precision computes in float32 where this processor is faster so"
+    pattern = "Conv2d: called in half precision it computes in float32, in which this processor is faster"
     stride: tuple[int, int]
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = computing_dtype(input)
         pixels = input.numel() // input.shape[1] // (self.stride[0] * self.stride[1])
-        if dtype == torch.float32 or input.device.type != "cpu" or pixels < PIXELS or keeps_graph(input, weight, bias):
+        if dtype == torch.float32 or input.device.type != "cpu" or pixels < PIXELS:
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
         if not slower_than_float32(dtype):
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
@@ -44,11 +45,6 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     """Of a convolution: that of x, or of autocast."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
-def keeps_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd will go through a result of them."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @_constant

@@ -27,7 +27,7 @@ from .norms import (
     is_norm,
 )
 from .report import Kept, Replaced, Report
-from .residual import Block
+from .residual import Block, LucidrainsBlock
 
 STRIDES = "_fastddpm_strides"
 """Where a module keeps the strides that its weights had."""
@@ -36,7 +36,7 @@ COMPILED = "_fastddpm_compiled"
 
 
 def optimize(
-    module: nn.Module, *, channels_last: bool = True, compile: bool = False, cuda_graph: bool = False
+    module: nn.Module, *, channels_last: bool | None = None, compile: bool = False, cuda_graph: bool = False
 ) -> Report:
     """Make an existing network faster in place, with the same weights under the same names.
 
@@ -49,7 +49,8 @@ def optimize(
         module: the network, on the device where it will run. Call this before an optimizer is made, whose state would
             have the memory order of the weights before.
         channels_last: order the weights of 2-D convolutions, and so the activations between them, by pixels. What the
-            network returns keeps the order of what it is given.
+            network returns keeps the order of what it is given. None does so but for networks of
+            denoising-diffusion-pytorch on a CPU, whose attention goes by channels.
         compile: compile the network with torch.compile when it is first called.
         cuda_graph: on a GPU, in inference, record each kind of call of the network and replay it.
 
@@ -76,7 +77,7 @@ def optimize(
         _single_norms(module, kept, claimed)
     else:
         kept += [Kept(name, type(m).__name__, why) for name, m in module.named_modules() if is_norm(m)]
-    if channels_last:
+    if _prefers_pixels(module) if channels_last is None else channels_last:
         _order_weights(module)
         if keep_order not in module._forward_hooks.values():
             module.register_forward_hook(keep_order, with_kwargs=True)
@@ -191,11 +192,18 @@ def _convolutions(module: nn.Module) -> None:
     weight = next(module.parameters(), None)
     if weight is None or weight.device.type != "cpu":
         return
-    half = weight.dtype if weight.dtype == torch.float16 else torch.bfloat16
+    half = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
     if slower_than_float32(half):
         for m in module.modules():
             if is_plain_conv(m) and not isinstance(m, Float32Conv2d):
                 exchange(m, Float32Conv2d)
+
+
+def _prefers_pixels(module: nn.Module) -> bool:
+    """Whether channels_last is the faster order, as measured."""
+    weight = next(module.parameters(), None)
+    on_cpu = weight is not None and weight.device.type == "cpu"
+    return not (on_cpu and any(isinstance(m, LucidrainsBlock) for m in module.modules()))
 
 
 def _order_weights(module: nn.Module) -> None:
@@ -253,12 +261,13 @@ def _report(module: nn.Module, kept: list[Kept]) -> Report:
         for pattern in patterns(m)
         if not isinstance(m, (PassedSiLU, KnownSiLU))
     )
-    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-    ordered = sum(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    weights = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d)]
+    orders = [(w.is_contiguous(), w.is_contiguous(memory_format=torch.channels_last)) for w in weights]
+    told_apart = [by_pixels for by_channels, by_pixels in orders if not (by_channels and by_pixels)]
     return Report(
         replaced=replaced,
         kept=tuple(kept),
-        memory_format=f"channels_last in {ordered} of {len(convolutions)} convolutions",
+        memory_format=f"channels_last in {sum(told_apart)} of {len(told_apart)} convolutions larger than 1x1",
         compiled=module._compiled_call_impl is not None,
         captured=isinstance(module, Captured),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +146,16 @@ def randomise(network: nn.Module) -> None:
                 p += 0.2 * torch.randn_like(p)
 
 
-def check_outputs(network: nn.Module, run: Call, dtype: torch.dtype = torch.float32) -> fastddpm.optimization.Report:
+def check_outputs(
+    network: nn.Module, run: Call, dtype: torch.dtype = torch.float32, **options: Any
+) -> fastddpm.optimization.Report:
     """As near to the network in float64 as the network as it was, within the factor of the rule."""
     network = copy.deepcopy(network).to(dtype).eval()
     exact = copy.deepcopy(network).double()
     with torch.no_grad():
         as_it_was, expected = run(network), run(exact)
         assert expected.std() > 0.01
-        report = fastddpm.optimize(network)
+        report = fastddpm.optimize(network, **options)
         found = run(network)
     assert found.dtype == as_it_was.dtype
     assert found.is_contiguous()  # as what it was given
@@ -171,11 +174,11 @@ def gradients(network: nn.Module, run: Call, dropout: bool = False) -> list[Tens
     return [g for g in found if g is not None]
 
 
-def check_gradients(network: nn.Module, run: Call) -> None:
+def check_gradients(network: nn.Module, run: Call, **options: Any) -> None:
     """All together by the rule; each by itself to the precision of peers, in units of its largest element."""
     exact = copy.deepcopy(network).double()
     expected, as_it_was = gradients(exact, run), gradients(network, run)
-    fastddpm.optimize(network)
+    fastddpm.optimize(network, **options)
     found = gradients(network, run)
     assert len(found) == len(expected)
     together = [torch.cat([g.flatten() for g in grads]) for grads in (found, expected, as_it_was)]

@@ -30,7 +30,7 @@ from tests.optimization.networks import (
     gradients,
     guided,
 )
-from tests.tolerance import assert_near_peer
+from tests.tolerance import assert_near_peer, assert_within
 
 NETWORKS = {
     "bias": lambda: guided(scale_shift=False),
@@ -336,7 +336,17 @@ def test_compile_is_asked_for_and_undone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=bias), nn.Conv2d(8, 4, 3, stride=2, bias=bias)).eval()
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
+            self.second = nn.Conv2d(8, 4, 3, stride=2, bias=bias)
+
+        def forward(self, x: Tensor, t: Any = None) -> Tensor:
+            out: Tensor = self.second(self.first(x))
+            return out
+
+    network = Two().eval()
     x = torch.randn(4, 3, 32, 32)
     monkeypatch.setattr("fastddpm.optimization.network.slower_than_float32", lambda dtype: True)
     monkeypatch.setattr(convolution, "slower_than_float32", lambda dtype: True)
@@ -364,9 +374,13 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
         network(x)
         copy.deepcopy(network).to(torch.bfloat16)(x[:1, :, :8, :8].bfloat16())  # too few pixels
         assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
-    dtypes.clear()
-    copy.deepcopy(network).to(torch.bfloat16)(x.bfloat16())  # autograd will go through it
-    assert dtypes == [torch.bfloat16] * 2
+    run = call(network, size=32)
+    exact, before, after = (copy.deepcopy(made).to(torch.bfloat16) for made in (before, before, network))
+    expected, as_it_was, found = (
+        torch.cat([g.flatten() for g in gradients(made, run)]) for made in (exact.double(), before, after)
+    )
+    assert found.dtype == torch.bfloat16
+    assert_within(found, expected, as_it_was.float())
 
 
 def test_which_is_faster_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

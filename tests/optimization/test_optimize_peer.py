@@ -96,6 +96,15 @@ def test_gradients_agree(name: str) -> None:
     check_gradients(*NETWORKS[name]())
 
 
+@needs_lucidrains
+@pytest.mark.parametrize("training", [False, True])
+def test_the_other_memory_order_agrees_too(training: bool) -> None:
+    network, run = lucidrains_unet()
+    (check_gradients if training else check_outputs)(network, run, channels_last=True)
+    network, run = unet()
+    (check_gradients if training else check_outputs)(network, run, channels_last=False)
+
+
 @pytest.mark.parametrize("name", ["UNet2DModel ddpm", "UNet2DConditionModel"])
 def test_every_norm_is_fused(name: str) -> None:
     network, _ = NETWORKS[name]()
@@ -217,6 +226,15 @@ def test_a_network_of_one_dimension() -> None:
         assert_near_peer(network(x, t), expected)
     assert sum("Block" in module.pattern for module in report.replaced) > 10
     assert not report.kept
+
+
+@needs_lucidrains
+def test_its_networks_keep_their_memory_order_on_a_cpu() -> None:
+    network, _ = lucidrains_unet()
+    assert network.init_conv.weight.is_contiguous()
+    assert fastddpm.optimize(network).memory_format.startswith("channels_last in 0 of")
+    fastddpm.optimize(network, channels_last=True)
+    assert not network.init_conv.weight.is_contiguous()
 
 
 def test_restore_gives_the_network_back() -> None:
