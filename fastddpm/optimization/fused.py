@@ -59,9 +59,10 @@ def exchange(module: nn.Module, fused: type[Fused]) -> None:
 def give_back(module: nn.Module) -> None:
     """Give the module the class that it had at first."""
     made: type[nn.Module] = type(module)
-    while issubclass(made, Fused):
+    while issubclass(made, Fused) and "original" in vars(made):  # else others have made a class of it since
         made = made.original
-    module.__class__ = made
+    if made is not type(module):
+        module.__class__ = made
 
 
 def patterns(module: nn.Module) -> list[str]:

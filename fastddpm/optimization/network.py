@@ -149,6 +149,8 @@ def _tails(module: nn.Module, kept: list[Kept], claimed: set[nn.Module]) -> None
             why = f"it is followed by {type(activation).__name__}, or is no GroupNorm with weight and bias"
         elif not untouched(norm, activation):
             why = "it or its activation has hooks"
+        elif [m for parent in module.modules() for m in parent._modules.values()].count(activation) > 1:
+            why = "its activation is called elsewhere, too"
         else:
             exchange(norm, ActivatedGroupNorm)
             exchange(activation, PassedSiLU)

@@ -61,7 +61,9 @@ class DiffusersResnetBlock(Block):
         if resample is not None:
             x, h = resample(x), resample(h)
         h, bias = convolve_without_bias(self.conv1, h)
-        e = temb if temb is None else self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        e = None
+        if temb is not None and self.time_embedding_norm in ("default", "scale_shift"):
+            e = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         h = _second_norm(self.norm2, h, bias, e, scale_shift=self.time_embedding_norm == "scale_shift")
         h = self.conv2(self.dropout(h))
         out = _added(h, x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2)
@@ -70,8 +72,8 @@ class DiffusersResnetBlock(Block):
     @staticmethod
     def against(module: Any) -> str | None:
         """See `Block`."""
-        if module.time_embedding_norm not in ("default", "scale_shift"):
-            return f"its time_embedding_norm is {module.time_embedding_norm!r}"
+        if module.time_embedding_norm == "scale_shift" and module.time_emb_proj is None:
+            return "its scale and shift come from elsewhere"
         return _against_parts(module.norm1, module.norm2, module.nonlinearity)
 
     @staticmethod

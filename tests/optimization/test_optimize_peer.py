@@ -198,6 +198,19 @@ def test_other_processors_run_as_they_did() -> None:
         assert_near_peer(run(network), expected)
 
 
+def test_an_activation_that_is_called_elsewhere_too_is_left_alone() -> None:
+    network, run = unet()
+    network.eval()
+    network.mid_block.resnets[0].nonlinearity = network.conv_act
+    with torch.no_grad():
+        expected = run(network)
+        report = fastddpm.optimize(network)
+        assert_near_peer(run(network), expected)
+    assert [(module.name, module.reason) for module in report.kept] == [
+        ("conv_norm_out", "its activation is called elsewhere, too")
+    ]
+
+
 def test_an_encoder_and_a_decoder_alone() -> None:
     network, _ = autoencoder()
     network.eval()
