@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "default": ("Unet", dict(dim=8), (2, 3, 16, 8)),
     "one pixel at the bottom": ("Unet", dict(dim=8, channels=1), (2, 1, 8, 8)),
     "many small maps": ("Unet", dict(dim=8), (8, 3, 16, 16)),
+    "maps large enough for minimal filtering": ("Unet", dict(dim=16, dim_mults=(1, 2)), (4, 3, 16, 16)),
     "self-conditioning": ("Unet", dict(SMALL, self_condition=True), (3, 3, 8, 8)),
     "learned variance": ("Unet", dict(SMALL, learned_variance=True, init_dim=12), (2, 3, 8, 8)),
     "full attention": ("Unet", dict(SMALL, full_attn=(True, False), flash_attn=True), (2, 3, 4, 8)),
