@@ -26,7 +26,7 @@ Call = Callable[[], object]
 AFTER = "fastddpm.compat.denoising_diffusion_pytorch"
 BATCHES = {"train": (16,), "sample": (16, 4)}
 SAMPLING_STEPS = 20
-"""Of one call. What ours does once in a sampling, it transforms the weights, is in it; the README takes 250."""
+"""Of one call. What ours does once in a sampling, it transforms the weights, is in it; the README has 250 and more."""
 
 
 def script(library: Any, task: str, batch: int, *, dim: int = 64, size: int = 32, steps: int = SAMPLING_STEPS) -> Call:

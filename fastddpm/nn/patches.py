@@ -49,12 +49,6 @@ def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -
     return y.permute(3, 2, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1).contiguous().permute(0, 3, 1, 2)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether all is float32 or float64, on a CPU."""
-    same = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    return same and not torch.is_autocast_enabled("cpu")
-
-
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[16, 9]: which of the 3x3 taps fall on tap (p, q) of phase (a, b), rows in the order a, b, p, q.
 

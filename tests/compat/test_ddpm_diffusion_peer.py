@@ -173,6 +173,14 @@ def test_images_by_ddim(eta: float, steps: int, objective: str) -> None:
     assert_same_images(mine, theirs, steps)
 
 
+@pytest.mark.parametrize("sampling_timesteps", [None, 4])
+def test_images_of_a_wider_network(sampling_timesteps: int | None) -> None:
+    """Its convolutions take weights that are transformed once for all steps."""
+    options: dict[str, Any] = dict(image_size=16, timesteps=6, sampling_timesteps=sampling_timesteps)
+    theirs, mine = pair(network=dict(dim=16, dim_mults=(1, 2, 2)), **options)
+    assert_same(*(seeded(d.sample, 5) for d in (mine, theirs)))
+
+
 @pytest.mark.parametrize(("t", "lam"), [(None, 0.5), (9, 0.2), (0, 0.7)])
 def test_interpolation(t: int | None, lam: float) -> None:
     theirs, mine = pair()

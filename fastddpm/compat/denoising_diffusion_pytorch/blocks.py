@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import sinusoidal_embedding
-from ...nn.layers import Conv2d
+from ...nn.layers import Conv2d, conv2d
 from ...ops import rms_norm_silu
 
 
@@ -29,8 +29,11 @@ class RowConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, 1, N] to [B, C', 1, N']."""
+        weight = self.weight.unsqueeze(2)
+        if self.kernel_size == (1,):
+            return conv2d(x, weight, self.bias)
         stride, padding = int(self.stride[0]), int(self.padding[0])
-        return F.conv2d(x, self.weight.unsqueeze(2), self.bias, (1, stride), (0, padding))
+        return F.conv2d(x, weight, self.bias, (1, stride), (0, padding))
 
 
 Conv: TypeAlias = type[nn.Conv2d] | type[RowConv]

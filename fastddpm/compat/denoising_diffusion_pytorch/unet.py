@@ -56,8 +56,9 @@ class Unet(nn.Module):
     Raises:
         ValueError: a number or a sequence that does not fit.
 
-    Numerics: the result is that of denoising-diffusion-pytorch up to rounding, and so are the first weights after the
-        same `torch.manual_seed`. What dropout drops depends on the seed alone, and is the same on a CPU.
+    Numerics: the result is that of denoising-diffusion-pytorch up to rounding; the first weights after the same
+        `torch.manual_seed` have the same bits. On a CPU dropout drops the same elements where the activations of that
+        package are NCHW, which they are but behind an attention of one head.
     """
 
     def __init__(
