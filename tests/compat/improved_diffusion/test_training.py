@@ -366,7 +366,7 @@ def test_training_agrees_with_the_original(sampler: str, tmp_path: Path) -> None
 
 
 WORKER = """
-import sys, torch, numpy as np, torch.distributed as dist
+import os, sys, torch, numpy as np, torch.distributed as dist
 from fastddpm.compat.improved_diffusion import dist_util, logger, create_named_schedule_sampler
 from tests.compat.improved_diffusion.test_training import small, diffusion, batches, loop
 torch.set_num_threads(1)
@@ -389,12 +389,13 @@ weights = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = [torch.empty_like(weights) for _ in range(2)]
 dist.all_gather(both, weights)
 assert torch.equal(*both)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # threads of gloo that still run at an exit abort it now and then
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -408,9 +409,14 @@ def test_two_processes(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WORKER, str(tmp_path / "run")]
         return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
 
-    for process in [start(0), start(1)]:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    processes = [start(0), start(1)]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=250)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     assert (tmp_path / "run" / "model000002.pt").exists()
 
 
