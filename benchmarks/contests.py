@@ -169,6 +169,27 @@ def rms_norm_silu_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return rms_norm_silu(shape, dtype, gradient=True)
 
 
+def conv3x3(shape: Sequence[int], dtype: torch.dtype, gradient: bool = False) -> Contest:
+    """A 3x3 convolution to as many channels in channels_last; or its gradients. Arithmetic limits it, not the bytes."""
+    c = shape[1]
+    x, _, bias = activation(shape, dtype, gradient)
+    weight = torch.randn(c, c, 3, 3, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = weight.div_(3 * c**0.5).requires_grad_(gradient)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return fastddpm.conv3x3(x, weight, bias)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    size = (2 * x.numel() + weight.numel()) * (2 if gradient else 1) * dtype.itemsize
+    return Contest((x, weight, bias), ours, eager, size, timed="gradient" if gradient else "call")
+
+
+def conv3x3_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return conv3x3(shape, dtype, gradient=True)
+
+
 def adam_ema(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     """Clip, AdamW and EMA over 40 tensors: gradients for their norm, then five tensors read and four written."""
     params = [torch.randn(shape, device=DEVICE) for _ in range(40)]

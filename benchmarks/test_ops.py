@@ -15,6 +15,8 @@ from benchmarks.contests import (
     Make,
     adam_ema,
     compiled,
+    conv3x3,
+    conv3x3_backward,
     diffusion_loss,
     group_norm_silu,
     group_norm_silu_backward,
@@ -33,6 +35,7 @@ NORMS = [  # of the U-Nets for CIFAR-10, LSUN, ImageNet-64 and Stable Diffusion
     (16, 256, 32, 32), (16, 384, 32, 32), (16, 256, 16, 16), (16, 512, 8, 8), (16, 256, 4, 4), (1, 128, 256, 256),
     (4, 192, 64, 64), (16, 576, 16, 16), (2, 320, 64, 64),
 ]  # fmt: skip
+CONVOLUTIONS = [(8, 128, 32, 32), (8, 256, 16, 16)] if not torch.cuda.is_available() else []  # on a GPU, those of cuDNN
 # case, shape, dtype, whether torch.compile takes part (5 to 20 seconds each)
 CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     (normal, CIFAR, F32, False), (normal, (8, 3, 256, 256), F32, False), (normal, CIFAR, BF16, False),
@@ -44,6 +47,8 @@ CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     *((make, shape, F32, False) for shape in NORMS for make in (group_norm_silu, group_norm_silu_backward)),
     (rms_norm_silu, HOT, F32, True), (rms_norm_silu_backward, HOT, F32, False),
     (rms_norm_silu, HOT, BF16, False), (rms_norm_silu_backward, HOT, BF16, False),
+    *((make, shape, dtype, False) for shape in CONVOLUTIONS for dtype in (F32, BF16)
+      for make in (conv3x3, conv3x3_backward)),
     (adam_ema, (256, 256, 3, 3), F32, False),
 ]  # fmt: skip
 

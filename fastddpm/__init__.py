@@ -8,6 +8,7 @@ from ._dispatch import explain, use_backend
 from .diffusion import DiffusionConfig, GaussianDiffusion
 from .nn import UNet, UNetConfig
 from .ops import adam_ema, conv3x3, diffusion_loss, group_norm_silu, q_sample, rms_norm_silu, solver_step
+from .optimization import optimize, restore
 from .schedule import Schedule, make_schedule
 from .training import TrainConfig, Trainer, load_diffusion, load_images
 
@@ -28,7 +29,9 @@ __all__ = [
     "load_diffusion",
     "load_images",
     "make_schedule",
+    "optimize",
     "q_sample",
+    "restore",
     "rms_norm_silu",
     "solver_step",
     "use_backend",

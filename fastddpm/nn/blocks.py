@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Conv2d, conv2d
+from .layers import Conv2d, UpsampledConv2d, conv2d, repeat_pixels
 from .norm import GroupNormSiLU
 
 Padding = Literal["same", "symmetric"]
@@ -122,13 +122,13 @@ class ResBlock(nn.Module):
             return x if self.shortcut is None else self.shortcut(x)
         assert self.shortcut is not None and self.resample is None  # what joins has more channels than it gives
         first, second = self.shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        return F.conv2d(x, first, self.shortcut.bias) + F.conv2d(skip, second)
+        return conv2d(x, first, self.shortcut.bias) + conv2d(skip, second)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         if self.resample == "up":
-            return _repeat_pixels(x)
+            return repeat_pixels(x)
         return x
 
     def extra_repr(self) -> str:
@@ -164,11 +164,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W]."""
-        out: Tensor = self.conv(_repeat_pixels(x))
+        out: Tensor = self.conv(x)
         return out
 
 
@@ -180,9 +180,3 @@ def reads_apart(x: Tensor) -> bool:
     two runs differ by, at 8 x (128..512) x (8..32)^2 in bfloat16: there the two are joined.
     """
     return x.is_cuda
-
-
-def _repeat_pixels(x: Tensor) -> Tensor:
-    # A 1x1 map is NCHW and NHWC at once, and the strides that say which are lost on the way; then B*C elements are
-    # copied so that the result is channels_last. Any other channels_last map passes untouched.
-    return F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")

@@ -2,7 +2,8 @@
 
 On a GPU, and in float32 where nothing better is known, these are torch's. On a CPU
 
-- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less;
+- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less; on small maps, and
+  behind an upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from torch.autograd.function import once_differentiable
 from .._checks import is_nhwc
 from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3, is_kept
+from .patches import conv3x3_products, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
 LEAST_CHANNELS = 16
+MOST_PIXELS, LEAST_PIXELS = 16, 64
+"""Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch."""
 LEAST_TILES = 256
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call; if it is done once, 64."""
 _plain = False
@@ -64,24 +68,61 @@ def _autocast(x: Tensor) -> Tensor:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     """`torch.nn.functional.conv2d` of x [B, K, H, W] and weight [N, K, P, Q]."""
     x = _autocast(x)
-    if _is_transformed(x, weight, stride, padding):
-        return conv3x3(x, weight, bias)
+    kind = (*weight.shape[2:], stride, padding)
+    if x.device.type == "cpu" and not _plain and is_nhwc(x):
+        if kind == (1, 1, 1, 0):
+            return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        if kind == (3, 3, 1, 1) and _is_transformed(x, weight):
+            return conv3x3(x, weight, bias)
+        if kind == (3, 3, 1, 1) and _is_small(x):
+            return _in_float32(conv3x3_products, x, weight, bias)
     if computes_in_float32(x):
         y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
         return y
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def _is_transformed(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    if _plain or x.device.type != "cpu" or weight.shape[2:] != (3, 3) or stride != 1 or padding != 1:
-        return False
-    if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype not in (torch.float32, *HALF) or not is_nhwc(x):
+def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Repeat each pixel of x [B, K, H, W] 2x2, then convolve with weight [N, K, 3, 3] within a border of zeros."""
+    x = _autocast(x)
+    if x.device.type == "cpu" and not _plain and is_nhwc(x) and _pixels(x) >= LEAST_PIXELS:
+        return _in_float32(upsampled_conv3x3_products, x, weight, bias)
+    return conv2d(repeat_pixels(x), weight, bias, padding=1)
+
+
+def repeat_pixels(x: Tensor) -> Tensor:
+    """Each pixel of x [B, C, H, W] 2x2: [B, C, 2H, 2W], channels_last."""
+    # A 1x1 map is NCHW and NHWC at once, and the strides that say which are lost on the way; then B*C elements are
+    # copied so that the result is channels_last. Any other channels_last map passes untouched.
+    return F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS
+
+
+def _is_transformed(x: Tensor, weight: Tensor) -> bool:
+    if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype not in (torch.float32, *HALF):
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     return tiles >= (64 if is_kept() else LEAST_TILES)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _in_float32(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What a function of float32 or float64 gives for half precision, too."""
+    if x.dtype not in HALF:
+        return function(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return function(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of x [.., K] and weight [N, K]."""
     x = _autocast(x)
     if computes_in_float32(x):
@@ -99,12 +140,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution by `conv2d`."""
+    """A convolution by `conv2d`: square filters, stride and border, and no other options."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, K, H, W] to [B, N, H', W']."""
         assert isinstance(self.padding, tuple)
         return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """A convolution by `upsampled_conv2d`: of kernel 3 and padding 1, behind a repetition of each pixel 2x2."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, K, H, W] to [B, N, 2H, 2W]."""
+        return upsampled_conv2d(x, self.weight, self.bias)
 
 
 class Linear(nn.Linear):
@@ -144,10 +196,10 @@ class _Linear(torch.autograd.Function):
     """In float32, with what is kept for backward in half precision."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -18,74 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._checks import is_nhwc
 
-MOST_PIXELS = 16
-"""Of a map on which a convolution is faster as products."""
-LEAST_PIXELS = 64
-"""Of all maps of a batch: with fewer, reading the weight is all there is to do."""
-
-
-class Conv3x3(nn.Conv2d):
-    """`torch.nn.Conv2d` of kernel 3 and padding 1, by the faster way.
-
-    Args:
-        in_channels, out_channels: I and O.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, I, H, W] to [B, O, H, W]."""
-        if x.shape[2] * x.shape[3] <= MOST_PIXELS and _takes(x, self.weight):
-            assert self.bias is not None
-            return conv3x3_products(x, self.weight, self.bias)
-        return super().forward(x)
-
-    def upsampled(self, x: Tensor) -> Tensor:
-        """[B, I, H, W] to [B, O, 2H, 2W]: each pixel is repeated 2x2 first."""
-        if _takes(x, self.weight):
-            assert self.bias is not None
-            return upsampled_conv3x3_products(x, self.weight, self.bias)
-        # a map of 1x1 is channels_last and not at once, and which of the two is lost on the way
-        x = F.interpolate(x.to(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest")
-        y: Tensor = self(x)
-        return y
-
-
-class Conv1x1(nn.Conv2d):
-    """`torch.nn.Conv2d` of kernel 1: a linear layer over the pixels, where that is the faster way.
-
-    Args:
-        in_channels, out_channels: I and O.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, I, H, W] to [B, O, H, W]."""
-        return conv1x1(x, self.weight, self.bias)
-
-
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(x, weight, bias), on a CPU as the product that it is: for few images torch has no fast convolution.
-
-    Args:
-        x: [B, I, H, W]. weight: [O, I, 1, 1]. bias: [O].
-
-    Returns: [B, O, H, W], in the memory order of x.
-    """
-    if _is_plain(x, weight) and is_nhwc(x):
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias)
-
-
-def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1) as three matrix products.
 
     Args:
@@ -98,7 +35,7 @@ def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _products(x, taps, bias).view(h, b, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
 
 
-def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1) as eight matrix products on x as it is.
 
     Args:
@@ -118,10 +55,6 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     return same and not torch.is_autocast_enabled("cpu")
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    return x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS and _is_plain(x, weight)
-
-
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[16, 9]: which of the 3x3 taps fall on tap (p, q) of phase (a, b), rows in the order a, b, p, q.
 
@@ -131,13 +64,13 @@ def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.einsum("api,bqj->abpqij", axis, axis).reshape(16, 9)
 
 
-def _products(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+def _products(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """Sums of products of rows of x with taps [O, phases, rows, K], [phases, H, B W, O].
 
     One phase has three rows of 3 I taps. Of four phases (a, b), phase (a, b) has two rows of 2 I taps: rows p + a - 1
     and p + a, pixels b - 1 and b.
     """
-    if torch.is_grad_enabled() and any(p.requires_grad for p in (x, taps, bias)):
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, taps, bias)):
         y: Tensor = _Products.apply(x, taps, bias)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, taps, bias)
@@ -147,7 +80,7 @@ class _Products(torch.autograd.Function):
     """Keeps x and the taps; the matrix of x, three times as large, is made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, taps)
         return _forward(x, taps, bias)
 
@@ -162,12 +95,13 @@ class _Products(torch.autograd.Function):
             theirs = dy[phase, to].flatten(0, 1)
             dtaps[:, phase, row].addmm_(theirs.T, beside[of, :, columns].flatten(0, 1), beta=0)
             dbeside[of, :, columns].flatten(0, 1).addmm_(theirs, taps[:, phase, row])
-        return _spread(dbeside, x), dtaps, dy.flatten(0, 2).sum(0)
+        return _spread(dbeside, x), dtaps, dy.flatten(0, 2).sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _forward(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+def _forward(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     beside = _beside(x)
-    y = bias.expand(taps.shape[1], *beside.shape[:2], -1).contiguous()
+    start = taps.new_zeros(len(taps)) if bias is None else bias
+    y = start.expand(taps.shape[1], *beside.shape[:2], -1).contiguous()
     for phase, row, to, of, columns in _terms(x, taps):
         y[phase, to].flatten(0, 1).addmm_(beside[of, :, columns].flatten(0, 1), taps[:, phase, row].T)
     return y

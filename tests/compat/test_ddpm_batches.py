@@ -45,18 +45,23 @@ def pairs(indices: list[int], flips: list[bool] | None) -> Tensor:
     return torch.tensor([indices, [0] * len(indices) if flips is None else flips]).T
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-def test_order_and_flips_are_those_of_a_shuffled_dataloader(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """For three epochs, with the global generator in the same state after each batch."""
-    monkeypatch.setattr(module, "cpu_count", lambda: WORKERS)
+@pytest.fixture(scope="module")
+def of_dataloader() -> list[tuple[Tensor, Tensor]]:
+    """Three epochs of a shuffled DataLoader after seed 3: its batches, and the state of the global generator."""
     loader = data.DataLoader(IndexAndDraw(), batch_size=BATCH, shuffle=True, num_workers=WORKERS)
-    steps = 3 * len(loader) - 1
     torch.manual_seed(3)
-    theirs = endless(loader)
-    expected = [(next(theirs), torch.get_rng_state()) for _ in range(steps)]
+    batches = endless(loader)
+    return [(next(batches), torch.get_rng_state()) for _ in range(3 * len(loader))]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_order_and_flips_are_those_of_a_shuffled_dataloader(
+    monkeypatch: pytest.MonkeyPatch, of_dataloader: list[tuple[Tensor, Tensor]], threads: int
+) -> None:
+    monkeypatch.setattr(module, "cpu_count", lambda: WORKERS)
     torch.manual_seed(3)
     ours = Batches(pairs, COUNT, BATCH, CPU, flips=True, threads=threads)
-    for batch, state in expected:
+    for batch, state in of_dataloader:
         assert torch.equal(next(ours), batch)
         assert torch.equal(torch.get_rng_state(), state)
 

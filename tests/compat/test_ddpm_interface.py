@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastddpm.compat import denoising_diffusion_pytorch as ddp
 from fastddpm.compat.denoising_diffusion_pytorch.blocks import Attention, LinearAttention
+from fastddpm.ops.conv3x3 import is_kept
 from tests.compat.peers import seeded
 from tests.tolerance import assert_equal_to_rounding
 
@@ -242,6 +243,24 @@ def test_intermediate_images_are_not_kept(options: dict[str, Any]) -> None:
     diffusion.model.register_forward_pre_hook(look)
     diffusion.sample(1)
     assert max(alive) <= 2
+
+
+def test_weights_may_change_between_samplings_and_an_error_may_end_one() -> None:
+    """What is kept of the weights in a sampling is gone after it."""
+    diffusion = ddp.GaussianDiffusion(ddp.Unet(dim=16, dim_mults=(1,)), image_size=4, timesteps=3)
+    seeded(diffusion.sample, 4)
+    with torch.no_grad():
+        for p in diffusion.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    expected = seeded(copy.deepcopy(diffusion).sample, 4)
+    assert torch.equal(seeded(diffusion.sample, 4), expected)
+
+    handle = diffusion.model.final_conv.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diffusion.sample(4)
+    handle.remove()
+    with torch.no_grad():
+        assert not is_kept()
 
 
 def test_a_noise_that_is_given_stays_as_it_is() -> None:

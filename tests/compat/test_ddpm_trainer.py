@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import sys
 import types
 import warnings
@@ -190,8 +191,17 @@ def test_errors_of_loading(make: Any, tmp_path: Path) -> None:
         other.load(3)
     assert all(torch.equal(a, b) for a, b in zip(weights(other), before, strict=True))
     torch.save(Toy().state_dict(), tmp_path / "results" / "model-4.pt")
-    with pytest.raises(ValueError, match="with step, model, opt and ema, got none of step, model, opt, ema"):
-        trainer.load(4)
+    torch.save(torch.zeros(2), tmp_path / "results" / "model-5.pt")
+    for milestone in (4, 5):
+        with pytest.raises(ValueError, match="with step, model, opt and ema, got none of step, model, opt, ema"):
+            trainer.load(milestone)
+    whole = (tmp_path / "results" / "model-3.pt").read_bytes()
+    for milestone, contents in ((8, whole[: len(whole) // 2]), (9, b""), (10, pickle.dumps(Path("x"), protocol=2))):
+        (tmp_path / "results" / f"model-{milestone}.pt").write_bytes(contents)
+        with pytest.raises(
+            ValueError, match=rf"expected .*model-{milestone}.pt to be a whole file of tensors and numbers"
+        ):
+            trainer.load(milestone)
 
 
 # --- steps ---

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.nn import patches
-from fastddpm.nn.patches import Conv3x3, conv3x3_products, upsampled_conv3x3_products
+from fastddpm.nn.layers import Conv2d, UpsampledConv2d
+from fastddpm.nn.patches import conv3x3_products, upsampled_conv3x3_products
 from tests.tolerance import assert_within
 
 
@@ -71,15 +72,19 @@ def test_small_maps_of_enough_images_are_products(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(patches, "_products", lambda x, taps, bias: calls.append(x) or real(x, taps, bias))
-    conv, x = Conv3x3(8, 6), torch.randn(shape)
+    conv, x = Conv2d(8, 6, 3, padding=1), torch.randn(shape).to(memory_format=torch.channels_last)
     assert_within(
         conv(x), plain(x.double(), conv.weight.double(), conv.bias.double()), plain(x, conv.weight, conv.bias)
     )
     assert bool(calls) == taken
     with torch.autocast("cpu", torch.bfloat16):
         assert conv(x).dtype == torch.bfloat16
-    assert conv.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
-    assert len(calls) == taken
+    half = conv.to(torch.bfloat16)
+    half_x = x.to(torch.bfloat16)
+    y = half(half_x)
+    assert y.dtype == torch.bfloat16 and all(call.dtype == torch.float32 for call in calls)
+    exact = plain(half_x.double(), half.weight.double(), half.bias.double())
+    assert_within(y, exact, plain(half_x.float(), half.weight.float(), half.bias.float()))
 
 
 real = patches._products
@@ -88,23 +93,23 @@ real = patches._products
 def test_upsampling_of_few_and_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(patches, "_products", lambda x, taps, bias: calls.append(x) or real(x, taps, bias))
-    conv = Conv3x3(5, 4)
+    conv = UpsampledConv2d(5, 4)
     for size in (4, 16):
-        x = torch.randn(1, 5, size, size)
+        x = torch.randn(1, 5, size, size).to(memory_format=torch.channels_last)
         r = upsampled(x.double(), conv.weight.double(), conv.bias.double())
-        assert_within(conv.upsampled(x), r, upsampled(x, conv.weight, conv.bias))
+        assert_within(conv(x), r, upsampled(x, conv.weight, conv.bias))
     assert [len(x[0, 0]) for x in calls] == [16]
 
 
 def test_one_graph_under_torch_compile() -> None:
-    conv = Conv3x3(4, 3)
+    conv, behind = Conv2d(4, 3, 3, padding=1), UpsampledConv2d(4, 3)
 
     def function(x: Tensor) -> Tensor:
-        return conv.upsampled(conv(x)[:, [0, 1, 2, 0]])
+        return behind(conv(x)[:, [0, 1, 2, 0]])
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    parameters = list(conv.parameters())
-    x = torch.randn(8, 4, 4, 4)
+    parameters = [*conv.parameters(), *behind.parameters()]
+    x = torch.randn(8, 4, 4, 4).to(memory_format=torch.channels_last)
     for ours, eager in zip(
         torch.autograd.grad(compiled(x).square().sum(), parameters),
         torch.autograd.grad(function(x).square().sum(), parameters),

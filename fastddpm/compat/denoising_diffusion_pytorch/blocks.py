@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import sinusoidal_embedding
-from ...nn.patches import Conv1x1, Conv3x3
+from ...nn.layers import Conv2d
 from ...ops import rms_norm_silu
 
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, dropout: float = 0.0, conv: Conv = nn.Conv2d) -> None:
         super().__init__()
-        self.proj = Conv3x3(dim, dim_out) if conv is nn.Conv2d else conv(dim, dim_out, 3, padding=1)
+        self.proj = Conv2d(dim, dim_out, 3, padding=1) if conv is nn.Conv2d else conv(dim, dim_out, 3, padding=1)
         self.norm = RMSNorm(dim_out, self.proj.weight.dim())
         self.dropout = nn.Dropout(dropout)
 
@@ -146,7 +146,7 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, conv=conv)
         self.res_conv: nn.Module = nn.Identity()
         if dim != dim_out:
-            self.res_conv = Conv1x1(dim, dim_out) if conv is nn.Conv2d else conv(dim, dim_out, 1)
+            self.res_conv = Conv2d(dim, dim_out, 1) if conv is nn.Conv2d else conv(dim, dim_out, 1)
 
     def forward(self, x: Tensor, activated: Tensor) -> Tensor:
         """x [B, dim, H, W] and silu(embedding) [B, time_emb_dim] to [B, dim_out, H, W]."""

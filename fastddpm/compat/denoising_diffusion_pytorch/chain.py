@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._checks import is_nhwc
+from ...ops.conv3x3 import keep_transformed
 from ...schedule import Schedule, cosine_beta_schedule, extract, linear_beta_schedule
 
 if TYPE_CHECKING:
@@ -266,6 +267,7 @@ class Chain(nn.Module):
         """Of the tables that the ops take."""
         return torch.promote_types(self.betas.dtype, torch.float32)
 
+    @keep_transformed()
     def _ancestral(self, x: Tensor, steps: int, options: dict[str, Any], all_states: bool = False) -> list[Tensor]:
         """x and the states after each step, or the last alone: from t = steps - 1 to the image.
 
@@ -290,6 +292,7 @@ class Chain(nn.Module):
             states = [*states, x] if all_states else [x]
         return states
 
+    @keep_transformed()
     def _ddim(
         self, x: Tensor, clip: bool, rederive: bool, options: dict[str, Any], all_states: bool = False
     ) -> list[Tensor]:

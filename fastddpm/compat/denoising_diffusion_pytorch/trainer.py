@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -135,8 +136,15 @@ class _Training:
             raise FileNotFoundError(
                 f"{self.name}: expected {path} to load, got no such file; there are {there or 'none in this folder'}"
             )
-        contents = torch.load(path, map_location=self.device, weights_only=True)
-        missing = [key for key in ("step", "model", "opt", "ema") if key not in contents]
+        try:
+            contents = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.name}: expected {path} to be a whole file of tensors and numbers, got {error}; load an earlier "
+                "milestone, as the original leaves half a file where it is interrupted while it writes"
+            ) from error
+        has = contents if isinstance(contents, dict) else {}
+        missing = [key for key in ("step", "model", "opt", "ema") if key not in has]
         if missing:
             raise ValueError(
                 f"{self.name}: expected {path} with step, model, opt and ema, got none of {', '.join(missing)}; "

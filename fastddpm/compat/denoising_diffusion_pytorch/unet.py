@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import check_shape
-from ...nn.patches import Conv1x1, Conv3x3
+from ...nn.layers import Conv2d, UpsampledConv2d
 from .blocks import (
     Attention,
     LinearAttention,
@@ -109,7 +109,7 @@ class Unet(nn.Module):
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()  # in the order that an optimizer's state counts in
         for i, (c_in, c_out) in enumerate(pairs):
             parts: list[nn.Module] = [block(c_in, c_in), block(c_in, c_in), attention(i, c_in)]
-            parts.append(Conv3x3(c_in, c_out) if i == levels - 1 else Downsample(c_in, c_out))
+            parts.append(Conv2d(c_in, c_out, 3, padding=1) if i == levels - 1 else Downsample(c_in, c_out))
             self.downs.append(nn.ModuleList(parts))
 
         middle = widths[-1]
@@ -119,12 +119,12 @@ class Unet(nn.Module):
 
         for i, (c_in, c_out) in reversed(list(enumerate(pairs))):
             parts = [block(c_out + c_in, c_out), block(c_out + c_in, c_out), attention(i, c_out)]
-            parts.append(Conv3x3(c_out, c_in) if i == 0 else Upsample(c_out, c_in))
+            parts.append(Conv2d(c_out, c_in, 3, padding=1) if i == 0 else Upsample(c_out, c_in))
             self.ups.append(nn.ModuleList(parts))
 
         self.out_dim = channels * (2 if learned_variance else 1) if out_dim is None else out_dim
         self.final_res_block = block(init_dim * 2, init_dim)
-        self.final_conv = Conv1x1(init_dim, self.out_dim)
+        self.final_conv = Conv2d(init_dim, self.out_dim, 1)
         for p in self.parameters():
             if p.dim() == 4:
                 p.data = p.data.to(memory_format=torch.channels_last)
@@ -185,14 +185,10 @@ class Downsample(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """Twice the size: each pixel is repeated 2 x 2, then a 3x3 convolution."""
+    """Twice the size: each pixel is repeated 2 x 2, then a 3x3 convolution; both are in the second of its parts."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__(nn.Identity(), Conv3x3(dim, dim_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, dim, H, W] to [B, dim_out, 2H, 2W]."""
-        return cast(Conv3x3, self[1]).upsampled(x)
+        super().__init__(nn.Identity(), UpsampledConv2d(dim, dim_out))
 
 
 def time_mlp(dim: int, width: int, by_weights: bool, is_random: bool, weights_dim: int, theta: float) -> TimeMLP:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...sampling import ddim_table
 from .configuration import configured
 from .outputs import SampleAndPrediction
-from .scheduler import BetaScheduler, Generators, as_image, together
+from .scheduler import BetaScheduler, Generators, as_image, as_sample, together
 from .tables import PREDICTIONS, Transitions, eps_columns, rows, x0_columns
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -38,7 +38,8 @@ class DDIMScheduler(BetaScheduler):
         `add_noise` in half precision, see there; tables are float32.
     corrected=True takes ours instead: `fastddpm.sampling.ddim_table`. There a step arrives where the next one starts,
     the last at the clean image (set_alpha_to_one has no effect), tables are float64, and the spacing is "trailing"
-    unless one is given. Not reproduced: "trailing" with some numbers of steps visits t = -1 at last.
+    unless one is given. Not reproduced: "trailing" with some numbers of steps visits t = -1 at last; with
+    eta = 1 where abar = 0, rounding may leave a negative number under the root, and NaN.
 
     Args:
         set_alpha_to_one: see above. beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2". The others are
@@ -137,7 +138,7 @@ class DDIMScheduler(BetaScheduler):
         elif eta > 0:
             noise = self._noise(sample.shape, model_output.dtype, model_output, generator)
         x_next, pred = self._updated(*together(sample, model_output), table, row, noise)
-        x_next, pred = x_next.reshape(sample.shape), pred.reshape(sample.shape)
+        x_next, pred = as_sample(x_next, sample), as_sample(pred, sample)
         return DDIMSchedulerOutput(x_next, pred) if return_dict else (x_next, pred)
 
     def _make_rows(self, *options: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...sampling import ddpm_table
 from .configuration import configured
 from .outputs import SampleAndPrediction
-from .scheduler import BetaScheduler, Generators, as_image, together
+from .scheduler import BetaScheduler, Generators, as_image, as_sample, together
 from .tables import BETAS, LEAST_VARIANCE, PREDICTIONS, Transitions, rows, x0_columns
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -177,7 +177,7 @@ class DDPMScheduler(BetaScheduler):
             mean, variance = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2, dim=1)
             out = as_image(torch.cat([mean, variance.log()], dim=1))
         x_next, pred = self._updated(x, out, table, row, noise)
-        x_next, pred = x_next.reshape(sample.shape), pred.reshape(sample.shape)
+        x_next, pred = as_sample(x_next, sample), as_sample(pred, sample)
         return DDPMSchedulerOutput(x_next, pred) if return_dict else (x_next, pred)
 
     def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configuration import configured
 from .outputs import SchedulerOutput
-from .scheduler import Generators, Scheduler, as_image, counted_noise, randn, thresholded, together, update
+from .scheduler import Generators, Scheduler, as_image, as_sample, counted_noise, randn, thresholded, together, update
 from .tables import rows, without_overrun
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -330,10 +330,10 @@ class DPMSolverMultistepScheduler(Scheduler):
         noise = self._noise_of_step(order, i, x, model_output, generator, variance_noise, earlier)
         row = (order - 1) * self.num_inference_steps + i
         x_next, m = update(x, out, table, row, pred_prev=previous if order > 1 else None, **noise)
-        self.model_outputs = [*self.model_outputs[1:], m.reshape(sample.shape)]
+        self.model_outputs = [*self.model_outputs[1:], as_sample(m, sample)]
         self.lower_order_nums = min(self.lower_order_nums + 1, int(self.config.solver_order))
         self._step_index += 1
-        x_next = x_next.reshape(sample.shape)
+        x_next = as_sample(x_next, sample)
         return SchedulerOutput(x_next) if return_dict else (x_next,)
 
     def _order(self, i: int) -> int:

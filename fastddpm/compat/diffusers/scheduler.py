@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ..._checks import is_nhwc
 from ...ops import normal, philox, q_sample, solver_step
@@ -18,6 +17,9 @@ from ...ops.solver_step import reference as solver_step_reference
 from ...sampling.guidance import quantile_of_magnitude
 from .configuration import NOT_GIVEN, Configured
 from .tables import PREDICTIONS, Rows, make_betas, schedule_of, spaced
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # by whose names diffusers finds the classes that can take a scheduler's place
 COMPATIBLES = [
@@ -43,6 +45,7 @@ class Scheduler(Configured):
     num_inference_steps: int | None
     noise_seed: int | None = None
     first_image: int = 0
+    _numbers: Tensor | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made: Self = object.__new__(_of_diffusers(cls))
@@ -67,7 +70,7 @@ class Scheduler(Configured):
 
         Returns: self.
         """
-        self.noise_seed, self.first_image = seed, first_image
+        self.noise_seed, self.first_image, self._numbers = seed, first_image, None
         return self
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -159,7 +162,10 @@ class Scheduler(Configured):
 
     def _images(self, batch: int, device: torch.device) -> Tensor:
         """The numbers of the images of a batch."""
-        return torch.arange(self.first_image, self.first_image + batch, device=device)
+        if self._numbers is None or len(self._numbers) != batch or self._numbers.device != device:
+            with torch.inference_mode(False):
+                self._numbers = torch.arange(self.first_image, self.first_image + batch, device=device)
+        return self._numbers
 
     # ---- noising
 
@@ -330,6 +336,11 @@ def as_image(x: Tensor) -> Tensor:
     return x.reshape(shape).contiguous()
 
 
+def as_sample(x: Tensor, sample: Tensor) -> Tensor:
+    """An image in the shape of the sample that it came of."""
+    return x if x.shape == sample.shape else x.reshape(sample.shape)
+
+
 def together(sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     """Both as images; the sample, and so what comes of it, in the dtype that torch gives to their sum."""
     dtype = torch.promote_types(sample.dtype, model_output.dtype)
@@ -379,8 +390,10 @@ def _of_diffusers(cls: type[Any]) -> type[Any]:
     """cls, or cls as a scheduler of diffusers too, where that has been imported."""
     if "diffusers" not in sys.modules:
         return cls
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
+    try:
+        from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    except ImportError:  # something else of that name, or another version
+        return cls
     if issubclass(cls, SchedulerMixin):
         return cls
     if cls not in _JOINED:

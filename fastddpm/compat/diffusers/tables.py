@@ -79,7 +79,7 @@ def spaced(spacing: str, num_train: int, num_steps: int, offset: int) -> Any:
 
 def without_overrun(ends: np.ndarray) -> np.ndarray:
     """round(end) - 1 of the trailing spacing, without the -1 that diffusers visits last where the rounding of T / N
-    leaves arange one number too many (N = 61, 103, 121 and 76 others below T = 1000)."""
+    leaves arange one number too many (N = 61, 103, 121 and 59 others of T = 1000)."""
     steps = np.round(ends).astype(np.int64) - 1
     return steps[steps >= 0]
 

@@ -88,12 +88,16 @@ def test_unknown_keys_are_kept_and_warned_of(tmp_path: Path) -> None:
         "rho": 7,
     }
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="no argument colour"):
+    with pytest.warns(UserWarning, match="no argument colour, which"):
         mine, unused = ours.DDPMScheduler.from_pretrained(tmp_path, return_unused_kwargs=True, size=3)
     theirs, expected = original("DDPMScheduler").from_pretrained(tmp_path, return_unused_kwargs=True, size=3)
     assert unused == expected and {k: v for k, v in mine.config.items() if k != NOT_GIVEN} == {
         k: v for k, v in theirs.config.items() if k != NOT_GIVEN
     }
+    with pytest.warns(UserWarning, match="no argument colour, which"):
+        mine = ours.DDPMScheduler.from_config({**config, "_class_name": "DDIMScheduler"})
+    theirs = type(theirs).from_config({**config, "_class_name": "DDIMScheduler"})
+    assert mine.config["_class_name"] == theirs.config["_class_name"] == "DDPMScheduler"
     assert mine.config.colour == "blue" and json.loads(mine.to_json_string())["rho"] == 7
     with pytest.warns(UserWarning, match="colour"):
         ours.DDIMScheduler.from_config(mine.config)

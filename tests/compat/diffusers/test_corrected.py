@@ -280,3 +280,16 @@ def test_timesteps_that_are_no_integers() -> None:
         ours.DDIMScheduler().get_velocity(X, X, 3)
     with pytest.raises(TypeError, match="expected timesteps to be a tensor, got int"):
         solver().add_noise(X, X, 3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_full_noise_leaves_no_root_of_a_negative_number(schedule: str) -> None:
+    """1 - abar' - std^2 is 0 at eta = 1 where abar = 0, and rounding may make it less."""
+    for zero_snr in (False, True):
+        scheduler = ours.DDIMScheduler(
+            beta_schedule=schedule, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction"
+        )
+        for steps in range(1, 200, 7):
+            scheduler.set_timesteps(steps)
+            table, _ = scheduler._rows(1.0, False).at(0, torch.device("cpu"))
+            assert table[:-1].isfinite().all()

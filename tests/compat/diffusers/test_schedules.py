@@ -225,6 +225,13 @@ def test_noising_by_the_solver(case: int, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         agree(theirs.timesteps[[0, 3, 9, 5]], shape)
     agree(torch.tensor([1, 2, 3, 4]))  # none of which is visited
+    if "use_karras_sigmas" in CASES[case]:
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(300)
+        visited = theirs.timesteps.tolist()
+        twice = [t for t in visited if visited.count(t) > 1][:4]  # rounded, with sigmas that differ: the second counts
+        assert len(twice) == 4
+        agree(torch.tensor(twice))
     for scheduler in (theirs, mine):
         scheduler.set_begin_index(4)
     agree(torch.tensor([1, 2, 3, 4]))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fastddpm
 import fastddpm.compat.diffusers as ours
 from fastddpm.compat.diffusers.scheduler import Scheduler
-from tests.compat.diffusers.cases import NAMES, Party, Walk, mine, network, outputs, walks
+from tests.compat.diffusers.cases import NAMES, Party, Walk, laid_out, mine, network, outputs, walks
+from tests.tolerance import assert_near_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -116,6 +119,30 @@ def test_a_timestep_on_the_device_that_is_not_visited_gives_nan(monkeypatch: pyt
     for t in (1, 999, 1000, 2000):
         assert scheduler.step(x, torch.tensor(t), x).prev_sample.isnan().all()
     assert scheduler.step(x, torch.tensor(900), x).prev_sample.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_implementation_takes_the_calls(name: str, backend: str) -> None:
+    """In whatever dtypes and memory orders a sampling comes; Triton in its interpreter."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the Triton kernels need Triton")
+    for walk in walks(name, 6, seed=5):
+        walk = replace(walk, num_steps=min(walk.num_steps, 4), timesteps=None)
+        if walk.dtype == torch.float64 or walk.config.get("num_train_timesteps") == 60:
+            continue
+        expected, found = (Party(walk, mine(walk), walk.dtype) for _ in range(2))
+        x = laid_out(torch.randn(walk.shape).to(walk.dtype), walk)
+        for i, drawn in list(enumerate(outputs(walk, len(expected.scheduler.timesteps))))[:3]:
+            out = network(walk, drawn, x)
+            native = expected.step(out, i, x)
+            with fastddpm.use_backend(backend):
+                result = found.step(out, i, x)
+            for key in native:
+                assert result[key].dtype == native[key].dtype
+                precision = 1e-5 if walk.dtype == torch.float32 else torch.finfo(walk.dtype).eps
+                assert_near_peer(result[key], native[key], precision)
+            x = native.prev_sample
 
 
 def test_timesteps_may_be_assigned() -> None:
