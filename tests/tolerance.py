@@ -87,4 +87,4 @@ def _norm2(x: Tensor) -> float:
 
 def _maximum(x: Tensor) -> float:
     """The largest |x|; NaN where there is one, so that a comparison with it fails."""
-    return float(x.abs().max()) if x.numel() else 0.0
+    return float(x.detach().abs().max()) if x.numel() else 0.0

@@ -116,7 +116,7 @@ class TrainLoop:
         self.ddp_model = model
         if self.use_ddp:
             here = [self.device] if self.device.type == "cuda" else None
-            self.ddp_model = DistributedDataParallel(model, here, broadcast_buffers=False, bucket_cap_mb=128)
+            self.ddp_model = DistributedDataParallel(model, here, bucket_cap_mb=128)
 
     @property
     def lg_loss_scale(self) -> float:

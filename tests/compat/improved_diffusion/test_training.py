@@ -186,21 +186,28 @@ def test_any_network_can_be_trained(tmp_path: Path) -> None:
             super().__init__()
             self.register_buffer("calls", torch.zeros(()))
             self.layer = nn.Conv2d(3, 6, 1)
+            self.labels: list[list[int]] = []
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            self.labels.append(y.tolist())
             out: Tensor = self.layer(x)
             return out
 
-    loop(Plain(), lr_anneal_steps=2).run_loop()
+    data = ((images, {"y": torch.arange(4)}) for images, _ in batches())
+
+    model = Plain()
+    loop(model, data=data, microbatch=3, lr_anneal_steps=2).run_loop()
+    assert model.labels == [[0, 1, 2], [3]] * 2
     state = torch.load(tmp_path / "opt000002.pt", weights_only=True)["state"]
     assert [state[i]["exp_avg"].shape for i in state] == [(6, 3, 1, 1), (6,)]
-    loop(Plain(), resume_checkpoint=str(tmp_path / "model000002.pt"), lr_anneal_steps=4).run_loop()
+    loop(Plain(), data=data, resume_checkpoint=str(tmp_path / "model000002.pt"), lr_anneal_steps=4).run_loop()
     assert (tmp_path / "ema_0.5_000004.pt").exists()
 
 
 def test_half_precision_finds_its_scale(tmp_path: Path) -> None:
     training = loop(small(), use_fp16=True, lr_anneal_steps=0)
     weights = [p.detach().clone() for p in training.model.parameters()]
+    training.step = 1  # of which nothing is logged
     training._lg_loss_scale.fill_(200.0)  # far beyond float16
     training.run_step(*next(training.data))
     assert training.lg_loss_scale == 199
@@ -212,10 +219,11 @@ def test_half_precision_finds_its_scale(tmp_path: Path) -> None:
     assert training.lg_loss_scale == pytest.approx(8.001)
     assert training.opt.step == 1
     exact = loop(small())
+    exact.step = 1
     training._norm.zero_()
+    training.model.load_state_dict(small().state_dict())
     np.random.seed(5)  # noqa: NPY002
     torch.manual_seed(5)
-    training.model.load_state_dict(small().state_dict())
     training.run_step(*next(batches()))
     np.random.seed(5)  # noqa: NPY002
     torch.manual_seed(5)
@@ -358,7 +366,7 @@ def test_training_agrees_with_the_original(sampler: str, tmp_path: Path) -> None
 
 
 WORKER = """
-import sys, torch, numpy as np, torch.distributed as dist
+import os, sys, torch, numpy as np, torch.distributed as dist
 from fastddpm.compat.improved_diffusion import dist_util, logger, create_named_schedule_sampler
 from tests.compat.improved_diffusion.test_training import small, diffusion, batches, loop
 torch.set_num_threads(1)
@@ -368,7 +376,7 @@ logger.configure(sys.argv[1], [])
 sampler = create_named_schedule_sampler("loss-second-moment", diffusion())
 count = 2 - rank  # two of the first process, one of the second
 sampler.update_with_local_losses(torch.arange(count) + 3 * rank, torch.arange(count) + 10.0 * rank)
-assert sampler._loss_counts.nonzero()[0].tolist() == [0, 1, 3], sampler._loss_counts
+assert sampler._loss_counts[:5].tolist() == [1, 1, 0, 1, 0], sampler._loss_counts
 assert sampler._loss_history[[0, 1, 3], 0].tolist() == [0.0, 1.0, 10.0]
 model = small()
 torch.manual_seed(rank); np.random.seed(rank)
@@ -381,12 +389,13 @@ weights = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = [torch.empty_like(weights) for _ in range(2)]
 dist.all_gather(both, weights)
 assert torch.equal(*both)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # threads of gloo that still run at an exit abort it now and then
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -400,9 +409,14 @@ def test_two_processes(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WORKER, str(tmp_path / "run")]
         return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
 
-    for process in [start(0), start(1)]:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    processes = [start(0), start(1)]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=250)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     assert (tmp_path / "run" / "model000002.pt").exists()
 
 
