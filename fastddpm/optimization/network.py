@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import _native
 from .blocks import fit
 from .capture import GRAPHS_OF, Captured
-from .convolution import Float32Conv2d, slower_than_float32
-from .fused import Fused, exchange, give_back, is_plain_conv, patterns, untouched
+from .fused import Fused, exchange, give_back, patterns, untouched
+from .layers import fast_layer
 from .norms import (
     ActivatedGroupNorm,
     FusedGroupNorm,
@@ -75,13 +75,13 @@ def optimize(
         _tails(module, kept, claimed)
         _sequences(module, kept, claimed)
         _single_norms(module, kept, claimed)
+        _layers(module)
     else:
         kept += [Kept(name, type(m).__name__, why) for name, m in module.named_modules() if is_norm(m)]
     if _prefers_pixels(module) if channels_last is None else channels_last:
         _order_weights(module)
         if keep_order not in module._forward_hooks.values():
             module.register_forward_hook(keep_order, with_kwargs=True)
-    _convolutions(module)
     if cuda_graph and not isinstance(module, Captured):
         exchange(module, Captured)
     if compile and module._compiled_call_impl is None:
@@ -190,15 +190,14 @@ def _single_norms(module: nn.Module, kept: list[Kept], claimed: set[nn.Module]) 
             kept.append(Kept(name, type(m).__name__, "it does not give what its name says, or has no weight and bias"))
 
 
-def _convolutions(module: nn.Module) -> None:
+def _layers(module: nn.Module) -> None:
+    """On a GPU these are torch's."""
     weight = next(module.parameters(), None)
-    if weight is None or weight.device.type != "cpu":
-        return
-    half = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
-    if slower_than_float32(half):
+    if weight is not None and weight.device.type == "cpu":
         for m in module.modules():
-            if is_plain_conv(m) and not isinstance(m, Float32Conv2d):
-                exchange(m, Float32Conv2d)
+            layer = fast_layer(m)
+            if layer is not None:
+                exchange(m, layer)
 
 
 def _prefers_pixels(module: nn.Module) -> bool:
