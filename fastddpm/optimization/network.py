@@ -27,7 +27,7 @@ from .norms import (
     is_norm,
 )
 from .report import Kept, Replaced, Report
-from .residual import Block, LucidrainsBlock
+from .residual import Block
 
 STRIDES = "_fastddpm_strides"
 """Where a module keeps the strides that its weights had."""
@@ -36,7 +36,7 @@ COMPILED = "_fastddpm_compiled"
 
 
 def optimize(
-    module: nn.Module, *, channels_last: bool | None = None, compile: bool = False, cuda_graph: bool = False
+    module: nn.Module, *, channels_last: bool = True, compile: bool = False, cuda_graph: bool = False
 ) -> Report:
     """Make an existing network faster in place, with the same weights under the same names.
 
@@ -49,8 +49,7 @@ def optimize(
         module: the network, on the device where it will run. Call this before an optimizer is made, whose state would
             have the memory order of the weights before.
         channels_last: order the weights of 2-D convolutions, and so the activations between them, by pixels. What the
-            network returns keeps the order of what it is given. None does so but for networks of
-            denoising-diffusion-pytorch on a CPU, whose attention goes by channels.
+            network returns keeps the order of what it is given.
         compile: compile the network with torch.compile when it is first called.
         cuda_graph: on a GPU, in inference, record each kind of call of the network and replay it.
 
@@ -78,7 +77,7 @@ def optimize(
         _layers(module)
     else:
         kept += [Kept(name, type(m).__name__, why) for name, m in module.named_modules() if is_norm(m)]
-    if _prefers_pixels(module) if channels_last is None else channels_last:
+    if channels_last:
         _order_weights(module)
         if keep_order not in module._forward_hooks.values():
             module.register_forward_hook(keep_order, with_kwargs=True)
@@ -198,13 +197,6 @@ def _layers(module: nn.Module) -> None:
             layer = fast_layer(m)
             if layer is not None:
                 exchange(m, layer)
-
-
-def _prefers_pixels(module: nn.Module) -> bool:
-    """Whether channels_last is the faster order, as measured."""
-    weight = next(module.parameters(), None)
-    on_cpu = weight is not None and weight.device.type == "cpu"
-    return not (on_cpu and any(isinstance(m, LucidrainsBlock) for m in module.modules()))
 
 
 def _order_weights(module: nn.Module) -> None:
