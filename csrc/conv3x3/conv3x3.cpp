@@ -21,7 +21,10 @@ Conv3x3 arguments(const Tensor& x, int64_t outputs) {
     a.x = image(x, a.shape);
     // as many tiles as the second cache holds with all their channels: the weights are read once for each block
     const int64_t channels = std::max<int64_t>(1, a.shape.channels);
-    a.block = std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK * BLOCK, BLOCK, 8 * BLOCK);
+    const int64_t most = std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK tiles each
+    const int64_t groups = parts(a.tiles, BLOCK);
+    a.blocks = parts(groups, most);
+    a.block = a.blocks == 0 ? 0 : parts(groups, a.blocks) * BLOCK;
     a.scratch = 16 * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
     return a;
 }
@@ -45,7 +48,7 @@ Tensor conv3x3(const Tensor x, const Tensor weights, const MaybeTensor bias, int
     a.y = image(y, of_y);
     a.bias = values(bias, 0);
     a.weights = static_cast<const float*>(weights.data_ptr());
-    parallel(parts(a.tiles, a.block) * parts(outputs, PANEL), a.block * 4 * PANEL * a.shape.channels / 4,
+    parallel(a.blocks * parts(outputs, PANEL), a.block * 4 * PANEL * a.shape.channels / 4,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_forward)(a, begin, end, scratch(a.scratch)); });
     return y;
 }

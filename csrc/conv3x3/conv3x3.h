@@ -8,7 +8,7 @@ namespace fastddpm {
 enum : int64_t {
     PANEL = 32,              // output channels whose weights lie together
     TOGETHER = 16,           // channels of a work item that transforms weights
-    BLOCK = 12,              // tiles of a work item are a multiple of this
+    BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WIDE = 128, HIGH = 64,   // channels and output channels of a work item of the gradient
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
     GRADIENT_SCRATCH = 16 * (32 * (WIDE + HIGH) + HIGH * WIDE + 3 * APART) + WIDE,
@@ -20,7 +20,7 @@ struct Conv3x3 {
     Shape shape;                  // of the input: NHWC order is the fast one
     int64_t outputs;              // channels of the output
     int64_t down, across, tiles;  // tiles of a column, of a row, of all samples
-    int64_t block;                // tiles of a work item, a multiple of BLOCK
+    int64_t blocks, block;        // of tiles, and tiles of the largest, a multiple of BLOCK; an item is one with a panel
     Image x, y;
     Values bias;           // [outputs], or none
     const float* weights;  // transformed: [panels, 16, channels, 32]

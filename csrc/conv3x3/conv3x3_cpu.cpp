@@ -110,6 +110,12 @@ INLINE void store_along(T* p, int64_t stride, VF v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) store(p + i * stride, splat(v[i]), 1);
 }
 
+// Blocks are of as many groups of BLOCK tiles as they can be alike, so that threads have alike to do.
+INLINE int64_t first_of_block(const Conv3x3& a, int64_t block) {
+    const int64_t groups = (a.tiles + BLOCK - 1) / BLOCK, first = block * groups / a.blocks * BLOCK;
+    return first < a.tiles ? first : a.tiles;
+}
+
 // B^T d B of the channels first .. first + count - 1 of a tile, to 16 rows that lie ``apart``. Pixels of the border are
 // read from ``zeros``.
 template <class T>
@@ -160,14 +166,14 @@ INLINE void multiply(const float* v, int64_t channels, const float* u, float* ou
         for (int n = 0; n < N; ++n) store(out + r * PANEL + n * W, total[r][n]);
 }
 
-// out[GRADIENT_ROWS, 32] += d[CHUNK, GRADIENT_ROWS]^T v[CHUNK, 32]; rows of d are HIGH floats, of v and out WIDE.
-INLINE void accumulate(const float* d, const float* v, float* out) {
+// out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32]; rows of d are HIGH floats, of v and out WIDE.
+INLINE void accumulate(const float* d, const float* v, int64_t count, float* out) {
     VF total[GRADIENT_ROWS][N];
 #pragma GCC unroll 16
     for (int r = 0; r < GRADIENT_ROWS; ++r)
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) total[r][n] = load(out + r * WIDE + n * W);
-    for (int t = 0; t < CHUNK; ++t, d += HIGH, v += WIDE) {
+    for (int64_t t = 0; t < count; ++t, d += HIGH, v += WIDE) {
         VF b[N];
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) b[n] = load(v + n * W);
@@ -245,8 +251,8 @@ void conv3x3_forward(const Conv3x3& a, int64_t begin, int64_t end, float* scratc
         using T = decltype(x);
         const T y = static_cast<T>(a.y.data);
         for (int64_t item = begin, last = -1; item < end; ++item) {
-            const int64_t block = item / panels, panel = item % panels, tile = block * a.block;
-            const int64_t count = a.tiles - tile < a.block ? a.tiles - tile : a.block;
+            const int64_t block = item / panels, panel = item % panels, tile = first_of_block(a, block);
+            const int64_t count = first_of_block(a, block + 1) - tile;
             const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
             if (block != last) {
                 for (int64_t t = 0; t < count; ++t)
@@ -332,7 +338,6 @@ void conv3x3_gradient(const Conv3x3Gradient& g, int64_t begin, int64_t end, floa
             memset(v, 0, 4 * 16 * (V_APART + D_APART));  // v and d: channels beyond the last
             for (int64_t tile = from; tile < to; tile += CHUNK) {
                 const int64_t count = to - tile < CHUNK ? to - tile : CHUNK;
-                if (count < CHUNK) memset(d, 0, 4 * 16 * D_APART);
                 for (int64_t t = 0; t < count; ++t) {
                     read_tile(a, x, tile + t, k, of_k, reinterpret_cast<T>(zeros), v + t * WIDE, V_APART);
                     read_gradient(a, dy, tile + t, n, of_n, d + t * HIGH, D_APART);
@@ -347,7 +352,7 @@ void conv3x3_gradient(const Conv3x3Gradient& g, int64_t begin, int64_t end, floa
                     for (int64_t r = 0; r < HIGH; r += GRADIENT_ROWS) {
                         if (r >= of_n) break;
                         for (int64_t c = 0; c < of_k; c += PANEL)
-                            accumulate(d + i * D_APART + r, v + i * V_APART + c, u + i * U_APART + r * WIDE + c);
+                            accumulate(d + i * D_APART + r, v + i * V_APART + c, count, u + i * U_APART + r * WIDE + c);
                     }
             }
             for (int64_t r = 0; r < of_n; ++r)
