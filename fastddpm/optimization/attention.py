@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import is_nhwc
+from ..nn import layers
 from .fused import untouched
+from .layers import follows_upsampling
 from .norms import example, group_norm
 from .residual import Block, against_norms
 
@@ -55,7 +58,7 @@ class DiffusersAttention(Block):
         q, k, v = (
             to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = layers.attention(q, k, v).transpose(1, 2).flatten(2)
         for layer in self.to_out:
             y = layer(y)
         y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -108,7 +111,7 @@ class DiffusersTransformer(Block):
 class DiffusersUpsample(Block):
     """diffusers' Upsample2D by repeated pixels."""
 
-    pattern = "diffusers Upsample2D: channels_last at any batch size"
+    pattern = "diffusers Upsample2D: channels_last at any batch size, with its convolution on the smaller map"
     name: str
     use_conv: bool
     conv: Any
@@ -119,12 +122,14 @@ class DiffusersUpsample(Block):
         x = hidden_states
         if output_size is not None or args or kwargs or 4 * x.numel() >= INDICES:
             return super().forward(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
+        conv = (self.conv if self.name == "conv" else self.Conv2d_0) if self.use_conv else None
+        if is_nhwc(x) and conv is not None and follows_upsampling(conv):
+            return layers.upsampled_conv2d(x, conv.weight, conv.bias)
         # a 1x1 map is in both orders at once, and the strides that say which are lost on the way
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        y: Tensor = F.interpolate(x.to(memory_format=layout), scale_factor=2.0, mode="nearest")
-        if self.use_conv:
-            y = self.conv(y) if self.name == "conv" else self.Conv2d_0(y)
-        return y
+        y = F.interpolate(x.to(memory_format=layout), scale_factor=2.0, mode="nearest")
+        out: Tensor = y if conv is None else conv(y)
+        return out
 
     @staticmethod
     def against(module: Any) -> str | None:

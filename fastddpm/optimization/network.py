@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import _native
 from .blocks import fit
 from .capture import GRAPHS_OF, Captured
-from .convolution import Float32Conv2d, slower_than_float32
-from .fused import Fused, exchange, give_back, is_plain_conv, patterns, untouched
+from .fused import Fused, exchange, give_back, patterns, untouched
+from .layers import fast_layer
 from .norms import (
     ActivatedGroupNorm,
     FusedGroupNorm,
@@ -27,7 +27,7 @@ from .norms import (
     is_norm,
 )
 from .report import Kept, Replaced, Report
-from .residual import Block, LucidrainsBlock
+from .residual import Block
 
 STRIDES = "_fastddpm_strides"
 """Where a module keeps the strides that its weights had."""
@@ -36,7 +36,7 @@ COMPILED = "_fastddpm_compiled"
 
 
 def optimize(
-    module: nn.Module, *, channels_last: bool | None = None, compile: bool = False, cuda_graph: bool = False
+    module: nn.Module, *, channels_last: bool = True, compile: bool = False, cuda_graph: bool = False
 ) -> Report:
     """Make an existing network faster in place, with the same weights under the same names.
 
@@ -49,8 +49,7 @@ def optimize(
         module: the network, on the device where it will run. Call this before an optimizer is made, whose state would
             have the memory order of the weights before.
         channels_last: order the weights of 2-D convolutions, and so the activations between them, by pixels. What the
-            network returns keeps the order of what it is given. None does so but for networks of
-            denoising-diffusion-pytorch on a CPU, whose attention goes by channels.
+            network returns keeps the order of what it is given.
         compile: compile the network with torch.compile when it is first called.
         cuda_graph: on a GPU, in inference, record each kind of call of the network and replay it.
 
@@ -75,13 +74,13 @@ def optimize(
         _tails(module, kept, claimed)
         _sequences(module, kept, claimed)
         _single_norms(module, kept, claimed)
+        _layers(module)
     else:
         kept += [Kept(name, type(m).__name__, why) for name, m in module.named_modules() if is_norm(m)]
-    if _prefers_pixels(module) if channels_last is None else channels_last:
+    if channels_last:
         _order_weights(module)
         if keep_order not in module._forward_hooks.values():
             module.register_forward_hook(keep_order, with_kwargs=True)
-    _convolutions(module)
     if cuda_graph and not isinstance(module, Captured):
         exchange(module, Captured)
     if compile and module._compiled_call_impl is None:
@@ -190,22 +189,14 @@ def _single_norms(module: nn.Module, kept: list[Kept], claimed: set[nn.Module]) 
             kept.append(Kept(name, type(m).__name__, "it does not give what its name says, or has no weight and bias"))
 
 
-def _convolutions(module: nn.Module) -> None:
+def _layers(module: nn.Module) -> None:
+    """On a GPU these are torch's."""
     weight = next(module.parameters(), None)
-    if weight is None or weight.device.type != "cpu":
-        return
-    half = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
-    if slower_than_float32(half):
+    if weight is not None and weight.device.type == "cpu":
         for m in module.modules():
-            if is_plain_conv(m) and not isinstance(m, Float32Conv2d):
-                exchange(m, Float32Conv2d)
-
-
-def _prefers_pixels(module: nn.Module) -> bool:
-    """Whether channels_last is the faster order, as measured."""
-    weight = next(module.parameters(), None)
-    on_cpu = weight is not None and weight.device.type == "cpu"
-    return not (on_cpu and any(isinstance(m, LucidrainsBlock) for m in module.modules()))
+            layer = fast_layer(m)
+            if layer is not None:
+                exchange(m, layer)
 
 
 def _order_weights(module: nn.Module) -> None:

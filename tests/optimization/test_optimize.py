@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm import _graph, _native
-from fastddpm.optimization import capture, convolution
+from fastddpm.nn import layers
+from fastddpm.optimization import capture
 from fastddpm.optimization.fused import Fused
 from fastddpm.optimization.norms import as_image
 from tests.optimization.networks import (
@@ -362,8 +363,7 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
 
     network = Two().eval()
     x = torch.randn(4, 3, 32, 32)
-    monkeypatch.setattr("fastddpm.optimization.network.slower_than_float32", lambda dtype: True)
-    monkeypatch.setattr(convolution, "slower_than_float32", lambda dtype: True)
+    monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: True)
     dtypes: list[torch.dtype] = []
     conv2d = F.conv2d
 
@@ -386,8 +386,7 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
             assert network(x).dtype == torch.bfloat16
         dtypes.clear()
         network(x)
-        copy.deepcopy(network).to(torch.bfloat16)(x[:1, :, :8, :8].bfloat16())  # too few pixels
-        assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+        assert dtypes == [torch.float32] * 2
     run = call(network, size=32)
     exact, before, after = (copy.deepcopy(made).to(torch.bfloat16) for made in (before, before, network))
     expected, as_it_was, found = (
@@ -397,14 +396,24 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
     assert_within(found, expected, as_it_was.float())
 
 
-def test_which_is_faster_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not convolution.slower_than_float32(torch.float32)
-    ratio = convolution._ratio(torch.bfloat16)
-    assert 0 < ratio == convolution._ratio(torch.bfloat16)
-    monkeypatch.setattr(convolution, "_ratio", lambda dtype: 1.1)
-    assert not convolution.slower_than_float32(torch.bfloat16)
-    monkeypatch.setattr(convolution, "_ratio", lambda dtype: 1.9)
-    assert convolution.slower_than_float32(torch.bfloat16)
+def waves(size: int) -> Tensor:
+    return torch.arange(16.0 * size * size).mul(0.7).sin().reshape(1, 16, size, size)
+
+
+def test_wide_convolutions_take_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding="same"), nn.Conv2d(16, 16, 3, padding=(1, 0)), nn.Conv2d(16, 16, 1),
+        nn.GroupNorm(4, 16), nn.SiLU(),
+    )  # fmt: skip
+    called: list[Any] = []
+    conv3x3 = layers.conv3x3
+    monkeypatch.setattr(layers, "conv3x3", lambda *given: called.append(given) or conv3x3(*given))
+    for size, dtype in ((32, torch.float32), (32, torch.bfloat16), (4, torch.float32)):
+        check_outputs(network, lambda made, size=size: made(waves(size).to(made[0].weight)), dtype)
+    assert len(called) == 2  # by the second layer, on the larger map
+    check_gradients(network, lambda made: made(waves(32).to(made[0].weight)))
+    assert len(called) == 3
 
 
 # --- CUDA graphs, with a recorder that runs the work again in place of one
