@@ -38,8 +38,8 @@ BATCHES = {
 }
 CASES = [(network, batch, task) for (task, name), batches in BATCHES.items() for network in NETWORKS
          if network.name == name for batch in batches]  # fmt: skip
-SAMPLING_STEPS = 4
-"""Of one call: enough that what a sampling does once is a small share, as it is of a thousand."""
+LEAST_STEPS, LEAST_IMAGES = 4, 32
+"""Of a call: steps, and steps times images. What a sampling does once is a small share then, as of a thousand steps."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
     @property
     def steps(self) -> int:
         """In one call of a contestant."""
-        return SAMPLING_STEPS if self.task == "sample" else 1
+        return max(LEAST_STEPS, LEAST_IMAGES // self.batch) if self.task == "sample" else 1
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def calls_of(case: Case, everyone: list[Contestant]) -> dict[Contestant, Any]:
     there = [who for who in everyone if who.missing is None and not (who.own and case.network is LARGE)]
     if case.task == "train":
         return {who: workshop.training_step(who, case.batch) for who in there}
-    return {who: workshop.sampling(who, case.batch, SAMPLING_STEPS) for who in there}
+    return {who: workshop.sampling(who, case.batch, case.steps) for who in there}
 
 
 def turns_of(calls: dict[Contestant, Any], seconds: float) -> dict[Contestant, float]:
