@@ -30,7 +30,7 @@ HALF = (torch.bfloat16, torch.float16)
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 64
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch."""
-LEAST_TILES = 256
+LEAST_TILES = 512
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call; if it is done once, 64."""
 _plain = False
 

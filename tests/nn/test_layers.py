@@ -20,7 +20,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
     "3x3, transformed": (
         lambda x, w, b: layers.conv2d(x, w, b, padding=1),
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
-        dict(x=(4, 16, 16, 16), w=(24, 16, 3, 3), b=(24,)),
+        dict(x=(8, 16, 16, 16), w=(24, 16, 3, 3), b=(24,)),
     ),
     "3x3, few pixels": (
         lambda x, w, b: layers.conv2d(x, w, b, padding=1),

@@ -409,10 +409,10 @@ def test_wide_convolutions_take_the_faster_way(monkeypatch: pytest.MonkeyPatch) 
     called: list[Any] = []
     conv3x3 = layers.conv3x3
     monkeypatch.setattr(layers, "conv3x3", lambda *given: called.append(given) or conv3x3(*given))
-    for size, dtype in ((32, torch.float32), (32, torch.bfloat16), (4, torch.float32)):
+    for size, dtype in ((48, torch.float32), (48, torch.bfloat16), (4, torch.float32)):
         check_outputs(network, lambda made, size=size: made(waves(size).to(made[0].weight)), dtype)
     assert len(called) == 2  # by the second layer, on the larger map
-    check_gradients(network, lambda made: made(waves(32).to(made[0].weight)))
+    check_gradients(network, lambda made: made(waves(48).to(made[0].weight)))
     assert len(called) == 3
 
 
