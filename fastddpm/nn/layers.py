@@ -28,8 +28,8 @@ from .patches import conv3x3_products, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
 LEAST_CHANNELS = 16
-MOST_PIXELS, LEAST_PIXELS = 16, 64
-"""Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch."""
+MOST_PIXELS, LEAST_PIXELS = 16, 128
+"""Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
 LEAST_TILES = 512
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call; if it is done once, 64."""
 _plain = False

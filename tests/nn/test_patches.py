@@ -64,7 +64,7 @@ def test_gradients_that_nobody_asks_for() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "taken"),
-    [((4, 8, 4, 4), True), ((3, 8, 4, 4), False), ((4, 8, 4, 8), False), ((64, 8, 1, 1), True)],
+    [((8, 8, 4, 4), True), ((7, 8, 4, 4), False), ((8, 8, 4, 8), False), ((128, 8, 1, 1), True)],
     ids=["small", "few", "large", "least"],
 )
 def test_small_maps_of_enough_images_are_products(
