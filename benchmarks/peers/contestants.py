@@ -301,7 +301,7 @@ def lucidrains() -> types.ModuleType:
 def stand_ins(packages: tuple[str, ...]) -> Iterator[None]:
     """Modules with empty classes in place of packages that are not installed, while another is imported."""
     missing = [name for name in packages if name not in sys.modules and importlib.util.find_spec(name) is None]
-    finder = _Placeholders(missing)
+    finder = _StandIns(missing)
     sys.meta_path.append(finder)
     try:
         yield
@@ -311,7 +311,7 @@ def stand_ins(packages: tuple[str, ...]) -> Iterator[None]:
             del sys.modules[name]
 
 
-class _Placeholders:
+class _StandIns:
     """Finds a module of any name inside the packages that are missing."""
 
     def __init__(self, packages: list[str]) -> None:
@@ -323,13 +323,13 @@ class _Placeholders:
         return importlib.util.spec_from_loader(name, self, is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        return _Placeholder(spec.name)
+        return _StandIn(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to run."""
 
 
-class _Placeholder(types.ModuleType):
+class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)

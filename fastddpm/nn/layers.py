@@ -2,8 +2,9 @@
 
 On a GPU, and in float32 where nothing better is known, these are torch's. On a CPU
 
-- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less; on small maps, and
-  behind an upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
+- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less (on x86 with native
+  code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and behind an upsampling, it is a sum of
+  matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -21,12 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .. import _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3, is_kept
 from .patches import conv3x3_products, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
@@ -49,7 +53,13 @@ def torch_layers() -> Iterator[None]:
 @_constant
 def _multiplies_half_slowly() -> bool:
     """Whether this processor multiplies float32 faster than half precision: x86 without matrix units."""
-    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
+    return X86 and not MATRIX_UNITS
+
+
+@_constant
+def _has_kernels() -> bool:
+    """Whether conv3x3 has its kernels, where they were measured."""
+    return X86 and _native.available()
 
 
 def computes_in_float32(x: Tensor) -> bool:
@@ -65,11 +75,18 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
+def _is_own(x: Tensor) -> bool:
+    """Whether there is a choice: channels_last on a CPU, and float32 is what is computed in."""
+    if x.device.type != "cpu" or _plain or not is_nhwc(x):
+        return False
+    return _multiplies_half_slowly() if x.dtype in HALF else not torch.is_autocast_enabled("cpu")
+
+
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     """`torch.nn.functional.conv2d` of x [B, K, H, W] and weight [N, K, P, Q]."""
     x = _autocast(x)
     kind = (*weight.shape[2:], stride, padding)
-    if x.device.type == "cpu" and not _plain and is_nhwc(x):
+    if _is_own(x):
         if kind == (1, 1, 1, 0):
             return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         if kind == (3, 3, 1, 1) and _is_transformed(x, weight):
@@ -85,7 +102,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Repeat each pixel of x [B, K, H, W] 2x2, then convolve with weight [N, K, 3, 3] within a border of zeros."""
     x = _autocast(x)
-    if x.device.type == "cpu" and not _plain and is_nhwc(x) and _pixels(x) >= LEAST_PIXELS:
+    if _is_own(x) and _pixels(x) >= LEAST_PIXELS:
         return _in_float32(upsampled_conv3x3_products, x, weight, bias)
     return conv2d(repeat_pixels(x), weight, bias, padding=1)
 
@@ -106,7 +123,7 @@ def _is_small(x: Tensor) -> bool:
 
 
 def _is_transformed(x: Tensor, weight: Tensor) -> bool:
-    if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype not in (torch.float32, *HALF):
+    if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype == torch.float64 or not _has_kernels():
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     return tiles >= (64 if is_kept() else LEAST_TILES)

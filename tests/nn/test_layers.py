@@ -97,10 +97,31 @@ def test_a_processor_with_matrix_units_computes_in_half_precision(monkeypatch: p
     assert not layers.computes_in_float32(x)
 
 
-def test_torch_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Tensor:
-        raise AssertionError("not one of torch's layers")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["3x3, transformed", "3x3, few pixels", "1x1, no bias"])
+def test_matrix_units_get_half_precision(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every convolution: what is faster in float32 alone is not faster than they are."""
+    monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: False)
+    for own in ("conv3x3", "conv3x3_products"):
+        monkeypatch.setattr(layers, own, refuse)
+    ours, stock, shapes = CALLS[name]
+    inputs = numbers(shapes, torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(ours(*inputs), stock(*inputs))
 
+
+def test_without_native_code_convolutions_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_has_kernels", lambda: False)
+    monkeypatch.setattr(layers, "conv3x3", refuse)
+    x, w, b = numbers(CALLS["3x3, transformed"][2], torch.float32)
+    assert torch.equal(layers.conv2d(x, w, b, padding=1), F.conv2d(x, w, b, padding=1))
+
+
+def refuse(*_: Any) -> Tensor:
+    raise AssertionError("not one of torch's layers")
+
+
+def test_torch_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "conv3x3", refuse)
     x, w, b = numbers(CALLS["3x3, transformed"][2], torch.float32)
     with layers.torch_layers():

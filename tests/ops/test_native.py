@@ -28,8 +28,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _C.instruction_set()
     try:
         _C.use_instruction_set(request.param)
-    except ValueError as reason:
-        pytest.skip(str(reason))
+    except ValueError as lacks:
+        pytest.skip(f"{request.param}: {lacks}")
     yield request.param
     _C.use_instruction_set(before)
 

@@ -19,8 +19,9 @@ NATIVE, TRITON, PART = 2000, 150, 50
 
 @pytest.mark.parametrize("first", range(0, NATIVE, PART))
 def test_native(first: int) -> None:
-    if holder_of("q_sample").implementation("native").unsupported(x0=torch.zeros(1, 1, 1, 1), dtype=torch.float32):
-        pytest.skip("no native code")
+    lacks = holder_of("q_sample").implementation("native").unsupported(x0=torch.zeros(1, 1, 1, 1), dtype=torch.float32)
+    if lacks:
+        pytest.skip(f"native: {lacks}")
     for op, number in numbered(PART, first):
         check(op, number, "native")
 
