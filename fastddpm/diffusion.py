@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, sampling, weighting
+from ._calls import Calls
 from .nn import UNet
 from .ops import philox
 from .ops.normal import normal
@@ -280,6 +281,22 @@ class Losses(NamedTuple):
     t: Tensor
 
 
+class Frozen:
+    """See `GaussianDiffusion.frozen`."""
+
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        self.diffusion = diffusion
+        self.calls = Calls("sampling", "pass cuda_graph=False to leave out the attempt")
+        self.before: list[Calls | None] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.diffusion._calls)
+        self.diffusion._calls = self.before[-1] or self.calls
+
+    def __exit__(self, *_: object) -> None:
+        self.diffusion._calls = self.before.pop()
+
+
 class GaussianDiffusion(nn.Module):
     """A network with the diffusion that trains and samples it. Images in [0, 1] or uint8 go in, a loss comes out;
     `sample` returns images in [0, 1].
@@ -325,6 +342,7 @@ class GaussianDiffusion(nn.Module):
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.channels = int(count)
         self.model = model
+        self._calls: Calls | None = None
         if isinstance(model, UNet) and model.learned_variance != self.learned_variance:
             raise ValueError(
                 f"GaussianDiffusion: expected a network with learned_variance={self.learned_variance} for variance "
@@ -643,8 +661,9 @@ class GaussianDiffusion(nn.Module):
                 guidance.
             known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
                 mask is 1. mask: float, broadcasts to it.
-            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`;
-                "auto" does so for a `fastddpm.UNet` and at least ten steps.
+            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; on a
+                CPU, list the operators of the network at its second call, and run the list from the fourth on. "auto"
+                does so for a `fastddpm.UNet` and at least ten steps, or within `frozen`.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
@@ -658,7 +677,7 @@ class GaussianDiffusion(nn.Module):
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         batch_size = max(1, min(64, num_images)) if batch_size is None else batch_size
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
-            cuda_graph = isinstance(self.model, UNet) and len(steps) >= 10
+            cuda_graph = isinstance(self.model, UNet) and (len(steps) >= 10 or self._calls is not None)
         elif not isinstance(cuda_graph, bool):
             raise ValueError(f"sample: expected cuda_graph to be 'auto', True or False, got {cuda_graph!r}; choose one")
         device = self.device
@@ -676,14 +695,16 @@ class GaussianDiffusion(nn.Module):
                 )
             x = sampling.initial_noise((len(index), self.channels, *self.image_size), seed=seed, sample=index)
             return sampling.sample_loop(
-                self._network, x, table, steps, labels=None if classes is None else classes[row],
+                network, x, table, steps, labels=None if classes is None else classes[row],
                 null_label=self.null_class,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
                 dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index,
                 cuda_graph=cuda_graph, callback=callback, progress=progress, **options,
             )  # fmt: skip
 
-        with self.evaluating():
+        listed = cuda_graph and device.type == "cpu" and self.model._compiled_call_impl is None
+        network = self._listed_network if listed else self._network
+        with self.evaluating(), self.frozen():
             images = sampling.sample_in_chunks(sample_chunk, num_images, batch_size=batch_size, first_image=first_image)
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -746,6 +767,22 @@ class GaussianDiffusion(nn.Module):
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return self.predict(x, t, labels)
+
+    def _listed_network(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert self._calls is not None
+        out: Tensor = self._calls(self._network, x.device, (), (x, t, labels), {})
+        return out
+
+    def frozen(self) -> Frozen:
+        """For many samplings, ``with diffusion.frozen():``, in which what one prepares is kept for the next.
+
+        The network must not change meanwhile, neither its weights nor what it does. On a CPU its operators are listed
+        for each shape that it is called with, and what depends on the weights alone, such as transformed filters, is
+        computed once.
+
+        Returns: a context manager, which may be entered again: all its blocks share what is kept.
+        """
+        return Frozen(self)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ def class_diffusion(**options: Any) -> GaussianDiffusion:
     )  # fmt: skip
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return GaussianDiffusion(network, num_timesteps=5, beta_end=0.5, prediction="x0", **options)
+    return GaussianDiffusion(network, **(dict(num_timesteps=5, beta_end=0.5, prediction="x0") | options))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "unit", "learned", "learned_range"])
@@ -236,3 +236,37 @@ def test_the_batch_is_as_large_as_what_is_asked_for() -> None:
     images = diffusion.sample(5, num_steps=1, seed=3)
     assert rows == [5]
     assert torch.equal(images, diffusion.sample(5, num_steps=1, seed=3, batch_size=5))
+
+
+def lists(network: nn.Module) -> list[int]:
+    """How often a network's forward is called, from now on."""
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_listed_network_draws_the_same_images(sampler: str, guidance_scale: float) -> None:
+    diffusion = class_diffusion(num_timesteps=20)
+    options: dict[str, Any] = dict(sampler=sampler, num_steps=12, batch_size=2, labels=1, guidance_scale=guidance_scale)
+    plain = diffusion.sample(4, cuda_graph=False, **options)
+    seen = lists(diffusion.model)
+    assert torch.equal(diffusion.sample(4, **options), plain)
+    assert len(seen) == 3  # a first call, one that is recorded, one to compare; none for the second batch
+
+
+def test_what_is_frozen_stays_from_one_sampling_to_the_next() -> None:
+    diffusion = class_diffusion()
+    network = diffusion.model
+    plain = diffusion.sample(2, num_steps=5, cuda_graph=False)
+    frozen, seen = diffusion.frozen(), lists(network)
+    for _ in range(2):
+        with frozen:
+            assert torch.equal(diffusion.sample(2, num_steps=5), plain)
+    assert len(seen) == 3
+    with torch.no_grad():
+        assert isinstance(network, UNet)
+        network.conv_out.weight.mul_(2)
+    assert not torch.equal(diffusion.sample(2, num_steps=5), plain)  # outside nothing is kept
+    assert len(seen) == 8

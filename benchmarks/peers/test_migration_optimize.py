@@ -20,7 +20,7 @@ BAR = 1.3
 """What was set out for the inference of UNet2DModel on a CPU."""
 BATCHES = {"inference": (1, 4, 16), "training": (8,)}
 OWN = Contestant("denoising-diffusion-pytorch", own=True)
-AS_IT_WAS, ORDERED, OPTIMIZED, CAPTURED = "as it was", "channels_last", "optimize", "optimize, CUDA graph"
+AS_IT_WAS, ORDERED, OPTIMIZED, FROZEN = "as it was", "channels_last", "optimize", "optimize, frozen"
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def calls_of(library: str, task: str, batch: int, dtype: str, tiny: bool = False
     if task == "inference" and library == "diffusers":
         network = network.to(getattr(torch, dtype))
     size = TINY.size if tiny else CIFAR10.size
-    names = [AS_IT_WAS, ORDERED, OPTIMIZED, *([CAPTURED] if DEVICE == "cuda" and task == "inference" else [])]
+    names = [AS_IT_WAS, ORDERED, OPTIMIZED, *([FROZEN] if task == "inference" else [])]
     made = {name: copy.deepcopy(network).train(task == "training") for name in names}
     made[ORDERED].to(memory_format=torch.channels_last)
     for name in names[2:]:
-        fastddpm.optimize(made[name], cuda_graph=name == CAPTURED)
+        fastddpm.optimize(made[name], frozen=name == FROZEN)
     call = inference if task == "inference" else training
     return {name: call(network, batch, size, dtype) for name, network in made.items()}
 

@@ -129,7 +129,13 @@ class Work:
         batch, classes = self.config.batch_size, diffusion.num_classes
         options: dict[str, Any] = dict(sampler=self.sampler, num_steps=self.steps)
         labels = None if classes is None else torch.arange(batch) % classes
-        return lambda: diffusion.sample(batch, batch_size=batch, seed=self.config.seed, labels=labels, **options)
+        frozen = diffusion.frozen()  # a short sampling stands for a long one
+
+        def call() -> object:
+            with frozen:
+                return diffusion.sample(batch, batch_size=batch, seed=self.config.seed, labels=labels, **options)
+
+        return call
 
 
 @torch.no_grad()

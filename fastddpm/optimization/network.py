@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _native
 from .blocks import fit
-from .capture import GRAPHS_OF, Captured
+from .capture import CALLS, Captured, Frozen
 from .fused import Fused, exchange, give_back, patterns, untouched
 from .layers import fast_layer
 from .norms import (
@@ -36,7 +36,12 @@ COMPILED = "_fastddpm_compiled"
 
 
 def optimize(
-    module: nn.Module, *, channels_last: bool = True, compile: bool = False, cuda_graph: bool = False
+    module: nn.Module,
+    *,
+    channels_last: bool = True,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    frozen: bool = False,
 ) -> Report:
     """Make an existing network faster in place, with the same weights under the same names.
 
@@ -52,6 +57,10 @@ def optimize(
             network returns keeps the order of what it is given.
         compile: compile the network with torch.compile when it is first called.
         cuda_graph: on a GPU, in inference, record each kind of call of the network and replay it.
+        frozen: the network stays as it is until `restore`, weights, hooks and switches: in inference each kind of call
+            is recorded on a CPU, too, as the list of its operators, and what depends on the weights alone is kept. The
+            fastest there for small batches. Weights that are changed by torch's in-place operators or by assignment
+            are noticed, and recorded anew; changed through ``.data`` they are not.
 
     Returns: what was replaced, what was left as it is and why; print it. A second call changes nothing and returns the
         same.
@@ -81,8 +90,9 @@ def optimize(
         _order_weights(module)
         if keep_order not in module._forward_hooks.values():
             module.register_forward_hook(keep_order, with_kwargs=True)
-    if cuda_graph and not isinstance(module, Captured):
-        exchange(module, Captured)
+    record = Frozen if frozen else Captured
+    if (cuda_graph or frozen) and not isinstance(module, record):
+        exchange(module, record)
     if compile and module._compiled_call_impl is None:
         module.compile()
         module.__dict__[COMPILED] = True
@@ -105,7 +115,7 @@ def restore(module: nn.Module) -> nn.Module:
         )
     for m in module.modules():
         give_back(m)
-        m.__dict__.pop(GRAPHS_OF, None)
+        m.__dict__.pop(CALLS, None)
         for name, strides in m.__dict__.pop(STRIDES, {}).items():
             p = m._parameters[name]
             if p is not None and p.stride() != strides:
@@ -263,4 +273,5 @@ def _report(module: nn.Module, kept: list[Kept]) -> Report:
         memory_format=f"channels_last in {sum(told_apart)} of {len(told_apart)} convolutions larger than 1x1",
         compiled=module._compiled_call_impl is not None,
         captured=isinstance(module, Captured),
+        frozen=isinstance(module, Frozen),
     )

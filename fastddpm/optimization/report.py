@@ -34,7 +34,9 @@ class Report:
         replaced: the modules with another forward.
         kept: norms and blocks that were left as they are, and why.
         memory_format: of the weights of the convolutions, in words.
-        compiled: whether torch.compile is on. captured: whether a CUDA graph is recorded, where there is a GPU.
+        compiled: whether torch.compile is on.
+        captured: whether calls are recorded as CUDA graphs, where there is a GPU.
+        frozen: whether they are recorded on a CPU, too, with what depends on the weights alone.
     """
 
     replaced: tuple[Replaced, ...]
@@ -42,6 +44,7 @@ class Report:
     memory_format: str
     compiled: bool
     captured: bool
+    frozen: bool
 
     def __str__(self) -> str:
         lines = [f"replaced: {len(self.replaced)}"]
@@ -49,8 +52,8 @@ class Report:
         lines.append(f"left as they are: {len(self.kept)}")
         lines += _grouped([(f"{module.kind}: {module.reason}", module.name) for module in self.kept])
         lines.append(f"memory format: {self.memory_format}")
-        compiled, captured = ("on" if there else "off" for there in (self.compiled, self.captured))
-        lines.append(f"torch.compile: {compiled}; CUDA graph: {captured}")
+        switches = {"torch.compile": self.compiled, "CUDA graph": self.captured, "frozen": self.frozen}
+        lines.append("; ".join(f"{name}: {'on' if on else 'off'}" for name, on in switches.items()))
         return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastddpm
-from fastddpm import _graph, _native
+from fastddpm import _calls, _graph, _native
 from fastddpm.nn import layers
 from fastddpm.optimization import capture
 from fastddpm.optimization.fused import Fused
@@ -428,7 +428,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return function
 
     monkeypatch.setattr(_graph, "record", record)
-    monkeypatch.setattr(capture, "_records", lambda device: True)
+    monkeypatch.setattr(capture.Captured, "_records", lambda self, weight: True)
+    monkeypatch.setattr(_calls, "_List", _calls._Graph)  # on this device
     return made
 
 
@@ -446,17 +447,17 @@ def test_each_kind_of_call_is_recorded_once(recordings: list[Any]) -> None:
     assert len(recordings) == 2
     for ours, theirs in outputs:  # none of them was overwritten by a later one
         assert_near_peer(ours, theirs)
-    graphs = network.__dict__[capture.GRAPHS_OF]
-    assert len(graphs.recorded) == 2
-    assert not copy.deepcopy(network).__dict__[capture.GRAPHS_OF].recorded
+    calls = network.__dict__[capture.CALLS]
+    assert len(calls.recorded) == 2
+    assert not copy.deepcopy(network).__dict__[capture.CALLS].recorded
     network.to(torch.bfloat16)
     with torch.inference_mode():
         network(torch.randn(1, 3, 8, 8).bfloat16(), torch.zeros(1))
-    assert len(graphs.calls) == 3  # other weights are another kind of call
+    assert len(calls.seen) == 1  # of other weights nothing is recorded yet
     gradients(network, call(network))
     assert len(recordings) == 2
     fastddpm.restore(network)
-    assert capture.GRAPHS_OF not in network.__dict__
+    assert capture.CALLS not in network.__dict__
     assert not fused(network)
 
 
@@ -472,13 +473,13 @@ def test_what_cannot_be_recorded_goes_on(recordings: list[Any], monkeypatch: pyt
     with torch.inference_mode():
         for _ in range(_graph.WARM_UP):
             network(x, torch.zeros(1))
-        with pytest.warns(UserWarning, match=r"without further CUDA graphs: operation not permitted"):
+        with pytest.warns(UserWarning, match=r"without further recordings: operation not permitted"):
             network(x, torch.zeros(1))
         network(x, torch.zeros(1))
 
 
 def test_only_so_many_kinds_of_calls_are_recorded(recordings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "GRAPHS", 1)
+    monkeypatch.setattr(_calls, "KINDS", 1)
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.SiLU())
     fastddpm.optimize(network, cuda_graph=True)
     with torch.inference_mode(), pytest.warns(UserWarning, match=r"it was called in more than 1 ways"):
@@ -486,3 +487,44 @@ def test_only_so_many_kinds_of_calls_are_recorded(recordings: list[Any], monkeyp
             for _ in range(_graph.WARM_UP + 1):
                 network(torch.randn(1, 3, size, size))
     assert len(recordings) == 1
+
+
+def test_frozen_leaves_python_out_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = guided(scale_shift=True).eval()
+    other = copy.deepcopy(network)
+    report = fastddpm.optimize(network, frozen=True)
+    assert report.frozen
+    assert "frozen: on" in str(report)
+    calls_seen: list[None] = []
+    network.register_forward_pre_hook(lambda *_: None)  # of the network itself: it is called each time
+    next(m for m in network.modules() if isinstance(m, nn.Linear)).register_forward_hook(
+        lambda *_: calls_seen.append(None)
+    )
+    with torch.inference_mode():
+        for step in range(6):
+            x, t = torch.randn(1, 3, 8, 8), torch.full((1,), 10 * step)
+            assert_near_peer(network(x, t), other(x, t))
+    assert len(calls_seen) == 3  # a first call, one that is recorded, one to compare
+
+
+def test_frozen_notices_other_weights() -> None:
+    network = guided(scale_shift=True).eval()
+    other = copy.deepcopy(network)
+    fastddpm.optimize(network, frozen=True)
+    x, t = torch.randn(1, 3, 8, 8), torch.full((1,), 10)
+    for change in (lambda p: p.mul_(1.5), lambda p: p.copy_(p.flip(0))):
+        for _ in range(4):
+            with torch.no_grad():
+                assert_near_peer(network(x, t), other(x, t))
+        with torch.no_grad():
+            for p in (*network.parameters(), *other.parameters()):
+                change(p)
+    with torch.no_grad():
+        assert_near_peer(network(x, t), other(x, t))
+    network.load_state_dict(guided(scale_shift=True).state_dict())
+    other.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert_near_peer(network(x, t), other(x, t))
+    gradients(network, call(network))  # a training step goes by the modules
+    fastddpm.restore(network)
+    assert not fused(network)

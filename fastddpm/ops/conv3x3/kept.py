@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_kept: WeakIdKeyDictionary | None = None  # weight to what it was transformed to
+Transformed = WeakIdKeyDictionary
+"""Weight to what it was transformed to."""
+_kept: Transformed | None = None
 
 
 @contextlib.contextmanager
-def keep_transformed() -> Iterator[None]:
+def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
     That takes 16 / 9 of the memory of the weights in float32. Where a gradient is asked for, and under torch.compile,
     nothing is kept.
+
+    Args:
+        into: where to keep them, for another block; None keeps them for this one, or where a block around it does.
     """
     global _kept
     before = _kept
-    _kept = WeakIdKeyDictionary() if before is None else before
+    _kept = into if into is not None else Transformed() if before is None else before
     try:
         yield
     finally:
