@@ -24,6 +24,8 @@ DEMO := .venv/demo
 TEST := .venv/test
 EXTRAS_demo := digits,plot
 EXTRAS_test := test,peer,datasets,tensorboard
+# it asks for torchvision and others that the tests do without, and so do we
+PEER := denoising-diffusion-pytorch==2.3.4
 # the CUDA compiler, for the tests, where the machine has none
 NVCC := cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*
 NATIVE := pyproject.toml setup.py $(shell find csrc -type f)
@@ -61,10 +63,7 @@ lint: $(TEST)/installed
 bench: $(TEST)/installed
 	$(TEST)/bin/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,rounds
 
-# the last package asks for others that are not needed here, so it is installed without them
 bench-peers: $(TEST)/installed
-	$(TEST)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test,peers]'
-	$(TEST)/bin/python -m pip install --quiet --no-deps denoising-diffusion-pytorch==2.3.4
 	$(TEST)/bin/python -m pytest benchmarks/peers --benchmark-only $(PEERS)
 
 clean:
@@ -81,6 +80,7 @@ clean:
 .venv/demo/installed: export FASTDDPM_NO_CUDA := 1
 .venv/%/installed: .venv/%/ready $(NATIVE)
 	.venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
+	$(if $(filter test,$*),.venv/$*/bin/python -m pip install --quiet --no-deps '$(PEER)')
 	touch $@
 
 # An environment with torch and what setup.py needs; made anew when it is asked for with another Python or torch.

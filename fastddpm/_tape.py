@@ -138,6 +138,8 @@ class _Tape(TorchDispatchMode):
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that an operator writes to."""
+    if not _writes(func):
+        return
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -152,8 +154,12 @@ def _draws(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
+def _writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable) and func is not torch.ops.aten.detach_.default  # which torch.tensor ends in
+
+
 def _has_effect(func: Any) -> bool:
-    return isinstance(func, torch._ops.OpOverload) and (func._schema.is_mutable or _draws(func))
+    return isinstance(func, torch._ops.OpOverload) and (_writes(func) or _draws(func))
 
 
 def _address(x: Tensor) -> int:

@@ -23,7 +23,7 @@ from fastddpm import UNet
 from fastddpm.bench import Layer, record
 
 needs_diffusers = pytest.mark.skipif(
-    importlib.util.find_spec("diffusers") is None, reason="peer: needs pip install fastddpm[peers]"
+    importlib.util.find_spec("diffusers") is None, reason="peer: needs pip install fastddpm[peer]"
 )
 ROW = Row("cpu", "train", "CIFAR-10", 8, 3, OURS, "float32, EMA", "float32", False, True, False, 1.0, 0.9, 700)
 

@@ -17,7 +17,7 @@ from benchmarks.conftest import turns
 from benchmarks.peers.contestants import DEVICE
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("diffusers") is None, reason="peer: needs pip install fastddpm[peers]"
+    importlib.util.find_spec("diffusers") is None, reason="peer: needs pip install fastddpm[peer]"
 )
 Call = Callable[[], object]
 
