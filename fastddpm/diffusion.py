@@ -662,8 +662,9 @@ class GaussianDiffusion(nn.Module):
             known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
                 mask is 1. mask: float, broadcasts to it.
             cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; on a
-                CPU, list the operators of the network at its second call, and run the list from the fourth on. "auto"
-                does so for a `fastddpm.UNet` and at least ten steps, or within `frozen`.
+                CPU, list the operators of the network at its second call, and run the list from the fourth on, which
+                costs one call more. "auto" does so for a `fastddpm.UNet` where it pays: from ten steps on on a GPU,
+                from 50 calls of the network on on a CPU, or within `frozen`.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
@@ -676,11 +677,13 @@ class GaussianDiffusion(nn.Module):
         """
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         batch_size = max(1, min(64, num_images)) if batch_size is None else batch_size
+        device = self.device
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
-            cuda_graph = isinstance(self.model, UNet) and (len(steps) >= 10 or self._calls is not None)
+            calls = len(steps) if device.type == "cuda" else len(steps) * -(-num_images // max(1, batch_size))
+            pays = self._calls is not None or calls >= (10 if device.type == "cuda" else 50)
+            cuda_graph = isinstance(self.model, UNet) and pays
         elif not isinstance(cuda_graph, bool):
             raise ValueError(f"sample: expected cuda_graph to be 'auto', True or False, got {cuda_graph!r}; choose one")
-        device = self.device
         classes = self._sampling_labels(labels, num_images, guidance_scale)
         kept = self._known(known, mask, num_images)
 

@@ -248,12 +248,14 @@ def lists(network: nn.Module) -> list[int]:
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_a_listed_network_draws_the_same_images(sampler: str, guidance_scale: float) -> None:
-    diffusion = class_diffusion(num_timesteps=20)
-    options: dict[str, Any] = dict(sampler=sampler, num_steps=12, batch_size=2, labels=1, guidance_scale=guidance_scale)
+    diffusion = class_diffusion(num_timesteps=30)
+    options: dict[str, Any] = dict(sampler=sampler, num_steps=25, batch_size=2, labels=1, guidance_scale=guidance_scale)
     plain = diffusion.sample(4, cuda_graph=False, **options)
     seen = lists(diffusion.model)
     assert torch.equal(diffusion.sample(4, **options), plain)
     assert len(seen) == 3  # a first call, one that is recorded, one to compare; none for the second batch
+    diffusion.sample(2, **options)
+    assert len(seen) == 3 + 25  # for so few calls it does not pay
 
 
 def test_what_is_frozen_stays_from_one_sampling_to_the_next() -> None:

@@ -33,7 +33,8 @@ class Work:
         sampler: of a sampling: "ddpm", "ddim" or "dpmpp_2m".
         num_steps: calls of the network that draw an image, >= 1; None is all timesteps for ddpm, at most 50 for ddim
             and 20 for dpmpp_2m.
-        measured_steps: so many of them are measured, >= 1; one takes as long as another.
+        measured_steps: so many of them are measured, >= 1; one takes as long as another. What a sampling prepares once
+            is not counted, see `GaussianDiffusion.frozen`.
 
     Raises:
         ValueError: another kind or sampler, a number out of its range, or what the configurations refuse.
