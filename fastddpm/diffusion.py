@@ -842,9 +842,10 @@ class GaussianDiffusion(nn.Module):
                 "give one class an image"
             )
         most = self.num_classes if self.null_class is not None else self.num_classes - 1
-        if bool(((given < 0) | (given > most)).any()):
+        wrong = ", ".join(map(str, given[(given < 0) | (given > most)].unique().tolist()))
+        if wrong:
             null = f"{self.num_classes} is the null class" if most == self.num_classes else "there is no null class"
-            raise ValueError(f"sample: expected labels in [0, {self.num_classes}), got {given.tolist()}; {null}")
+            raise ValueError(f"sample: expected labels in [0, {self.num_classes}), got {wrong}; {null}")
         return given.to(self.device).expand(count)
 
     def _known(self, known: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor] | None:

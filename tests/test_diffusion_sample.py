@@ -209,7 +209,7 @@ CLASSES: list[tuple[dict[str, Any], str]] = [
     (dict(guidance_scale=2.0), "sample: expected labels with guidance_scale=2.0, got None; say which classes to draw"),
     (dict(labels=torch.tensor([0, 1])), "sample: expected labels [3] or one class, got shape [2]"),
     (dict(labels=4), "sample: expected labels in [0, 3), got 4; 3 is the null class"),
-    (dict(labels=torch.tensor([0, -1, 2])), "sample: expected labels in [0, 3), got [0, -1, 2]"),
+    (dict(labels=torch.tensor([0, -1, 2])), "sample: expected labels in [0, 3), got -1; 3 is the null class"),
 ]
 
 

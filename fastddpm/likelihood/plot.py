@@ -61,7 +61,7 @@ def plot_bits_per_dim(result: BitsPerDim, path: str | Path) -> None:
     axes.semilogy([0], [decoder], color=mark, marker="o", markersize=6, clip_on=False)
     axes.annotate(f"decoder {result.decoder:.3f}", (0, decoder), xytext=(10, 0), va="center", **label)
     axes.semilogy([steps], [prior], color=mark, marker="D", markersize=5, clip_on=False)
-    axes.annotate(f"prior {result.prior:.2g}", (steps, prior), xytext=(4, 26), ha="right", **label)
+    axes.annotate(f"prior {result.prior:.2g}", (steps, prior), xytext=(-28, 0), ha="right", va="center", **label)
     axes.set_ylim(bottom=floor)
     if many:
         axes.set_xscale("symlog", linthresh=1, linscale=0.5)
