@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _graph, _tape
+from . import _dispatch, _graph, _tape
 from .ops.conv3x3 import Transformed, keep_transformed
 
 KINDS = 8
@@ -57,7 +57,7 @@ class Calls:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         kinds = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
-        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
+        modes = _dispatch._forced, torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
         call = (*modes, torch.get_autocast_dtype(device.type), str(structure), tuple(kinds))
         try:
             recording = self.recorded.get(call)
