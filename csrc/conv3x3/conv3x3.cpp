@@ -12,62 +12,67 @@ namespace {
 
 int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-Conv3x3 arguments(const Tensor& x, int64_t outputs) {
+int64_t frequencies(int64_t tile) { return (tile + 2) * (tile + 2); }
+
+Conv3x3 arguments(const Tensor& x, int64_t outputs, int64_t tile) {
     Conv3x3 a{};
+    a.tile = tile;
     a.shape = shape(x);
     a.outputs = outputs;
-    a.down = parts(a.shape.height, 2), a.across = parts(a.shape.width, 2);
+    a.down = parts(a.shape.height, tile), a.across = parts(a.shape.width, tile);
     a.tiles = a.shape.batch * a.down * a.across;
     a.x = image(x, a.shape);
-    // as many tiles as the second cache holds with all their channels: the weights are read once for each block
+    // Tiles of 2x2: as many as the second cache holds with all their channels, for the weights are read once for each
+    // block. Of 4x4: as many as there is time to ask for the next weights in; the tiles are not kept from then to then.
     const int64_t channels = std::max<int64_t>(1, a.shape.channels);
-    const int64_t most = std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK tiles each
+    const int64_t most = tile == 4 ? 3 : std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK each
     const int64_t groups = parts(a.tiles, BLOCK);
     a.blocks = parts(groups, most);
     a.block = a.blocks == 0 ? 0 : parts(groups, a.blocks) * BLOCK;
-    a.scratch = 16 * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
+    a.scratch = frequencies(tile) * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
     return a;
 }
 
-Tensor conv3x3_weights(const Tensor weight, bool turned) {
+Tensor conv3x3_weights(const Tensor weight, bool turned, int64_t tile) {
     const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1);
     const int64_t panels = parts(outputs, PANEL), blocks = parts(channels, TOGETHER);
-    Tensor to = new_tensor({panels, 16, channels, PANEL}, ScalarType::Float);
-    Conv3x3Weights a{outputs, channels, weight.stride(turned ? 1 : 0), weight.stride(turned ? 0 : 1), weight.stride(2),
-                     weight.stride(3), turned, values(weight, 0), static_cast<float*>(to.data_ptr())};
-    parallel(panels * blocks, TOGETHER * PANEL * 25,
+    Tensor to = new_tensor({panels, frequencies(tile), channels, PANEL}, ScalarType::Float);
+    Conv3x3Weights a{tile, outputs, channels, weight.stride(turned ? 1 : 0), weight.stride(turned ? 0 : 1),
+                     weight.stride(2), weight.stride(3), turned, values(weight, 0), static_cast<float*>(to.data_ptr())};
+    parallel(panels * blocks, TOGETHER * PANEL * (9 + frequencies(tile)),
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_weights)(a, begin, end); });
     return to;
 }
 
 Tensor conv3x3(const Tensor x, const Tensor weights, const MaybeTensor bias, int64_t outputs) {
-    Conv3x3 a = arguments(x, outputs);
+    Conv3x3 a = arguments(x, outputs, weights.size(1) == frequencies(4) ? 4 : 2);
     Shape of_y = a.shape;
     of_y.channels = outputs;
     Tensor y = new_image(of_y, x.scalar_type());
     a.y = image(y, of_y);
     a.bias = values(bias, 0);
     a.weights = static_cast<const float*>(weights.data_ptr());
-    parallel(a.blocks * parts(outputs, PANEL), a.block * 4 * PANEL * a.shape.channels / 4,
+    parallel(a.blocks * parts(outputs, PANEL), a.block * a.tile * a.tile / 4 * PANEL * a.shape.channels,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_forward)(a, begin, end, scratch(a.scratch)); });
     return y;
 }
 
 // The gradient of the weights, in their dtype, and of the bias where there is one.
-std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tensor weight, const MaybeTensor bias) {
+std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tensor weight, const MaybeTensor bias,
+                                     int64_t tile) {
     const int64_t outputs = weight.size(0), channels = weight.size(1);
     Conv3x3Gradient g{};
-    g.of = arguments(x, outputs);
+    g.of = arguments(x, outputs, tile);
     g.of.y = image(dy, shape(dy));
     Tensor dweight = new_image({outputs, channels, 3, 3, true}, weight.scalar_type());
     g.gradient = {dweight.data_ptr(), dtype(dweight), 9 * channels, 1, channels, true};
     const int64_t items = parts(channels, WIDE) * parts(outputs, HIGH);
-    g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles / 128));
+    g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
     const std::unique_ptr<float[]> sums(new float[g.slices * outputs * 9 * channels]);  // kernels write all of it
     std::vector<float> of_bias(bias ? g.slices * outputs : 0);
     g.sums = sums.get(), g.bias = bias ? of_bias.data() : nullptr;
     parallel(g.slices * items, WIDE * HIGH * g.of.tiles / g.slices, [&](int64_t begin, int64_t end) {
-        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch(GRADIENT_SCRATCH));
+        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch(GRADIENT_SCRATCH(frequencies(tile))));
     });
     parallel(outputs, 9 * channels * g.slices,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_sum)(g, begin, end); });
@@ -81,9 +86,9 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
 }  // namespace fastddpm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
-    m.def("conv3x3_weights(Tensor weight, bool turned) -> Tensor");
+    m.def("conv3x3_weights(Tensor weight, bool turned, int tile) -> Tensor");
     m.def("conv3x3(Tensor x, Tensor weights, Tensor? bias, int outputs) -> Tensor");
-    m.def("conv3x3_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias) -> Tensor[]");
+    m.def("conv3x3_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int tile) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) {
     m.impl("conv3x3_weights", TORCH_BOX(&fastddpm::conv3x3_weights));

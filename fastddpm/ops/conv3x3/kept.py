@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_kept: WeakIdKeyDictionary | None = None  # weight to what it was transformed to
+_kept: WeakIdKeyDictionary | None = None  # weight to what it was transformed to, by the size of the tiles
 
 
 @contextlib.contextmanager
 def keep_transformed() -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
-    That takes 16 / 9 of the memory of the weights in float32. Where a gradient is asked for, and under torch.compile,
+    That takes 16 / 9 of the memory of the weights in float32, or 4 times it where tiles are of 4x4 pixels. Where a gradient is asked for, and under torch.compile,
     nothing is kept.
     """
     global _kept
@@ -44,12 +44,12 @@ def is_kept() -> bool:
     return _kept is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
-def kept(weight: Tensor, transform: Callable[[], Tensor]) -> Tensor:
-    """What ``transform`` gives, that of an earlier call within `keep_transformed`."""
+def kept(weight: Tensor, tile: int, transform: Callable[[], Tensor]) -> Tensor:
+    """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`."""
     if not is_kept():
         return transform()
     assert _kept is not None
-    if weight not in _kept:
-        _kept[weight] = transform()
-    found: Tensor = _kept[weight]
-    return found
+    of_weight: dict[int, Tensor] = _kept.setdefault(weight, {})
+    if tile not in of_weight:
+        of_weight[tile] = transform()
+    return of_weight[tile]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..._dispatch import dense_gradient
 from ..native_common import like_in_order, reason_against, register_fake
-from .kept import kept
+from .kept import is_kept, kept
 
 Saved = tuple[Tensor, ...]
+HALF = (torch.bfloat16, torch.float16)
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -24,7 +25,8 @@ def unsupported(*, x: Tensor, **_: Any) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
     bias = bias if bias is None else bias.contiguous()
-    weights = kept(weight, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False))
+    tile = _tile(x, x.dtype)
+    weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
     return torch.ops.fastddpm.conv3x3(x, weights, bias, weight.shape[0]), ()
 
 
@@ -35,20 +37,29 @@ def backward(
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
-        turned = torch.ops.fastddpm.conv3x3_weights(weight, True)
+        turned = torch.ops.fastddpm.conv3x3_weights(weight, True, _tile(x, x.dtype))
         dx = torch.ops.fastddpm.conv3x3(dy, turned, None, x.shape[1])
     if wanted[1] or wanted[2]:
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None)
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype))
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         dweight = found[0].contiguous(memory_format=layout)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias
 
 
+def _tile(x: Tensor, output: torch.dtype) -> int:
+    """Of how many pixels a side the tiles are: 4 where the output is in half precision and there are enough of them."""
+    if x.dtype not in HALF or output not in HALF:
+        return 2
+    large, small = (x.shape[0] * -(-x.shape[2] // side) * -(-x.shape[3] // side) for side in (4, 2))
+    weights = 16 if is_kept() else 40  # tiles that take as long as to read a weight, or to transform it
+    return 4 if 36 * (large + weights) < 16 * (small + weights) else 2
+
+
 @register_fake("conv3x3_weights")
-def _(weight: Tensor, turned: bool) -> Tensor:
+def _(weight: Tensor, turned: bool, tile: int) -> Tensor:
     outputs, channels = weight.shape[:2] if not turned else (weight.shape[1], weight.shape[0])
-    return weight.new_empty(((outputs + 31) // 32, 16, channels, 32), dtype=torch.float32)
+    return weight.new_empty(((outputs + 31) // 32, (tile + 2) ** 2, channels, 32), dtype=torch.float32)
 
 
 @register_fake("conv3x3")
@@ -57,6 +68,6 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
 
 
 @register_fake("conv3x3_gradient")
-def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> list[Tensor]:
     dweight = torch.empty_like(weight, memory_format=torch.channels_last)
     return [dweight, *(() if bias is None else (torch.empty_like(bias),))]
