@@ -45,9 +45,7 @@ def is_kept() -> bool:
 
 
 def kept(weight: Tensor, tile: int, transform: Callable[[], Tensor]) -> Tensor:
-    """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`."""
-    if not is_kept():
-        return transform()
+    """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`, where `is_kept`."""
     assert _kept is not None
     of_weight: dict[int, Tensor] = _kept.setdefault(weight, {})
     if tile not in of_weight:

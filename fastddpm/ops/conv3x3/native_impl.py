@@ -26,8 +26,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Sav
     """Returns y, and what backward wants beside the inputs: nothing."""
     bias = bias if bias is None else bias.contiguous()
     tile = _tile(x, x.dtype)
+    if not is_kept():
+        return torch.ops.fastddpm.conv3x3(x, weight, bias, False, tile), ()
     weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
-    return torch.ops.fastddpm.conv3x3(x, weights, bias, weight.shape[0]), ()
+    return torch.ops.fastddpm.conv3x3_transformed(x, weights, bias, weight.shape[0]), ()
 
 
 def backward(
@@ -37,8 +39,7 @@ def backward(
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
-        turned = torch.ops.fastddpm.conv3x3_weights(weight, True, _tile(x, x.dtype))
-        dx = torch.ops.fastddpm.conv3x3(dy, turned, None, x.shape[1])
+        dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype))
     if wanted[1] or wanted[2]:
         found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype))
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
@@ -62,9 +63,14 @@ def _(weight: Tensor, turned: bool, tile: int) -> Tensor:
     return weight.new_empty(((outputs + 31) // 32, (tile + 2) ** 2, channels, 32), dtype=torch.float32)
 
 
-@register_fake("conv3x3")
+@register_fake("conv3x3_transformed")
 def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     return like_in_order(x, (x.shape[0], outputs, *x.shape[2:]))
+
+
+@register_fake("conv3x3")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, tile: int) -> Tensor:
+    return like_in_order(x, (x.shape[0], weight.shape[1 if turned else 0], *x.shape[2:]))
 
 
 @register_fake("conv3x3_gradient")
