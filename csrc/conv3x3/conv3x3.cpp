@@ -24,8 +24,8 @@ Conv3x3 arguments(const Tensor& x, int64_t outputs, int64_t tile) {
     a.down = parts(a.shape.height, tile), a.across = parts(a.shape.width, tile);
     a.tiles = a.shape.batch * a.down * a.across;
     a.x = image(x, a.shape);
-    // Tiles of 2x2: as many as the second cache holds with all their channels, for the weights are read once for each
-    // block. Of 4x4: as many as there is time to ask for the next weights in; the tiles are not kept from then to then.
+    // Of 2x2, as many as the second cache holds with all their channels: the weights are read once for each block. Of 4x4,
+    // as measured: fewer leave no time to ask for the next weights, and more leave too few blocks for the threads.
     const int64_t channels = std::max<int64_t>(1, a.shape.channels);
     const int64_t most = tile == 4 ? 3 : std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK each
     const int64_t groups = parts(a.tiles, BLOCK);

@@ -13,6 +13,8 @@ from .kept import is_kept, kept
 
 Saved = tuple[Tensor, ...]
 HALF = (torch.bfloat16, torch.float16)
+READ, TRANSFORMED = 12, 32
+"""Tiles, see `_tile`, of weights that are read alone, and that are transformed, too: measured with AVX-512."""
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -25,9 +27,9 @@ def unsupported(*, x: Tensor, **_: Any) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
     bias = bias if bias is None else bias.contiguous()
-    tile = _tile(x, x.dtype)
     if not is_kept():
-        return torch.ops.fastddpm.conv3x3(x, weight, bias, False, tile), ()
+        return torch.ops.fastddpm.conv3x3(x, weight, bias, False, _tile(x, x.dtype, TRANSFORMED)), ()
+    tile = _tile(x, x.dtype, READ)
     weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
     return torch.ops.fastddpm.conv3x3_transformed(x, weights, bias, weight.shape[0]), ()
 
@@ -39,21 +41,25 @@ def backward(
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
-        dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype))
+        dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype))
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype, READ))
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         dweight = found[0].contiguous(memory_format=layout)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias
 
 
-def _tile(x: Tensor, output: torch.dtype) -> int:
-    """Of how many pixels a side the tiles are: 4 where the output is in half precision and there are enough of them."""
+def _tile(x: Tensor, output: torch.dtype, weights: int) -> int:
+    """Of how many pixels a side tiles are: 4 where input and output are in half precision, and the map is large enough.
+
+    Args:
+        weights: how many tiles take as long as reading what a weight is transformed to, and transforming it.
+    """
     if x.dtype not in HALF or output not in HALF:
         return 2
-    large, small = (x.shape[0] * -(-x.shape[2] // side) * -(-x.shape[3] // side) for side in (4, 2))
-    weights = 16 if is_kept() else 40  # tiles that take as long as to read a weight, or to transform it
+    batch, _, height, width = x.shape
+    large, small = (batch * -(-height // side) * -(-width // side) for side in (4, 2))
     return 4 if 36 * (large + weights) < 16 * (small + weights) else 2
 
 
