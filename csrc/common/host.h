@@ -130,11 +130,14 @@ inline int64_t draw_scratch(const Shape& s, const Tiling& t) {
     return 4 * (t.size / std::max<int64_t>(1, s.channels) + 2 * MOST_DRAWN);
 }
 
-// Memory that a thread keeps from call to call.
+// Memory that a thread keeps from call to call, for one use at a time, from the start of a line of the cache on.
+template <int USE = 0>
 inline float* scratch(int64_t floats) {
+    constexpr int64_t LINE = 16;
     static thread_local std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
-    return memory.data();
+    if (static_cast<int64_t>(memory.size()) < floats + LINE) memory.resize(floats + LINE);
+    const auto at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float);
+    return memory.data() + (LINE - at % LINE) % LINE;
 }
 
 // f(begin, end) over work items, on torch's threads where there is work for several: ``cost`` counts elements an item.

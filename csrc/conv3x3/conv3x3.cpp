@@ -3,71 +3,102 @@
 
 #include "conv3x3/conv3x3.h"
 
-#include <memory>
+#include <array>
 
 #include "common/host.h"
 
 namespace fastddpm {
 namespace {
 
+enum { OF_ITEM, OF_WEIGHTS, OF_SUMS };  // uses of kept memory
+
 int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-Conv3x3 arguments(const Tensor& x, int64_t outputs) {
+int64_t frequencies(int64_t tile) { return (tile + 2) * (tile + 2); }
+
+Conv3x3 arguments(const Tensor& x, int64_t outputs, int64_t tile) {
     Conv3x3 a{};
+    a.tile = tile;
     a.shape = shape(x);
     a.outputs = outputs;
-    a.down = parts(a.shape.height, 2), a.across = parts(a.shape.width, 2);
+    a.down = parts(a.shape.height, tile), a.across = parts(a.shape.width, tile);
     a.tiles = a.shape.batch * a.down * a.across;
     a.x = image(x, a.shape);
-    // as many tiles as the second cache holds with all their channels: the weights are read once for each block
+    // Of 2x2, as many as the second cache holds with all their channels: the weights are read once for each block. Of 4x4,
+    // as measured: fewer leave no time to ask for the next weights, and more leave too few blocks for the threads.
     const int64_t channels = std::max<int64_t>(1, a.shape.channels);
-    const int64_t most = std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK tiles each
+    const int64_t most = tile == 4 ? 3 : std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK each
     const int64_t groups = parts(a.tiles, BLOCK);
     a.blocks = parts(groups, most);
     a.block = a.blocks == 0 ? 0 : parts(groups, a.blocks) * BLOCK;
-    a.scratch = 16 * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
+    a.scratch = frequencies(tile) * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
     return a;
 }
 
-Tensor conv3x3_weights(const Tensor weight, bool turned) {
-    const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1);
-    const int64_t panels = parts(outputs, PANEL), blocks = parts(channels, TOGETHER);
-    Tensor to = new_tensor({panels, 16, channels, PANEL}, ScalarType::Float);
-    Conv3x3Weights a{outputs, channels, weight.stride(turned ? 1 : 0), weight.stride(turned ? 0 : 1), weight.stride(2),
-                     weight.stride(3), turned, values(weight, 0), static_cast<float*>(to.data_ptr())};
-    parallel(panels * blocks, TOGETHER * PANEL * 25,
-             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_weights)(a, begin, end); });
-    return to;
+// Sizes of transformed weights: panels, frequencies, channels, PANEL.
+std::array<int64_t, 4> sizes_of_weights(const Tensor& weight, bool turned, int64_t tile) {
+    return {parts(weight.size(turned ? 1 : 0), PANEL), frequencies(tile), weight.size(turned ? 0 : 1), PANEL};
 }
 
-Tensor conv3x3(const Tensor x, const Tensor weights, const MaybeTensor bias, int64_t outputs) {
-    Conv3x3 a = arguments(x, outputs);
+void transform(const Tensor& weight, bool turned, int64_t tile, float* to) {
+    const auto [panels, of_tile, channels, panel] = sizes_of_weights(weight, turned, tile);
+    const Conv3x3Weights a{tile, weight.size(turned ? 1 : 0), channels, weight.stride(turned ? 1 : 0),
+                           weight.stride(turned ? 0 : 1), weight.stride(2), weight.stride(3), turned,
+                           values(weight, 0), to};
+    parallel(panels * parts(channels, TOGETHER), TOGETHER * panel * (9 + of_tile),
+             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_weights)(a, begin, end); });
+}
+
+Tensor convolution(const Tensor& x, const float* weights, const MaybeTensor& bias, int64_t outputs, int64_t tile) {
+    Conv3x3 a = arguments(x, outputs, tile);
     Shape of_y = a.shape;
     of_y.channels = outputs;
     Tensor y = new_image(of_y, x.scalar_type());
     a.y = image(y, of_y);
     a.bias = values(bias, 0);
-    a.weights = static_cast<const float*>(weights.data_ptr());
-    parallel(a.blocks * parts(outputs, PANEL), a.block * 4 * PANEL * a.shape.channels / 4,
-             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_forward)(a, begin, end, scratch(a.scratch)); });
+    a.weights = weights;
+    parallel(a.blocks * parts(outputs, PANEL), a.block * tile * tile / 4 * PANEL * a.shape.channels,
+             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_forward)(a, begin, end, scratch<OF_ITEM>(a.scratch)); });
     return y;
 }
 
+Tensor conv3x3_weights(const Tensor weight, bool turned, int64_t tile) {
+    const std::array<int64_t, 4> sizes = sizes_of_weights(weight, turned, tile);
+    Tensor to = torch::stable::empty({sizes.data(), sizes.size()}, ScalarType::Float);
+    transform(weight, turned, tile, static_cast<float*>(to.data_ptr()));
+    return to;
+}
+
+// With weights that are transformed already.
+Tensor conv3x3_transformed(const Tensor x, const Tensor weights, const MaybeTensor bias, int64_t outputs) {
+    const int64_t tile = weights.size(1) == frequencies(4) ? 4 : 2;
+    return convolution(x, static_cast<const float*>(weights.data_ptr()), bias, outputs, tile);
+}
+
+// With weights as they are, or turned by 180 degrees with channels exchanged. What they are transformed to lies in memory
+// that is kept: to get new memory from the system takes as long as to transform them.
+Tensor conv3x3(const Tensor x, const Tensor weight, const MaybeTensor bias, bool turned, int64_t tile) {
+    const std::array<int64_t, 4> sizes = sizes_of_weights(weight, turned, tile);
+    float* weights = scratch<OF_WEIGHTS>(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
+    transform(weight, turned, tile, weights);
+    return convolution(x, weights, bias, weight.size(turned ? 1 : 0), tile);
+}
+
 // The gradient of the weights, in their dtype, and of the bias where there is one.
-std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tensor weight, const MaybeTensor bias) {
+std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tensor weight, const MaybeTensor bias,
+                                     int64_t tile) {
     const int64_t outputs = weight.size(0), channels = weight.size(1);
     Conv3x3Gradient g{};
-    g.of = arguments(x, outputs);
+    g.of = arguments(x, outputs, tile);
     g.of.y = image(dy, shape(dy));
     Tensor dweight = new_image({outputs, channels, 3, 3, true}, weight.scalar_type());
     g.gradient = {dweight.data_ptr(), dtype(dweight), 9 * channels, 1, channels, true};
     const int64_t items = parts(channels, WIDE) * parts(outputs, HIGH);
-    g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles / 128));
-    const std::unique_ptr<float[]> sums(new float[g.slices * outputs * 9 * channels]);  // kernels write all of it
+    g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
     std::vector<float> of_bias(bias ? g.slices * outputs : 0);
-    g.sums = sums.get(), g.bias = bias ? of_bias.data() : nullptr;
+    g.sums = scratch<OF_SUMS>(g.slices * outputs * 9 * channels), g.bias = bias ? of_bias.data() : nullptr;
     parallel(g.slices * items, WIDE * HIGH * g.of.tiles / g.slices, [&](int64_t begin, int64_t end) {
-        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch(GRADIENT_SCRATCH));
+        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch<OF_ITEM>(GRADIENT_SCRATCH(frequencies(tile))));
     });
     parallel(outputs, 9 * channels * g.slices,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_sum)(g, begin, end); });
@@ -81,12 +112,14 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
 }  // namespace fastddpm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
-    m.def("conv3x3_weights(Tensor weight, bool turned) -> Tensor");
-    m.def("conv3x3(Tensor x, Tensor weights, Tensor? bias, int outputs) -> Tensor");
-    m.def("conv3x3_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias) -> Tensor[]");
+    m.def("conv3x3_weights(Tensor weight, bool turned, int tile) -> Tensor");
+    m.def("conv3x3_transformed(Tensor x, Tensor weights, Tensor? bias, int outputs) -> Tensor");
+    m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool turned, int tile) -> Tensor");
+    m.def("conv3x3_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int tile) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) {
     m.impl("conv3x3_weights", TORCH_BOX(&fastddpm::conv3x3_weights));
+    m.impl("conv3x3_transformed", TORCH_BOX(&fastddpm::conv3x3_transformed));
     m.impl("conv3x3", TORCH_BOX(&fastddpm::conv3x3));
     m.impl("conv3x3_gradient", TORCH_BOX(&fastddpm::conv3x3_gradient));
 }

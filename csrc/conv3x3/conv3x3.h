@@ -10,26 +10,33 @@ enum : int64_t {
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WIDE = 128, HIGH = 64,   // channels and output channels of a work item of the gradient
+    CHUNK = 32,              // tiles at a time of the gradient
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
-    GRADIENT_SCRATCH = 16 * (32 * (WIDE + HIGH) + HIGH * WIDE + 3 * APART) + WIDE,
 };
 
-// What the convolution is cut into: tiles of 2x2 pixels of the output, each from 4x4 pixels of the input. Of a panel of
-// 32 output channels the weights lie together.
+// Floats that the gradient needs, with so many frequencies.
+constexpr int64_t GRADIENT_SCRATCH(int64_t frequencies) {
+    return frequencies * (CHUNK * (WIDE + HIGH) + HIGH * WIDE + 3 * APART) + WIDE;
+}
+
+// What the convolution is cut into: tiles of 2x2 or 4x4 pixels of the output, each from two more of the input either way.
+// Of a panel of 32 output channels the weights lie together.
 struct Conv3x3 {
+    int64_t tile;                 // 2 or 4
     Shape shape;                  // of the input: NHWC order is the fast one
     int64_t outputs;              // channels of the output
     int64_t down, across, tiles;  // tiles of a column, of a row, of all samples
     int64_t blocks, block;        // of tiles, and tiles of the largest, a multiple of BLOCK; an item is one with a panel
     Image x, y;
     Values bias;           // [outputs], or none
-    const float* weights;  // transformed: [panels, 16, channels, 32]
+    const float* weights;  // transformed: [panels, (tile + 2)^2, channels, 32]
     int64_t scratch;       // floats that a call needs
 };
 
-// Weights [outputs, channels, 3, 3] to [panels, 16, channels, 32], 0 in the panel's channels beyond the last. Strides
+// Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], 0 in the panel's channels beyond the last. Strides
 // count elements; backward exchanges the first two, and turns the filter by 180 degrees.
 struct Conv3x3Weights {
+    int64_t tile;
     int64_t outputs, channels;
     int64_t output_stride, channel_stride, row_stride, column_stride;
     bool turned;

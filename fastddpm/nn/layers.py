@@ -2,9 +2,9 @@
 
 On a GPU, and in float32 where nothing better is known, these are torch's. On a CPU
 
-- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less (on x86 with native
-  code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and behind an upsampling, it is a sum of
-  matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
+- a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
+  times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and behind an
+  upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -34,8 +34,9 @@ MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
-LEAST_TILES = 512
-"""Of 2x2 pixels, from which on transforming the weights pays if it is done at each call; if it is done once, 64."""
+LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
+"""Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or once
+for many calls."""
 _plain = False
 
 
@@ -126,7 +127,7 @@ def _is_transformed(x: Tensor, weight: Tensor) -> bool:
     if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype == torch.float64 or not _has_kernels():
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    return tiles >= (64 if is_kept() else LEAST_TILES)
+    return tiles >= (LEAST_KEPT if is_kept() else LEAST_TRAINED if torch.is_grad_enabled() else LEAST_TILES)
 
 
 def _in_float32(

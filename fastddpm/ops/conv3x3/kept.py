@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Transformed = WeakIdKeyDictionary
-"""Weight to what it was transformed to."""
+"""Weight to what it was transformed to, by the size of the tiles."""
 _kept: Transformed | None = None
 
 
@@ -18,8 +18,8 @@ _kept: Transformed | None = None
 def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
-    That takes 16 / 9 of the memory of the weights in float32. Where a gradient is asked for, and under torch.compile,
-    nothing is kept.
+    That takes 16 / 9 of the memory of the weights in float32, or 4 times it where tiles are of 4x4 pixels. Where a
+    gradient is asked for, and under torch.compile, nothing is kept.
 
     Args:
         into: where to keep them, for another block; None keeps them for this one, or where a block around it does.
@@ -49,12 +49,10 @@ def is_kept() -> bool:
     return _kept is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
-def kept(weight: Tensor, transform: Callable[[], Tensor]) -> Tensor:
-    """What ``transform`` gives, that of an earlier call within `keep_transformed`."""
-    if not is_kept():
-        return transform()
+def kept(weight: Tensor, tile: int, transform: Callable[[], Tensor]) -> Tensor:
+    """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`, where `is_kept`."""
     assert _kept is not None
-    if weight not in _kept:
-        _kept[weight] = transform()
-    found: Tensor = _kept[weight]
-    return found
+    of_weight: dict[int, Tensor] = _kept.setdefault(weight, {})
+    if tile not in of_weight:
+        of_weight[tile] = transform()
+    return of_weight[tile]

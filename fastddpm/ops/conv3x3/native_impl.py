@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..._dispatch import dense_gradient
 from ..native_common import like_in_order, reason_against, register_fake
-from .kept import kept
+from .kept import is_kept, kept
 
 Saved = tuple[Tensor, ...]
+HALF = (torch.bfloat16, torch.float16)
+READ, TRANSFORMED = 12, 32
+"""Tiles, see `_tile`, of weights that are read alone, and that are transformed, too: measured with AVX-512."""
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -24,8 +27,11 @@ def unsupported(*, x: Tensor, **_: Any) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
     bias = bias if bias is None else bias.contiguous()
-    weights = kept(weight, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False))
-    return torch.ops.fastddpm.conv3x3(x, weights, bias, weight.shape[0]), ()
+    if not is_kept():
+        return torch.ops.fastddpm.conv3x3(x, weight, bias, False, _tile(x, x.dtype, TRANSFORMED)), ()
+    tile = _tile(x, x.dtype, READ)
+    weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
+    return torch.ops.fastddpm.conv3x3_transformed(x, weights, bias, weight.shape[0]), ()
 
 
 def backward(
@@ -35,28 +41,45 @@ def backward(
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
-        turned = torch.ops.fastddpm.conv3x3_weights(weight, True)
-        dx = torch.ops.fastddpm.conv3x3(dy, turned, None, x.shape[1])
+        dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None)
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype, READ))
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         dweight = found[0].contiguous(memory_format=layout)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias
 
 
+def _tile(x: Tensor, output: torch.dtype, weights: int) -> int:
+    """Of how many pixels a side tiles are: 4 where input and output are in half precision, and the map is large enough.
+
+    Args:
+        weights: how many tiles take as long as reading what a weight is transformed to, and transforming it.
+    """
+    if x.dtype not in HALF or output not in HALF:
+        return 2
+    batch, _, height, width = x.shape
+    large, small = (batch * -(-height // side) * -(-width // side) for side in (4, 2))
+    return 4 if 36 * (large + weights) < 16 * (small + weights) else 2
+
+
 @register_fake("conv3x3_weights")
-def _(weight: Tensor, turned: bool) -> Tensor:
+def _(weight: Tensor, turned: bool, tile: int) -> Tensor:
     outputs, channels = weight.shape[:2] if not turned else (weight.shape[1], weight.shape[0])
-    return weight.new_empty(((outputs + 31) // 32, 16, channels, 32), dtype=torch.float32)
+    return weight.new_empty(((outputs + 31) // 32, (tile + 2) ** 2, channels, 32), dtype=torch.float32)
 
 
-@register_fake("conv3x3")
+@register_fake("conv3x3_transformed")
 def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     return like_in_order(x, (x.shape[0], outputs, *x.shape[2:]))
 
 
+@register_fake("conv3x3")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool, tile: int) -> Tensor:
+    return like_in_order(x, (x.shape[0], weight.shape[1 if turned else 0], *x.shape[2:]))
+
+
 @register_fake("conv3x3_gradient")
-def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> list[Tensor]:
     dweight = torch.empty_like(weight, memory_format=torch.channels_last)
     return [dweight, *(() if bias is None else (torch.empty_like(bias),))]
