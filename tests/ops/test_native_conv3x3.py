@@ -54,7 +54,7 @@ def test_tiles_are_large_in_half_precision_alone() -> None:
     assert tiles(1, 1, 16, 16, x=half, output=half) == [4, 2]  # 16 tiles of 4x4
     assert tiles(1, 1, 8, 8, x=half, output=half) == [2, 2]
     assert tiles(64, 1, 2, 2, x=half, output=half) == [2, 2]  # a map that is smaller than a tile
-    for x, output in ((single, single), (half, single), (single, half)):  # the gradient of a float32 weight is the second
+    for x, output in ((single, single), (half, single), (single, half)):  # the second: that of a float32 weight
         assert tiles(8, 1, 32, 32, x=x, output=output) == [2, 2]
 
 

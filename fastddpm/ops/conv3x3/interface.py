@@ -46,8 +46,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     y[b, n, i, j] = bias[n] + sum_{k, p, q} weight[n, k, p, q] x[b, k, i + p - 1, j + q - 1]
 
-    The C++ kernels compute it by minimal filtering (Winograd 1980; Lavin and Gray 2016): F(2x2, 3x3) has 16 products for
-    2x2 pixels in place of 36; F(4x4, 3x3), which half precision takes on all but the smallest maps, 36 in place of 144.
+    The C++ kernels compute it by minimal filtering (Winograd 1980; Lavin and Gray 2016): F(2x2, 3x3) has 16 products
+    for 2x2 pixels in place of 36; F(4x4, 3x3), which half precision takes on all but the smallest maps, 36 in place of
+    144.
 
     Args:
         x: float [B, K, H, W], dense in NCHW or NHWC order; the output keeps the order. NHWC is the fast one.

@@ -16,8 +16,8 @@ _kept: WeakIdKeyDictionary | None = None  # weight to what it was transformed to
 def keep_transformed() -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
-    That takes 16 / 9 of the memory of the weights in float32, or 4 times it where tiles are of 4x4 pixels. Where a gradient is asked for, and under torch.compile,
-    nothing is kept.
+    That takes 16 / 9 of the memory of the weights in float32, or 4 times it where tiles are of 4x4 pixels. Where a
+    gradient is asked for, and under torch.compile, nothing is kept.
     """
     global _kept
     before = _kept

@@ -43,7 +43,8 @@ def backward(
     if wanted[0]:
         dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, _tile(x, weight.dtype, READ))
+        tile = _tile(x, weight.dtype, READ)
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, tile)
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         dweight = found[0].contiguous(memory_format=layout)
         dbias = found[1] if wanted[2] else None
