@@ -10,6 +10,7 @@ from fastddpm.ops.conv3x3 import is_kept, keep_transformed, native_impl
 from tests.ops.cases import LAYOUTS, Case, randn
 from tests.ops.test_contract import check_values, results
 from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+from tests.tolerance import assert_within
 
 # batch, channels, outputs, height, width: around a vector, a panel, a block of tiles, an item of the gradient
 SIZES = [(1, 1, 8, 2, 2), (2, 15, 31, 4, 5), (1, 16, 32, 9, 3), (3, 17, 33, 8, 8), (1, 129, 65, 7, 6),
@@ -56,6 +57,27 @@ def test_tiles_are_large_in_half_precision_alone() -> None:
     # the second is the gradient of a float32 weight
     for x, output in ((single, single), (half, single), (single, half)):
         assert tiles(8, 1, 32, 32, x=x, output=output) == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_float32_weight_is_one_of_float32(dtype: torch.dtype) -> None:
+    """As under autocast: x is in half precision, and its gradient, too."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 33, 4, 7, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(64, 33, 3, 3, generator=g), torch.randn(64, generator=g)
+    dy = torch.randn(1, 64, 4, 7, generator=g).to(dtype)
+
+    def gradients(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = [p.clone().requires_grad_() for p in (x, weight, bias)]
+        return torch.autograd.grad(fastddpm.conv3x3(*given), given, dy.to(x.dtype))
+
+    with fastddpm.use_backend("native"):
+        found = gradients(x, weight, bias)
+    with fastddpm.use_backend("reference"):
+        in64, in32 = (gradients(*(p.to(wide) for p in (x, weight, bias))) for wide in (torch.float64, torch.float32))
+    assert [p.dtype for p in found] == [dtype, torch.float32, torch.float32]
+    for name, one, exact, single in zip(("x", "weight", "bias"), found, in64, in32, strict=True):
+        assert_within(one, exact, single, name)
 
 
 def test_threads_change_no_bit() -> None:
