@@ -31,7 +31,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("ema_decay", 1.0),
     ("ema_decay", -0.1),
     ("ema_halflife_images", 0.0),
-    ("precision", "float16"),
+    ("precision", "float8"),
     ("device", "toaster"),
     ("data_on", "disk"),
     ("cuda_graph", "maybe"),
@@ -51,6 +51,11 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 def test_value_out_of_range_is_named_with_its_range_and_a_remedy(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"TrainConfig: expected {name} .*got .*{str(value)[:6]}.*; "):
         TrainConfig(**{name: value})
+
+
+def test_no_average_and_its_half_life_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="expected no ema_halflife_images without an average"):
+        TrainConfig(ema_decay=None, ema_halflife_images=1000)
 
 
 def test_every_number_has_a_test_of_its_range() -> None:
@@ -106,6 +111,10 @@ def test_device_and_precision_are_chosen() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_precision("auto", torch.device("cpu")) == torch.float32
     assert choose_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert choose_precision("float16", torch.device("cpu")) == torch.float16
+    assert choose_precision("tf32", torch.device("cuda")) == torch.float32
+    with pytest.raises(ValueError, match="expected a GPU for precision tf32, got cpu; use float32"):
+        choose_precision("tf32", torch.device("cpu"))
     with pytest.raises(ValueError, match="expected device cuda:99 to exist, got"):
         choose_device("cuda:99")
     with pytest.raises(ValueError, match="expected device cpu or cuda, got mps"):
@@ -170,3 +179,9 @@ def test_unknown_presets_and_fields_are_refused() -> None:
         make_configs("mnist")
     with pytest.raises(ValueError, match="expected fields of TrainConfig, got batchsize; it has output_dir"):
         make_configs("digits", train={"batchsize": 3})
+
+
+def test_auto_is_bfloat16_where_the_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert choose_precision("auto", torch.device("cuda")) == expected

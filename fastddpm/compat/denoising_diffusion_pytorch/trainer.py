@@ -19,10 +19,11 @@ from ...training.atomic import whole_file
 from ...training.decode import SMALL, usable_cores
 from ...training.loop import DivergenceError
 from ...training.metrics import set_aside
+from ...training.scale import LossScale
 from .batches import Batches, of_dataset
 from .dataset import Dataset, Dataset1D, Pixels, available_memory
 from .fid import FID, Unavailable, parts
-from .optimizer import EMA, Adam, LossScale
+from .optimizer import EMA, Adam
 from .processes import Processes
 
 __all__ = ["Dataset", "Dataset1D", "Trainer", "Trainer1D"]
