@@ -81,6 +81,8 @@ class AdamEMA:
         self.learning_rate, self.ema_decay = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self.found_inf, self.skipped = (torch.zeros((), device=device) for _ in range(2))
         self.scale = LossScale(device) if scaled else None
+        if self.scale is not None:
+            self.options["grad_scale"] = self.scale.scale
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
@@ -107,7 +109,6 @@ class AdamEMA:
             ema=list(self.ema.values()) or None,
             ema_decay=self.ema_decay if self.ema else None,
             found_inf=self.found_inf if scale is None else scale.found_inf.copy_(self.found_inf),
-            **({} if scale is None else {"grad_scale": scale.scale}),
             **self.options,
         )
         if scale is not None:
