@@ -321,7 +321,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=_at_least(0), default=0, help="image n of a seed is always the same (default: 0)")
     p.add_argument("--first-image", type=_at_least(0), default=0, help="index of the first image (default: 0)")
-    p.add_argument("--batch-size", type=_at_least(1), help="images at a time (default: all, at most 64)")
+    p.add_argument(
+        "--batch-size", type=_at_least(1),
+        help="images at a time (default: all, at most 64 or on a GPU 256, and at most what fits into memory)",
+    )  # fmt: skip
     p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
     p.add_argument(
         "--guidance-scale", type=_number(0), default=1.0, help="of classifier-free guidance; 1 is none (default: 1)"
