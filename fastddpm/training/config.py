@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 import torch
+from torch import nn
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "auto")
 DECAYS = ("constant", "cosine", "linear")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""By name what torch.compile is told: a step is recorded as a CUDA graph by this library, as a whole."""
 CUDA_GRAPHS = ("auto", "on", "off")
 DATA_PLACES = ("auto", "device", "host")
 
@@ -83,9 +86,17 @@ class TrainConfig:
         choices=PRECISIONS,
     )  # fmt: skip
     recompute: bool = _option(
-        False, "keep less in memory: the residual blocks of the U-Net are computed again for their gradients"
-    )
-    compile: bool = _option(False, "compile the network with torch.compile (minutes at the start, faster afterwards)")
+        False, "keep less in memory: residual blocks and attention of the U-Net are computed again for their "
+        "gradients, and on a CPU the process gives freed memory back at once, which takes time, too",
+    )  # fmt: skip
+    compile: bool = _option(
+        False, "compile the network with torch.compile (minutes at the start, faster afterwards; the next process "
+        "finds what this one compiled)",
+    )  # fmt: skip
+    compile_mode: str | None = _option(
+        None, "how much torch.compile tries: max-autotune times kernels against each other, on a GPU (none: its "
+        "default)", choices=tuple(COMPILE_MODES),
+    )  # fmt: skip
     cuda_graph: str = _option(
         "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python "
         "(auto: for the U-Net of this library)", choices=CUDA_GRAPHS,
@@ -127,6 +138,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: expected no ema_halflife_images without an average (ema_decay None), got "
                 f"{self.ema_halflife_images}; leave one of them out"
+            )
+        if self.compile_mode is not None and not self.compile:
+            raise ValueError(
+                f"TrainConfig: expected compile=True with compile_mode, got compile_mode {self.compile_mode!r} alone; "
+                "give both"
             )
         if self.lr_decay != "constant" and self.warmup_images >= self.num_images:
             raise ValueError(
@@ -208,6 +224,23 @@ def choose_device(name: str) -> torch.device:
         found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU that torch can use"
         raise ValueError(f"choose_device: expected device {name} to exist, got {found}; use device='auto' or 'cpu'")
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
+
+
+def compile_network(network: nn.Module, mode: str | None = None) -> None:
+    """Have torch.compile compile a network at its next call, in place.
+
+    Args:
+        mode: "default" or "max-autotune"; None is "default".
+
+    Raises:
+        ValueError: another mode.
+
+    torch keeps what it compiled in a folder ($TORCHINDUCTOR_CACHE_DIR, or one under the system's temporary folder),
+    where the next process finds it.
+    """
+    if mode is not None and mode not in COMPILE_MODES:
+        raise ValueError(f"compile_network: expected mode {' or '.join(COMPILE_MODES)}, got {mode!r}; choose one")
+    network.compile(mode=COMPILE_MODES[mode or "default"])
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -33,13 +34,14 @@ from .checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
-from .config import TrainConfig, choose_device, choose_precision, free_on_resume
+from .config import TrainConfig, choose_device, choose_precision, compile_network, free_on_resume
 from .data import ImageDataset, load_images
 from .ema import halflife_decay, warmed_decay, weights_of
 from .metrics import Totals, append_metrics, set_aside, truncate_metrics
 from .optimizer import AdamEMA, learning_rate
 
 SECONDS_BETWEEN_LINES = 10.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HALF = 2**31  # of the 32-bit words of the noise
 
 
@@ -150,13 +152,16 @@ class Trainer:
         self._resume(resume, allow_changes)
         if isinstance(diffusion.model, UNet):
             diffusion.model.recompute(c.recompute)
+            if c.recompute and self.device.type == "cpu":
+                _give_back_freed_memory()
         elif c.recompute:
             raise ValueError(
                 f"Trainer: expected a fastddpm.UNet with recompute, got {type(diffusion.model).__name__}; leave "
                 "recompute out, and let the network recompute by itself"
             )
         if c.compile:
-            diffusion.model.compile()
+            compile_network(diffusion.model, c.compile_mode)
+        self._compiles = c.compile  # at the first step
 
     def train(self) -> None:
         """Train until num_images are seen (the last batch is a whole one), or `stop` is called.
@@ -188,7 +193,7 @@ class Trainer:
             self._clock = time.perf_counter()
             while self.images_seen < c.num_images and not self._stopping:
                 before = self.images_seen
-                self.step()
+                self._first_step() if self._compiles else self.step()
                 for callback in self.callbacks:
                     callback(self)
                 bar.update(min(c.batch_size, c.num_images - before))
@@ -230,6 +235,13 @@ class Trainer:
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
             self._run()
         self.images_seen, self.steps = seen, self.steps + 1
+
+    def _first_step(self) -> None:
+        """A step in which the network is compiled, and how long that took."""
+        start, self._compiles = time.perf_counter(), False
+        self.step()
+        self._totals.wait()
+        self._say(f"compiled the network in {time.perf_counter() - start:.1f} s, in the first step")
 
     def stop(self) -> None:
         """End `train` after the step that runs, with a checkpoint."""
@@ -551,6 +563,18 @@ class Trainer:
     def _say(self, text: str, always: bool = False) -> None:
         if self.progress or always:
             tqdm.write(text)
+
+
+def _give_back_freed_memory() -> None:
+    """Have the allocator of glibc give every block from 1 MiB on back to the system when it is freed, from now on.
+
+    What it keeps otherwise cannot be used again, since blocks of the same size, aligned, do not fit where one was
+    (docs/memory.md). Other allocators stay as they are.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(setting, 1 << 20)
 
 
 @contextmanager

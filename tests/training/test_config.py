@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 
 from fastddpm.nn import UNet
 from fastddpm.training import PRESETS, TrainConfig, make_configs
-from fastddpm.training.config import choose_device, choose_precision, free_on_resume
+from fastddpm.training.config import choose_device, choose_precision, compile_network, free_on_resume
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("num_images", 0),
@@ -32,6 +33,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("ema_decay", -0.1),
     ("ema_halflife_images", 0.0),
     ("precision", "float8"),
+    ("compile_mode", "slow"),
     ("device", "toaster"),
     ("data_on", "disk"),
     ("cuda_graph", "maybe"),
@@ -51,6 +53,24 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 def test_value_out_of_range_is_named_with_its_range_and_a_remedy(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"TrainConfig: expected {name} .*got .*{str(value)[:6]}.*; "):
         TrainConfig(**{name: value})
+
+
+def test_a_mode_of_compiling_needs_compile() -> None:
+    with pytest.raises(ValueError, match="expected compile=True with compile_mode, got compile_mode 'max-autotune'"):
+        TrainConfig(compile_mode="max-autotune")
+    assert TrainConfig(compile_mode="max-autotune", compile=True).compile
+
+
+def test_compile_modes_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    network = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(network, "compile", lambda mode: told.append(mode))
+    for mode in (None, "default", "max-autotune"):
+        compile_network(network, mode)
+    assert told == ["default", "default", "max-autotune-no-cudagraphs"]
+    assert set(told) <= set(torch._inductor.list_mode_options())
+    with pytest.raises(ValueError, match="expected mode default or max-autotune, got 'fast'"):
+        compile_network(network, "fast")
 
 
 def test_no_average_and_its_half_life_are_refused_together() -> None:

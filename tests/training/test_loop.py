@@ -305,6 +305,24 @@ def test_products_of_a_gpu_are_float32_or_tf32_as_asked_for(tmp_path: Path) -> N
     assert [backend.allow_tf32 for backend in backends] == before
 
 
+def test_the_time_of_the_first_step_is_told_where_it_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastddpm.training.loop.compile_network", lambda network, mode: None)
+    toy_trainer(tmp_path, compile=True, num_images=16, progress=True).train()
+    assert capsys.readouterr().out.count(" s, in the first step") == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_freed_memory_is_given_back_where_memory_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("fastddpm.training.loop._give_back_freed_memory", lambda: calls.append(None))
+    toy_trainer(tmp_path, recompute=recompute).step()
+    assert len(calls) == recompute
+
+
 def test_without_an_average_samples_are_of_the_weights(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, ema_decay=None, num_images=32, sample_every_images=32)
     trainer.train()
