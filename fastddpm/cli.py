@@ -41,6 +41,7 @@ from .training import (
     load_images,
     make_configs,
 )
+from .training.config import COMPILE_MODES, compile_network
 from .training.load import open_checkpoint
 
 PARTS: dict[str, tuple[type, str]] = {
@@ -126,6 +127,8 @@ def sample(args: argparse.Namespace) -> None:
     """fastddpm sample RUN --out grid.png."""
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     labels = _labels(args.labels, args.num_images, model)
+    if args.compile is not None:
+        compile_network(model.model, args.compile)
     if args.dry_run:
         print(f"would write {args.num_images} images of {args.checkpoint} to {args.out}")
         return
@@ -321,7 +324,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=_at_least(0), default=0, help="image n of a seed is always the same (default: 0)")
     p.add_argument("--first-image", type=_at_least(0), default=0, help="index of the first image (default: 0)")
-    p.add_argument("--batch-size", type=_at_least(1), help="images at a time (default: all, at most 64)")
+    p.add_argument(
+        "--batch-size", type=_at_least(1),
+        help="images at a time (default: all, at most 64 or on a GPU 256, and at most what fits into memory)",
+    )  # fmt: skip
+    p.add_argument(
+        "--compile", choices=tuple(COMPILE_MODES),
+        help="compile the network with torch.compile at the first step (default: no)",
+    )  # fmt: skip
     p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
     p.add_argument(
         "--guidance-scale", type=_number(0), default=1.0, help="of classifier-free guidance; 1 is none (default: 1)"

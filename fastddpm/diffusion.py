@@ -22,11 +22,14 @@ from .ops import philox
 from .ops.normal import normal
 from .prediction import PREDICTIONS, check_prediction, x0_from
 from .sampling import VARIANCES
+from .sampling.memory import fitting_batch, free_memory
 from .schedule import SCHEDULES, Schedule, extract, make_schedule
 
 LOSSES = ("simple", "vlb", "hybrid", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+MOST_AT_A_TIME = (64, 256)
+"""Images of a batch in sampling where no size is given: on a CPU, on a GPU."""
 LEAST_PROBABILITY = 1e-12
 
 
@@ -653,8 +656,9 @@ class GaussianDiffusion(nn.Module):
             spacing: which timesteps: "trailing", "leading", "linspace" or "quadratic".
             seed: in [0, 2^64).
             first_image: index of the first image in the run of this seed, >= 0.
-            batch_size: images in one call of the network (twice that with guidance); None is num_images, at most 64.
-                Give it to draw a part of a run: image 4,711 alone, as the whole run drew it, takes the time of a batch.
+            batch_size: images in one call of the network (twice that with guidance); None is num_images, at most 64, on
+                a GPU 256, and for a `fastddpm.UNet` at most what fits into half of the free memory. Give it to draw a
+                part of a run: image 4,711 alone, as the whole run drew it, takes the time of a batch.
             labels: int64 [num_images], or one class for all; None is the null class of a network with classes.
             guidance_scale: w of the classifier-free guidance, out = uncond + w (cond - uncond); 1 is none.
             dynamic_threshold_ratio: in (0, 1], see `fastddpm.sampling.dynamic_threshold`; 0.995 is usual with strong
@@ -676,7 +680,8 @@ class GaussianDiffusion(nn.Module):
                 or guidance without them.
         """
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
-        batch_size = max(1, min(64, num_images)) if batch_size is None else batch_size
+        if batch_size is None:
+            batch_size = self._fitting_batch(num_images, guided=guidance_scale != 1)
         device = self.device
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
             calls = len(steps) if device.type == "cuda" else len(steps) * -(-num_images // max(1, batch_size))
@@ -767,6 +772,15 @@ class GaussianDiffusion(nn.Module):
                 clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample,
             )  # fmt: skip
         return (x / 2 + 0.5).clamp(0, 1)
+
+    def _fitting_batch(self, num_images: int, guided: bool) -> int:
+        """Images at a time, by what the network takes for one."""
+        most = MOST_AT_A_TIME[self.device.type == "cuda"]
+        if num_images <= 1 or not isinstance(self.model, UNet):
+            return max(1, min(num_images, most))
+        size = next(self.model.parameters()).element_size()
+        cost = (1 + guided) * size * self.model.config.live_elements
+        return fitting_batch(num_images, most, cost, free_memory(self.device))
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return self.predict(x, t, labels)

@@ -52,6 +52,7 @@ class Contestant:
 
     ``default`` is the library as its example uses it: eager, float32, NCHW, torch's default AdamW, its own pipeline.
     ``compiled`` is the mode of torch.compile, or "" for eager. ``own`` is the network of denoising-diffusion-pytorch.
+    ``recompute``: ours computes blocks again in backward.
     """
 
     library: str
@@ -61,6 +62,7 @@ class Contestant:
     ema: bool = False
     default: bool = False
     own: bool = False
+    recompute: bool = False
 
     @property
     def setting(self) -> str:
@@ -69,6 +71,7 @@ class Contestant:
         words += ["compiled" if self.compiled == "default" else f"compiled, {self.compiled}"] if self.compiled else []
         words += ["own Unet"] if self.own else []
         words += [self.dtype, *(["channels_last"] if self.channels_last else []), *(["EMA"] if self.ema else [])]
+        words += ["recompute"] if self.recompute else []
         return ", ".join(words)
 
     @property
@@ -128,6 +131,15 @@ def contestants(which: str, device: str = DEVICE) -> list[Contestant]:
     return found
 
 
+def memory_contestants() -> list[Contestant]:
+    """Those whose peak memory in training is compared: ours with and without an average of the weights and recompute;
+    diffusers as its example uses it, with EMA, and in bfloat16; the other library by default."""
+    ours = [Contestant(OURS, dtype, True, ema=ema, recompute=recompute) for dtype in ("float32", "bfloat16")
+            for ema in (True, False) for recompute in (False, True)]  # fmt: skip
+    theirs = [Contestant(DIFFUSERS, default=True), Contestant(DIFFUSERS, default=True, ema=True)]
+    return [*ours, *theirs, Contestant(DIFFUSERS, "bfloat16"), Contestant(LUCIDRAINS, default=True)]
+
+
 class Workshop:
     """Makes the calls of contestants. Peers in the same setting share a network, and so what torch.compile made of it.
 
@@ -174,7 +186,9 @@ class Workshop:
         return _diffusers_sampling(who, network, (batch, 3, self.network.size, self.network.size), steps)
 
     def _ours(self, who: Contestant, kind: str, batch: int, steps: int = 1) -> Work:
-        train = dict(batch_size=batch, precision=who.dtype, compile=bool(who.compiled))
+        train: dict[str, Any] = dict(batch_size=batch, precision=who.dtype, compile=bool(who.compiled))
+        if kind == "train":
+            train |= dict(recompute=who.recompute, **({} if who.ema else {"ema_decay": None}))
         return Work(kind, self.network.unet, {}, train, measured_steps=steps)
 
     def _peer_network(self, who: Contestant, training: bool) -> nn.Module:

@@ -10,11 +10,11 @@ class Row:
     """One contestant at one task.
 
     Attributes:
-        device: "cpu" or "cuda". task: "train" or "sample". network, batch, threads: of what.
+        device: "cpu" or "cuda". task: "train", "sample" or "memory" (of a training). network, batch, threads: of what.
         library, setting, dtype: who; ``default`` and ``ema`` are as in `Contestant`, ``own`` is another network.
         seconds: the best step: an optimiser step, or one step of a sampling. None where nothing ran, for ``note``.
         floor: the least of such a step in this dtype, in seconds, measured in the same run.
-        memory: bytes at the most, where it was measured. parts: seconds by kind of op, likewise.
+        memory: bytes at the most, of task "memory". parts: seconds by kind of op, where they were measured.
     """
 
     device: str

@@ -16,9 +16,11 @@ Row = dict[str, Any]
 # What was set out to be reached on the CPU with one core left free: against the floor, against diffusers as its example
 # uses it (without an average of the weights), and against the fastest setting of any peer; memory against diffusers.
 BARS = {
-    "train": dict(floor=1.2, default=2.2, best=1.35, memory=0.7),
+    "train": dict(floor=1.2, default=2.2, best=1.35),
     "sample": dict(floor=1.2, default=2.2, best=1.4),
 }
+MEMORY_BAR = 0.7
+TASKS = {"train": "training", "sample": "sampling", "memory": "memory of training"}
 SCRIPT = "the script of "
 """Begins the network of rows that are a script of another library, before and after its import line is changed."""
 SCRIPT_BAR = 1.3  # on the CPU, in the same precision
@@ -32,8 +34,8 @@ def cases_of(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each task, network and batch size, in the order of the run, under a name."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
-        what = "training" if row["task"] == "train" else "sampling"
-        name = f"{what}, {row['network']}, batch {row['batch']}, {row['device']}, {row['threads']} thread(s)"
+        where = f"{row['device']}, {row['threads']} thread(s)"
+        name = f"{TASKS[row['task']]}, {row['network']}, batch {row['batch']}, {where}"
         cases.setdefault(name, []).append(row)
     return cases
 
@@ -45,19 +47,37 @@ def images_per_second(row: Row) -> float:
 
 
 def cells_of(row: Row) -> list[str]:
-    """A row as text: library, setting, ms, images per second, floor in ms, step over floor, memory in MiB."""
+    """A row as text: library, setting, ms, images per second, floor in ms, step over floor."""
     if row["seconds"] is None:
-        return [row["library"], row["setting"], row["note"], "", "", "", ""]
+        return [row["library"], row["setting"], row["note"], "", "", ""]
     ratio = "" if row["floor"] is None else f"{row['seconds'] / row['floor']:.2f}"
     floor = "" if row["floor"] is None else f"{row['floor'] * 1e3:,.1f}"
-    memory = "" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f}"
     return [
         row["library"], row["setting"], f"{row['seconds'] * 1e3:,.1f}", f"{images_per_second(row):,.3g}", floor, ratio,
-        memory,
     ]  # fmt: skip
 
 
-HEAD = ["library", "setting", "ms a step", "images/s", "floor ms", "step/floor", "MiB"]
+HEAD = ["library", "setting", "ms a step", "images/s", "floor ms", "step/floor"]
+MEMORY_HEAD = ["library", "setting", "MiB", "to diffusers"]
+
+
+def table_of(case: list[Row]) -> list[list[str]]:
+    """Head and rows of a case, as text."""
+    if case[0]["task"] != "memory":
+        return [HEAD, *(cells_of(row) for row in case)]
+    lines = [MEMORY_HEAD]
+    for row in case:
+        there, yardstick = row["memory"] is not None, memory_yardstick(case, row["dtype"])
+        ratio = f"{row['memory'] / yardstick['memory']:.2f}" if there and yardstick is not None else ""
+        memory = f"{row['memory'] / 2**20:,.0f}" if there else row["note"]
+        lines.append([row["library"], row["setting"], memory, ratio])
+    return lines
+
+
+def memory_yardstick(case: list[Row], dtype: str) -> Row | None:
+    """Diffusers in a precision, without an average of the weights."""
+    return next((row for row in case if row["library"] == "diffusers" and row["dtype"] == dtype
+                 and not row["ema"] and row["memory"] is not None), None)  # fmt: skip
 
 
 def lines_of(rows: list[Row]) -> list[str]:
@@ -65,8 +85,8 @@ def lines_of(rows: list[Row]) -> list[str]:
     lines = []
     for name, case in cases_of(rows).items():
         lines += ["", name]
-        for cells in [HEAD, *(cells_of(row) for row in case)]:
-            lines.append("  {:<29}{:<44}{:>13}{:>10}{:>10}{:>12}{:>8}".format(*cells).rstrip())
+        for library, setting, *numbers in table_of(case):
+            lines.append(f"  {library:<29}{setting:<44}{''.join(f'{cell:>13}' for cell in numbers)}".rstrip())
     return lines
 
 
@@ -80,6 +100,9 @@ def verdicts(rows: list[Row]) -> list[str]:
     """Each bar, what was reached, and whether that is enough."""
     lines = []
     for name, case in cases_of(rows).items():
+        if case[0]["task"] == "memory":
+            lines += [_memory(name, case, dtype, ema) for dtype in DTYPES for ema in (False, True)]
+            continue
         if case[0]["network"].startswith(SCRIPT):
             before = fastest(case, lambda row: row["library"] != OURS)
             after = fastest(case, lambda row: row["library"] == OURS)
@@ -97,8 +120,6 @@ def verdicts(rows: list[Row]) -> list[str]:
         best = fastest(same, lambda row: True)
         lines.append(_against(f"{name}: to diffusers, default", default, ours, bars.get("default")))
         lines.append(_against(f"{name}: to the best peer", best, ours, bars.get("best")))
-        if case[0]["task"] == "train":
-            lines += [_memory(name, case, dtype, bars.get("memory")) for dtype in DTYPES]
     return lines
 
 
@@ -109,11 +130,16 @@ def _against(what: str, peer: Row | None, ours: Row | None, bar: float | None) -
     return _verdict(f"{what} ({who})", peer["seconds"] / ours["seconds"], bar)
 
 
-def _memory(name: str, case: list[Row], dtype: str, bar: float | None) -> str:
-    """Ours over that of diffusers in the same precision."""
-    found = {row["library"]: row["memory"] for row in case if row["memory"] is not None and row["dtype"] == dtype}
-    reached = found[OURS] / found["diffusers"] if {OURS, "diffusers"} <= found.keys() else None
-    return _verdict(f"{name}: peak memory to diffusers, {dtype}", reached, bar, at_most=True)
+def _memory(name: str, case: list[Row], dtype: str, ema: bool) -> str:
+    """The least of ours over that of diffusers in the same precision."""
+    what = f"{name}: to diffusers, {dtype}, {'ours with EMA' if ema else 'both without EMA'}"
+    fits = [row for row in case if row["library"] == OURS and row["memory"] is not None]
+    ours = min((r for r in fits if r["dtype"] == dtype and r["ema"] == ema), key=lambda r: r["memory"], default=None)
+    yardstick = memory_yardstick(case, dtype)
+    if ours is None or yardstick is None:
+        return _verdict(what, None, MEMORY_BAR)
+    reached = ours["memory"] / yardstick["memory"]
+    return _verdict(f"{what} ({ours['setting']})", reached, MEMORY_BAR, at_most=True)
 
 
 def _verdict(what: str, reached: float | None, bar: float | None, *, at_most: bool = False) -> str:
@@ -148,13 +174,15 @@ def markdown(about: Row, rows: list[Row], record: Path, picture: Path | None) ->
         "that is faster, so its step can be shorter than the floor. Images per",
         f"second are those of {SAMPLER_STEPS:,} steps in sampling. Memory is the peak resident size of a process of "
         "its own, less",
-        "that after its imports. What was not measured is left empty.",
+        "that after its imports; against diffusers in the same precision without EMA. What was not measured is left "
+        "empty.",
         "",
         *([] if picture is None else [f"![images per second, ratio to the floor, time by part]({picture.name})", ""]),
     ]
     for name, case in cases_of(rows).items():
-        lines += [f"## {name[0].upper()}{name[1:]}", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
-        lines += [f"| {' | '.join(cells_of(row))} |" for row in case]
+        head, *table = table_of(case)
+        lines += [f"## {name[0].upper()}{name[1:]}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+        lines += [f"| {' | '.join(cells)} |" for cells in table]
         lines.append("")
     lines += ["## Against what was set out", "", *(f"- {line}" for line in verdicts(rows))]
     return "\n".join(lines)
@@ -167,7 +195,8 @@ def plot(about: Row, rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = {name: [row for row in case if row["seconds"] is not None] for name, case in cases_of(rows).items()}
+    timed = cases_of([row for row in rows if row["task"] != "memory"])
+    cases = {name: [row for row in case if row["seconds"] is not None] for name, case in timed.items()}
     split = [row for row in rows if row["parts"]]
     heights = [1.2 + 0.22 * len(case) for case in cases.values()] + ([1.2 + 0.35 * len(split)] if split else [])
     figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")

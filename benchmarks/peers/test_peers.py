@@ -23,6 +23,7 @@ from benchmarks.peers.contestants import (
     Workshop,
     contestants,
     lucidrains,
+    memory_contestants,
 )
 from benchmarks.peers.memory import peak_of
 from benchmarks.peers.records import Row
@@ -95,6 +96,29 @@ def test_peers(
     benchmark.pedantic(calls[next(who for who in calls if who.library == OURS)], rounds=1)
 
 
+@pytest.mark.timeout(3600)
+@pytest.mark.benchmark(group="peers")
+@pytest.mark.parametrize(("network", "batch"), [(n, b) for n, b, task in CASES if task == "train"],
+                         ids=lambda v: getattr(v, "name", str(v)))  # fmt: skip
+def test_memory(network: Network, batch: int, most_threads: int, rows: list[Row], benchmark: Any) -> None:
+    small = benchmark.disabled
+    case = Case("memory", TINY if small else network, 2 if small else batch, most_threads)
+    found = [memory_of(case, who) for who in memory_contestants()[: 1 if small else None]]
+    rows += [] if small else found
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def memory_of(case: Case, who: Contestant) -> Row:
+    """The peak of a training, in a process of its own."""
+    there = who.missing is None
+    return Row(
+        device=DEVICE, task=case.task, network=case.network.name, batch=case.batch, threads=case.threads,
+        library=who.library, setting=who.setting, dtype=who.dtype, default=who.default, ema=who.ema, own=who.own,
+        seconds=None, memory=peak_of(who, case.network, case.batch, case.threads) if there else None,
+        note="" if there else "not installed",
+    )  # fmt: skip
+
+
 def calls_of(case: Case, everyone: list[Contestant]) -> dict[Contestant, Any]:
     """The call of each contestant that is installed."""
     workshop = Workshop(case.network)
@@ -144,7 +168,7 @@ def row_of(
     floors: dict[tuple[str, bool], float],
     calls: dict[Contestant, Any],
 ) -> Row:
-    """With the memory and the parts of those that are compared by them: ours, and the default of diffusers."""
+    """With the parts of those that are compared by them: ours, and the default of diffusers."""
     row = Row(
         device=DEVICE, task=case.task, network=case.network.name, batch=case.batch, threads=case.threads,
         library=who.library, setting=who.setting, dtype=who.dtype, default=who.default, ema=who.ema, own=who.own,
@@ -153,13 +177,6 @@ def row_of(
     if seconds is None:
         return replace(row, floor=None, note="not installed" if who.missing else "not of this size")
     ours = who.library == OURS
-    if case.task != "train" or who.compiled or not (ours or is_memory_yardstick(who)):
+    if case.task != "train" or who.compiled or not (ours or (who.library == DIFFUSERS and who.default and not who.ema)):
         return row
-    parts = time_by_part(calls[who], torch.device(DEVICE)) if ours or who.default else {}
-    return replace(row, memory=peak_of(who, case.network, case.batch, case.threads), parts=parts)
-
-
-def is_memory_yardstick(who: Contestant) -> bool:
-    """Diffusers without an average of the weights: as its example does, and the same in bfloat16."""
-    as_it_is = not (who.channels_last or who.ema or who.compiled)
-    return who.library == DIFFUSERS and as_it_is and who.default == (who.dtype == "float32")
+    return replace(row, parts=time_by_part(calls[who], torch.device(DEVICE)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..nn.unet import UNet, UNetConfig
 from .floor import Floor, floor, flops
 from .memory import peak_of_work, peak_on_gpu
 from .parts import time_by_part
-from .timing import product_rate, times
+from .timing import product_rate, times, wait
 from .work import Work
 
 
@@ -24,6 +25,7 @@ class Report:
 
     Attributes:
         work: its fields. device, dtype, threads: where it ran. parameters: of the network.
+        first: of the first call, which sets up libraries, and compiles.
         best, median: of the steps; of a sampling, of whole samplings over their steps.
         images_per_second: seen in training, or drawn, each by all steps of the sampler.
         flops: operations of a step: three forward passes in training, one in sampling.
@@ -37,6 +39,7 @@ class Report:
     dtype: str
     threads: int
     parameters: int
+    first: float
     best: float
     median: float
     images_per_second: float
@@ -92,6 +95,10 @@ def measure(
     device, dtype, training = work.device, work.dtype, work.kind == "train"
     layers = work.layers()
     call = work.prepare()
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    first = time.perf_counter() - begin
     found = [taken / work.steps for taken in times(call, device, repeat, seconds)]
     parts = {name: s / work.steps for name, s in time_by_part(call, device, trace=trace).items()}
     memory = peak_on_gpu(call, device) if device.type == "cuda" else None
@@ -106,6 +113,7 @@ def measure(
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         parameters=parameters,
+        first=first,
         best=min(found),
         median=statistics.median(found),
         images_per_second=work.config.batch_size / (min(found) * work.image_steps),
@@ -143,6 +151,7 @@ def lines_of(report: Report) -> list[str]:
         f"{what}, batch {config.batch_size}, {report.dtype}, {report.parameters:,} parameters; {on}",
         f"  images/s      {report.images_per_second:,.3g}",
         f"  step          {_ms(report.best)} ms at best, {_ms(report.median)} ms in the median",
+        f"  first call    {report.first:,.3g} s{', compiling' if config.compile else ''}",
         f"  floor         {_ms(report.floor_step)} ms ({least})",
         f"  step/floor    {report.ratio:.2f}: {1 / report.ratio:.0%} of the step are those layers and that update",
         f"  utilisation   {report.utilisation:.0%}: {report.flops / 1e9:,.4g} GFLOP a step, "

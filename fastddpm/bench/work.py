@@ -15,7 +15,7 @@ from torch import nn
 from ..diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from ..nn.unet import UNet, UNetConfig
 from ..training import ImageDataset, TrainConfig, Trainer
-from ..training.config import choose_device, choose_precision
+from ..training.config import choose_device, choose_precision, compile_network
 from .floor import Layer, record
 from .timing import Call
 
@@ -29,7 +29,7 @@ class Work:
     Args:
         kind: "train", an optimiser step of ``train.batch_size`` images; or "sample", that many images by a few steps.
         unet, diffusion, train: fields of `UNetConfig`, `DiffusionConfig` and `TrainConfig`; of the last, a sampling
-            takes batch_size, precision (the dtype of the weights), compile, device and seed.
+            takes batch_size, precision (the dtype of the weights), compile, compile_mode, device and seed.
         sampler: of a sampling: "ddpm", "ddim" or "dpmpp_2m".
         num_steps: calls of the network that draw an image, >= 1; None is all timesteps for ddpm, at most 50 for ddim
             and 20 for dpmpp_2m.
@@ -126,7 +126,7 @@ class Work:
         diffusion.to(self.device).eval()
         diffusion.model.to(self.dtype)
         if self.config.compile:
-            diffusion.model.compile()
+            compile_network(diffusion.model, self.config.compile_mode)
         batch, classes = self.config.batch_size, diffusion.num_classes
         options: dict[str, Any] = dict(sampler=self.sampler, num_steps=self.steps)
         labels = None if classes is None else torch.arange(batch) % classes

@@ -10,10 +10,12 @@ Nichol and Dhariwal 2021.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .layers import Linear, attention
 from .norm import GroupNormSiLU
+from .recompute import recomputed
 
 
 class SelfAttention(nn.Module):
@@ -27,6 +29,9 @@ class SelfAttention(nn.Module):
         num_heads: number of heads; d = C / num_heads.
         num_groups, eps: of the group norm; None for num_groups leaves it out.
         output_scale: y is divided by it.
+
+    Attributes:
+        recompute: in training keep nothing but the input, and compute it again in backward, see `recomputed`.
     """
 
     def __init__(
@@ -40,12 +45,18 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.output_scale = num_heads, output_scale
+        self.recompute = False
         self.norm = None if num_groups is None else GroupNormSiLU(channels, num_groups, eps, activation=False)
         self.qkv = Linear(channels, 3 * channels)
         self.proj = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same; channels_last x is rearranged nowhere, and the result is channels_last."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return recomputed(self._forward, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         z = x if self.norm is None else self.norm(x)
         tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies

@@ -20,10 +20,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .layers import Conv2d, UpsampledConv2d, conv2d, repeat_pixels
 from .norm import GroupNormSiLU
+from .recompute import recomputed
 
 Padding = Literal["same", "symmetric"]
 PADDINGS: tuple[str, ...] = get_args(Padding)
@@ -51,7 +51,7 @@ class ResBlock(nn.Module):
         output_scale: y is divided by it.
 
     Attributes:
-        recompute: in training keep nothing but the inputs, and compute the block again in backward (Chen et al. 2016).
+        recompute: in training keep nothing but the inputs, and compute the block again in backward, see `recomputed`.
     """
 
     def __init__(
@@ -91,11 +91,10 @@ class ResBlock(nn.Module):
         """
         if self.recompute and self.training and torch.is_grad_enabled():
             # dropout belongs to its key, so no generator's state needs to be kept
-            again: Tensor = checkpoint(self._forward, x, e, key, skip, use_reentrant=False, preserve_rng_state=False)
-            return again
-        return self._forward(x, e, key, skip)
+            return recomputed(lambda x, e, skip: self._forward(x, e, skip, key), x, e, skip)
+        return self._forward(x, e, skip, key)
 
-    def _forward(self, x: Tensor, e: Tensor, key: DropoutKey | None, skip: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, e: Tensor, skip: Tensor | None, key: DropoutKey | None) -> Tensor:
         bias = self.conv1.bias
         assert bias is not None
         scale, shift = e.chunk(2, dim=1) if self.scale_shift else (None, None)

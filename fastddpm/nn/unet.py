@@ -214,6 +214,15 @@ class UNetConfig:
         return tuple(height in self.up_attention_resolutions for height in self.level_heights)
 
     @property
+    def live_elements(self) -> int:
+        """Elements that are kept at a time for one image without gradients, at least: all that the way up joins, and of
+        its largest block the input, what is made of it, and a copy of each."""
+        widths, pixels = self.level_widths, [(h * self.image_size[1]) >> i for i, h in enumerate(self.level_heights)]
+        joined = sum((self.num_res_blocks + 1) * c * n for c, n in zip(widths, pixels, strict=True))
+        wider = [*widths[1:], widths[-1]]  # what comes from below
+        return joined + 4 * max((c + below) * n for c, below, n in zip(widths, wider, pixels, strict=True))
+
+    @property
     def out_channels(self) -> int:
         """Channels that the network gives: C, or 2C with a learned variance."""
         predicted = self.in_channels if self.prediction_channels is None else self.prediction_channels
@@ -427,10 +436,10 @@ class UNet(nn.Module):
         return out
 
     def recompute(self, enabled: bool = True) -> None:
-        """Whether training keeps only the inputs of each residual block and computes the block again in backward: less
-        memory, one forward pass more; the same bits."""
+        """Whether training keeps only the inputs of each residual block and each attention, and computes these again in
+        backward: less memory, one forward pass more; the same bits."""
         for module in self.modules():
-            if isinstance(module, ResBlock):
+            if isinstance(module, (ResBlock, SelfAttention)):
                 module.recompute = enabled
 
     def to_config(self) -> dict[str, Any]:

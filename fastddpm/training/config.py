@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 import torch
+from torch import nn
 
-PRECISIONS = ("float32", "bfloat16", "auto")
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "auto")
 DECAYS = ("constant", "cosine", "linear")
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""By name what torch.compile is told: a step is recorded as a CUDA graph by this library, as a whole."""
 CUDA_GRAPHS = ("auto", "on", "off")
 DATA_PLACES = ("auto", "device", "host")
 
@@ -66,9 +69,10 @@ class TrainConfig:
     adam_eps: float = _option(1e-8, "added to the root of Adam's second moment", above=0)
     weight_decay: float = _option(0.0, "decoupled weight decay (AdamW)", least=0)
     max_grad_norm: float | None = _option(1.0, "clip the norm of all gradients to this (none: no clipping)", above=0)
-    ema_decay: float = _option(
-        0.9999, "decay per step of the average of the weights that samples are drawn with", least=0, below=1
-    )
+    ema_decay: float | None = _option(
+        0.9999, "decay per step of the average of the weights that samples are drawn with (none: no average, which "
+        "saves the memory of the weights once)", least=0, below=1,
+    )  # fmt: skip
     ema_halflife_images: float | None = _option(
         None, "give the decay of the average as a half-life in images, in place of ema_decay", above=0
     )
@@ -76,13 +80,23 @@ class TrainConfig:
     horizontal_flip: bool = _option(True, "mirror every second image, at random")
     precision: str = _option(
         "auto",
-        "of the network: bfloat16 is autocast, loss and weights stay float32; auto is bfloat16 on a GPU that has it",
+        "of the network: bfloat16 and float16 are autocast, loss and weights stay float32, float16 scales the loss; "
+        "on a GPU float32 multiplies in float32, tf32 in TensorFloat-32 (10 bits); auto is bfloat16 on a GPU that has "
+        "it, else float32",
         choices=PRECISIONS,
     )  # fmt: skip
     recompute: bool = _option(
-        False, "keep less in memory: the residual blocks of the U-Net are computed again for their gradients"
-    )
-    compile: bool = _option(False, "compile the network with torch.compile (minutes at the start, faster afterwards)")
+        False, "keep less in memory: residual blocks and attention of the U-Net are computed again for their "
+        "gradients, and on a CPU the process gives freed memory back at once, which takes time, too",
+    )  # fmt: skip
+    compile: bool = _option(
+        False, "compile the network with torch.compile (minutes at the start, faster afterwards; the next process "
+        "finds what this one compiled)",
+    )  # fmt: skip
+    compile_mode: str | None = _option(
+        None, "how much torch.compile tries: max-autotune times kernels against each other, on a GPU (none: its "
+        "default)", choices=tuple(COMPILE_MODES),
+    )  # fmt: skip
     cuda_graph: str = _option(
         "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python "
         "(auto: for the U-Net of this library)", choices=CUDA_GRAPHS,
@@ -119,6 +133,16 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: expected final_learning_rate <= learning_rate {self.learning_rate}, "
                 f"got {self.final_learning_rate}; the learning rate never rises after the warm-up"
+            )
+        if self.ema_decay is None and self.ema_halflife_images is not None:
+            raise ValueError(
+                f"TrainConfig: expected no ema_halflife_images without an average (ema_decay None), got "
+                f"{self.ema_halflife_images}; leave one of them out"
+            )
+        if self.compile_mode is not None and not self.compile:
+            raise ValueError(
+                f"TrainConfig: expected compile=True with compile_mode, got compile_mode {self.compile_mode!r} alone; "
+                "give both"
             )
         if self.lr_decay != "constant" and self.warmup_images >= self.num_images:
             raise ValueError(
@@ -202,7 +226,33 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
+def compile_network(network: nn.Module, mode: str | None = None) -> None:
+    """Have torch.compile compile a network at its next call, in place.
+
+    Args:
+        mode: "default" or "max-autotune"; None is "default".
+
+    Raises:
+        ValueError: another mode.
+
+    torch keeps what it compiled in a folder ($TORCHINDUCTOR_CACHE_DIR, or one under the system's temporary folder),
+    where the next process finds it.
+    """
+    if mode is not None and mode not in COMPILE_MODES:
+        raise ValueError(f"compile_network: expected mode {' or '.join(COMPILE_MODES)}, got {mode!r}; choose one")
+    network.compile(mode=COMPILE_MODES[mode or "default"])
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that the network computes in: torch.bfloat16 or torch.float32."""
+    """The dtype that the network computes in: torch.bfloat16, torch.float16 or torch.float32.
+
+    Raises:
+        ValueError: "tf32" on a processor, which has no such products.
+    """
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError(f"choose_precision: expected a GPU for precision tf32, got {device}; use float32, or auto")
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
+    if name == "auto":
+        return torch.bfloat16 if fast else torch.float32
+    found: torch.dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+    return found

@@ -23,7 +23,8 @@ def load_diffusion(
     Args:
         path: directory of a checkpoint, or of a run, whose newest intact checkpoint is taken; or a DDPM pipeline of
             diffusers, a folder or the name of a repository on the Hugging Face hub such as "google/ddpm-cifar10-32".
-        ema: take the moving average of the weights, which samples better; False takes the weights of the last step.
+        ema: take the moving average of the weights, which samples better; False takes the weights of the last step, as
+            does a run without an average.
         device: where to; "auto" takes a GPU where there is one.
         model: the network to load into, needed where it is not a `fastddpm.UNet`; as it was for the training.
 
@@ -56,7 +57,7 @@ def load_diffusion(
             "got None; pass the network that it was trained with"
         )
     checkpoint.copy_into("model", model.state_dict())
-    if ema:
+    if ema and config["train"].get("ema_decay", 0.0) is not None:
         parameters = dict(model.named_parameters())
         checkpoint.copy_into(
             "ema", {name: parameters[name].detach() for name in trained_names(checkpoint) if name in parameters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -33,13 +34,14 @@ from .checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
-from .config import TrainConfig, choose_device, choose_precision, free_on_resume
+from .config import TrainConfig, choose_device, choose_precision, compile_network, free_on_resume
 from .data import ImageDataset, load_images
 from .ema import halflife_decay, warmed_decay, weights_of
 from .metrics import Totals, append_metrics, set_aside, truncate_metrics
 from .optimizer import AdamEMA, learning_rate
 
 SECONDS_BETWEEN_LINES = 10.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HALF = 2**31  # of the 32-bit words of the noise
 
 
@@ -78,7 +80,9 @@ class Trainer:
 
     Numerics: noise, timesteps, flips and dropout belong to (seed, step, slot in the batch): splitting the batch into
         micro-batches leaves them as they are (t with "stratified" or "importance" sampling is drawn per micro-batch).
-        bfloat16 is for the network alone. No step waits for the device; metrics are read once per log interval.
+        bfloat16 and float16 are for the network alone; in float16 a step whose gradients are not finite is left out,
+        the average included, and counted as a step. No step waits for the device; metrics are read once per log
+        interval.
     """
 
     def __init__(
@@ -114,13 +118,15 @@ class Trainer:
             eps=c.adam_eps,
             weight_decay=c.weight_decay,
             max_grad_norm=c.max_grad_norm,
+            average=c.ema_decay is not None,
+            scaled=self.dtype == torch.float16,
         )
         self._decay = (
             c.ema_decay if c.ema_halflife_images is None else halflife_decay(c.ema_halflife_images, c.batch_size)
         )
         self._seed = torch.tensor(c.seed, device=self.device)
         self._slots = torch.arange(c.batch_size, device=self.device)
-        self._totals = Totals(diffusion.num_timesteps, self.device)
+        self._totals = Totals(diffusion.num_timesteps, self.device, scaled=self.dtype == torch.float16)
         self._batches = Batches(
             self.data,
             with_labels=diffusion.num_classes is not None,
@@ -146,13 +152,16 @@ class Trainer:
         self._resume(resume, allow_changes)
         if isinstance(diffusion.model, UNet):
             diffusion.model.recompute(c.recompute)
+            if c.recompute and self.device.type == "cpu":
+                _give_back_freed_memory()
         elif c.recompute:
             raise ValueError(
                 f"Trainer: expected a fastddpm.UNet with recompute, got {type(diffusion.model).__name__}; leave "
                 "recompute out, and let the network recompute by itself"
             )
         if c.compile:
-            diffusion.model.compile()
+            compile_network(diffusion.model, c.compile_mode)
+        self._compiles = c.compile  # at the first step
 
     def train(self) -> None:
         """Train until num_images are seen (the last batch is a whole one), or `stop` is called.
@@ -184,7 +193,7 @@ class Trainer:
             self._clock = time.perf_counter()
             while self.images_seen < c.num_images and not self._stopping:
                 before = self.images_seen
-                self.step()
+                self._first_step() if self._compiles else self.step()
                 for callback in self.callbacks:
                     callback(self)
                 bar.update(min(c.batch_size, c.num_images - before))
@@ -214,7 +223,7 @@ class Trainer:
     def step(self) -> None:
         """One optimiser step on the next batch. Nothing is read from the device, and nothing is written to files."""
         c = self.config
-        with _deterministic(self._restricted):
+        with _deterministic(self._restricted), self._products():
             batch = self._batches.get(self.images_seen)
             seen = self.images_seen + c.batch_size
             if self._batch is None:
@@ -223,9 +232,16 @@ class Trainer:
                 self._batch.copy_(batch)
             self._step.fill_(self.steps)
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
-            self.optimizer.ema_decay.fill_(self._ema_decay(self.steps))
+            self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
             self._run()
         self.images_seen, self.steps = seen, self.steps + 1
+
+    def _first_step(self) -> None:
+        """A step in which the network is compiled, and how long that took."""
+        start, self._compiles = time.perf_counter(), False
+        self.step()
+        self._totals.wait()
+        self._say(f"compiled the network in {time.perf_counter() - start:.1f} s, in the first step")
 
     def stop(self) -> None:
         """End `train` after the step that runs, with a checkpoint."""
@@ -279,7 +295,7 @@ class Trainer:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Use the averaged weights in a ``with`` block, to sample or evaluate; see `weights_of`."""
+        """Use the averaged weights, if there are any, in a ``with`` block, to sample or evaluate; see `weights_of`."""
         with weights_of(self.diffusion.model, self.optimizer.ema):
             yield
 
@@ -292,7 +308,7 @@ class Trainer:
         labels = None
         if diffusion.num_classes is not None:
             labels = torch.arange(c.num_grid_samples, device=self.device) % diffusion.num_classes
-        with self.ema_weights(), self._autocast():
+        with self.ema_weights(), self._autocast(), self._products():
             return diffusion.sample(
                 c.num_grid_samples,
                 seed=c.seed,
@@ -328,15 +344,37 @@ class Trainer:
                 losses = self.diffusion.losses(
                     images, labels, index=rows, flip=flip, seed=self._seed, sample=slots, step=step
                 )
-            (losses.loss * share).backward()
+            scale = self.optimizer.scale
+            loss = losses.loss * share
+            (loss if scale is None else loss * scale.scale).backward()
             total += losses.loss.detach() * share
             self._totals.add_samples(losses.t, losses.per_sample)
         return total
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else torch.bfloat16, enabled=half)
 
-    def _ema_decay(self, step: int) -> float:
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        """On a GPU, products of float32 as the precision asks for, inside a ``with`` block: torch's own default is TF32
+        for convolutions, and float32 for matrix products."""
+        if self.device.type != "cuda":
+            yield
+            return
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        before = [backend.allow_tf32 for backend in backends]
+        for backend in backends:
+            backend.allow_tf32 = self.config.precision == "tf32"
+        try:
+            yield
+        finally:
+            for backend, allowed in zip(backends, before, strict=True):
+                backend.allow_tf32 = allowed
+
+    def _ema_decay(self, step: int) -> float | None:
+        if self._decay is None:
+            return None
         return warmed_decay(self._decay, step) if self.config.ema_warmup else self._decay
 
     def _due(self, every: int, before: int) -> bool:
@@ -360,7 +398,7 @@ class Trainer:
             limits.append(f"a longer warm-up (warmup_images={c.warmup_images:,})")
         if c.max_grad_norm is None or c.max_grad_norm > 1:
             limits.append("max_grad_norm=1")
-        if self.dtype == torch.bfloat16:
+        if self.dtype != torch.float32:
             limits.append("precision='float32'")
         raise DivergenceError(
             f"Trainer: expected finite losses and gradients, got NaN or Inf in the step that ended at {first:,} "
@@ -381,12 +419,14 @@ class Trainer:
             "ema_decay": self._ema_decay(self.steps - 1),
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": self._seconds,
+            **({} if self.optimizer.scale is None else {"loss_scale": float(self.optimizer.scale.scale)}),
         }
         self._logged = self.images_seen, self._seconds
         append_metrics(self.directory / "metrics.jsonl", record)
         if writer is not None:
-            for name in ("loss", "grad_norm", "learning_rate", "images_per_second"):
-                writer.add_scalar(name, record[name], self.images_seen)
+            for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "loss_scale"):
+                if record.get(name) is not None:
+                    writer.add_scalar(name, record[name], self.images_seen)
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['learning_rate']:.2g}", refresh=False)
         now = time.monotonic()
         if bar.disable and (done or now - self._said >= SECONDS_BETWEEN_LINES):
@@ -523,6 +563,18 @@ class Trainer:
     def _say(self, text: str, always: bool = False) -> None:
         if self.progress or always:
             tqdm.write(text)
+
+
+def _give_back_freed_memory() -> None:
+    """Have the allocator of glibc give every block from 1 MiB on back to the system when it is freed, from now on.
+
+    What it keeps otherwise cannot be used again, since blocks of the same size, aligned, do not fit where one was
+    (docs/memory.md). Other allocators stay as they are.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(setting, 1 << 20)
 
 
 @contextmanager

@@ -67,13 +67,20 @@ def set_aside(path: Path) -> None:
 
 
 class Totals:
-    """Sums of an interval, on the device: nothing is read before the interval ends. float32."""
+    """Sums of an interval, on the device: nothing is read before the interval ends. float32.
 
-    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+    Args:
+        num_timesteps: T. device: where. scaled: count the steps that are left out since a gradient is not finite.
+    """
+
+    def __init__(self, num_timesteps: int, device: torch.device, scaled: bool = False) -> None:
         self.num_timesteps, self.groups = num_timesteps, min(GROUPS_OF_T, num_timesteps)
         self.number = torch.arange(self.groups, device=device)
         shapes = {"steps": (), "loss": (), "grad_norm": (), "loss_by_t": (self.groups,), "count_by_t": (self.groups,)}
         self.tensors = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self.skipped = torch.zeros((), device=device) if scaled else None
+        if self.skipped is not None:
+            self.tensors["skipped"] = self.skipped
 
     def add_samples(self, t: Tensor, per_sample: Tensor) -> None:
         """t int64 [B], per_sample [B]. Without atomics, so that the order of the additions is always the same."""
@@ -85,6 +92,10 @@ class Totals:
         """Both []."""
         self.tensors["steps"] += 1
         self.tensors["loss"] += loss
+        if self.skipped is not None:
+            made = grad_norm.isfinite()
+            self.skipped += ~made
+            grad_norm = torch.where(made, grad_norm, 0.0)
         self.tensors["grad_norm"] += grad_norm
 
     def wait(self) -> None:
@@ -93,15 +104,18 @@ class Totals:
             torch.cuda.synchronize(self.number.device)
 
     def read_and_clear(self) -> dict[str, Any]:
-        """Means of the interval: loss, grad_norm, and the loss for groups of t, each with its first t."""
+        """Means of the interval: loss, grad_norm (None where no step was made), and the loss for groups of t, each with
+        its first t; and, where they are counted, the steps that were left out."""
         values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
         steps, loss, norm = values[:3]
-        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups :]
+        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups : 3 + 2 * self.groups]
+        skipped = 0 if self.skipped is None else int(values[-1])
         for value in self.tensors.values():
             value.zero_()
         return {
             "loss": loss / steps,
-            "grad_norm": norm / steps,
+            "grad_norm": norm / (steps - skipped) if steps > skipped else None,
+            **({} if self.skipped is None else {"skipped": skipped}),
             "timesteps": [math.ceil(k * self.num_timesteps / self.groups) for k in range(self.groups)],
             "loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
         }

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import TrainConfig
+from .scale import LossScale
+
+LEAST_SCALE = 1.0
+"""Of the loss: gradients that are too large for float16 even so are those of a training that diverges."""
 
 
 def learning_rate(images: int, config: TrainConfig) -> float:
@@ -37,11 +41,16 @@ class AdamEMA:
     Args:
         model: on its device, in its memory format.
         betas, eps, weight_decay, max_grad_norm: see `fastddpm.ops.adam_ema`.
+        average: keep the moving average of the weights; without, ``ema`` is empty.
+        scaled: gradients are those of the loss times ``scale.scale``; a step whose gradients are not finite is left
+            out, and the scale chosen anew.
 
     Attributes:
         parameters, exp_avg, exp_avg_sq, ema: tensors by name of the parameter.
+        scale: a `LossScale`, or None.
         step: int64 [], updates made. learning_rate, ema_decay: float64 [], of the next update.
-        found_inf: float32 []; 1 from the first loss or gradient that was not finite: nothing is updated any more.
+        found_inf: float32 []; 1 from the first loss or gradient that was not finite: nothing is updated any more. With
+            a scale, from the first loss, or gradient at a scale below 1.
         skipped: float32 [], how many updates were not made for that reason.
     """
 
@@ -53,6 +62,8 @@ class AdamEMA:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        average: bool = True,
+        scaled: bool = False,
     ) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -64,11 +75,14 @@ class AdamEMA:
         )
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items() if average}
         device = next(iter(self.parameters.values())).device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.learning_rate, self.ema_decay = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         self.found_inf, self.skipped = (torch.zeros((), device=device) for _ in range(2))
+        self.scale = LossScale(device) if scaled else None
+        if self.scale is not None:
+            self.options["grad_scale"] = self.scale.scale
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
@@ -76,12 +90,15 @@ class AdamEMA:
         are not finite.
 
         Args:
-            loss: [], the one that the gradients are of.
+            loss: [], the one that the gradients are of, before it was scaled.
 
-        Returns: the norm of all gradients before clipping, float32 [].
+        Returns: the norm of all gradients before clipping, unscaled, float32 [].
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
-        self.found_inf.copy_(torch.maximum(self.found_inf, (~loss.isfinite()).to(self.found_inf.dtype)))
+        scale, broken = self.scale, ~loss.isfinite()
+        if scale is not None:
+            broken = broken | (scale.scale < LEAST_SCALE)
+        self.found_inf.copy_(torch.maximum(self.found_inf, broken.to(self.found_inf.dtype)))
         norm = ops.adam_ema(
             [p.detach() for p in self.parameters.values()],
             gradients,
@@ -89,11 +106,13 @@ class AdamEMA:
             list(self.exp_avg_sq.values()),
             step=self.step,
             lr=self.learning_rate,
-            ema=list(self.ema.values()),
-            ema_decay=self.ema_decay,
-            found_inf=self.found_inf,
+            ema=list(self.ema.values()) or None,
+            ema_decay=self.ema_decay if self.ema else None,
+            found_inf=self.found_inf if scale is None else scale.found_inf.copy_(self.found_inf),
             **self.options,
         )
+        if scale is not None:
+            scale.update()
         self.skipped.add_(self.found_inf)
         for p in self.parameters.values():
             p.grad = None
@@ -101,9 +120,10 @@ class AdamEMA:
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """All of the state but the weights themselves, in groups for a checkpoint."""
+        scale = {} if self.scale is None else {"scale": self.scale.scale, "good_steps": self.scale.good}
         return {
-            "ema": self.ema,
+            **({"ema": self.ema} if self.ema else {}),
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
-            "optimizer": {"step": self.step},
+            "optimizer": {"step": self.step, **scale},
         }

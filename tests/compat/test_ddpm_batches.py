@@ -18,9 +18,9 @@ from fastddpm.compat.denoising_diffusion_pytorch.dataset import (
     Dataset,
     Dataset1D,
     Pixels,
-    available_memory,
     resized_size,
 )
+from fastddpm.sampling.memory import available_memory
 
 CPU = torch.device("cpu")
 COUNT, BATCH, WORKERS = 23, 4, 3

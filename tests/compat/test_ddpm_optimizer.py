@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import ops
-from fastddpm.compat.denoising_diffusion_pytorch.optimizer import EMA, Adam, LossScale, lerp
+from fastddpm.compat.denoising_diffusion_pytorch.optimizer import EMA, Adam, lerp
+from fastddpm.training.scale import LossScale
 from tests.compat.toy_diffusion import Toy
 from tests.tolerance import assert_equal_to_rounding
 

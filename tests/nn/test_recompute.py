@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -49,10 +51,41 @@ def test_the_bits_are_the_same_and_less_is_kept(name: str) -> None:
 def test_evaluation_and_other_modes_do_not_recompute(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = variant("ddpm")
     unet.recompute()
-    monkeypatch.setattr("fastddpm.nn.blocks.checkpoint", None)  # whose call would raise
+    for module in ("blocks", "attention"):
+        monkeypatch.setattr(f"fastddpm.nn.{module}.recomputed", None)  # whose call would raise
     run(unet.eval())
     with torch.no_grad():
         unet.train()(*inputs(unet))
+
+
+def test_gradients_add_up_under_autocast_whose_cache_is_warm() -> None:
+    """Backward inside autocast too, where weights that were cast without a gradient would be found again."""
+    unet = variant("ddpm").train()
+    x, t, labels = inputs(unet)
+
+    def gradients() -> list[Tensor]:
+        unet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                unet(x, t, labels).float().square().sum().backward()
+        return [p.grad.clone() for p in unet.parameters() if p.grad is not None]
+
+    plain = gradients()
+    unet.recompute()
+    assert all(map(torch.equal, plain, gradients()))
+    frozen = unet.middle.block1.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
+    gradients()
+    assert frozen.grad is None
+
+
+def test_compilers_are_not_imported() -> None:
+    """torch.utils.checkpoint imports torch._dynamo at its first call: 145 MiB."""
+    code = (
+        "import sys, torch, fastddpm; u = fastddpm.UNet(image_size=8, base_channels=8, channel_mult=(1,), num_groups=4,"
+        "attention_resolutions=(8,)); u.recompute(); u(torch.randn(1, 3, 8, 8), torch.zeros(1)).sum().backward();"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_it_compiles_to_one_graph() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 
 from fastddpm.nn import UNet
 from fastddpm.training import PRESETS, TrainConfig, make_configs
-from fastddpm.training.config import choose_device, choose_precision, free_on_resume
+from fastddpm.training.config import choose_device, choose_precision, compile_network, free_on_resume
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("num_images", 0),
@@ -31,7 +32,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("ema_decay", 1.0),
     ("ema_decay", -0.1),
     ("ema_halflife_images", 0.0),
-    ("precision", "float16"),
+    ("precision", "float8"),
+    ("compile_mode", "slow"),
     ("device", "toaster"),
     ("data_on", "disk"),
     ("cuda_graph", "maybe"),
@@ -51,6 +53,29 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 def test_value_out_of_range_is_named_with_its_range_and_a_remedy(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"TrainConfig: expected {name} .*got .*{str(value)[:6]}.*; "):
         TrainConfig(**{name: value})
+
+
+def test_a_mode_of_compiling_needs_compile() -> None:
+    with pytest.raises(ValueError, match="expected compile=True with compile_mode, got compile_mode 'max-autotune'"):
+        TrainConfig(compile_mode="max-autotune")
+    assert TrainConfig(compile_mode="max-autotune", compile=True).compile
+
+
+def test_compile_modes_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    network = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(network, "compile", lambda mode: told.append(mode))
+    for mode in (None, "default", "max-autotune"):
+        compile_network(network, mode)
+    assert told == ["default", "default", "max-autotune-no-cudagraphs"]
+    assert set(told) <= set(torch._inductor.list_mode_options())
+    with pytest.raises(ValueError, match="expected mode default or max-autotune, got 'fast'"):
+        compile_network(network, "fast")
+
+
+def test_no_average_and_its_half_life_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="expected no ema_halflife_images without an average"):
+        TrainConfig(ema_decay=None, ema_halflife_images=1000)
 
 
 def test_every_number_has_a_test_of_its_range() -> None:
@@ -106,6 +131,10 @@ def test_device_and_precision_are_chosen() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_precision("auto", torch.device("cpu")) == torch.float32
     assert choose_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert choose_precision("float16", torch.device("cpu")) == torch.float16
+    assert choose_precision("tf32", torch.device("cuda")) == torch.float32
+    with pytest.raises(ValueError, match="expected a GPU for precision tf32, got cpu; use float32"):
+        choose_precision("tf32", torch.device("cpu"))
     with pytest.raises(ValueError, match="expected device cuda:99 to exist, got"):
         choose_device("cuda:99")
     with pytest.raises(ValueError, match="expected device cpu or cuda, got mps"):
@@ -170,3 +199,9 @@ def test_unknown_presets_and_fields_are_refused() -> None:
         make_configs("mnist")
     with pytest.raises(ValueError, match="expected fields of TrainConfig, got batchsize; it has output_dir"):
         make_configs("digits", train={"batchsize": 3})
+
+
+def test_auto_is_bfloat16_where_the_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert choose_precision("auto", torch.device("cuda")) == expected

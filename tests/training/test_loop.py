@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastddpm.training import (
     Trainer,
     latest_checkpoint,
     load_checkpoint,
+    load_diffusion,
     load_images,
     read_metrics,
 )
@@ -108,7 +110,8 @@ class _NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("sampling", ["uniform", "stratified", "importance"])
 def test_step_reads_nothing_from_the_device(tmp_path: Path, sampling: str) -> None:
     diffusion = toy_diffusion(dropout=0.1, num_classes=2, timestep_sampling=sampling)
-    trainer = toy_trainer(tmp_path, diffusion, stripes(True), micro_batch_size=4, precision="bfloat16")
+    precision = "float16" if sampling == "uniform" else "bfloat16"
+    trainer = toy_trainer(tmp_path, diffusion, stripes(True), micro_batch_size=4, precision=precision)
     with _NoSync():
         trainer.step()
         trainer.step()
@@ -116,7 +119,8 @@ def test_step_reads_nothing_from_the_device(tmp_path: Path, sampling: str) -> No
         trainer.save()
 
 
-def test_network_alone_computes_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_network_alone_computes_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     diffusion = toy_diffusion()
     dtypes: dict[str, torch.dtype] = {}
     diffusion.model.register_forward_hook(
@@ -131,9 +135,9 @@ def test_network_alone_computes_in_bfloat16(tmp_path: Path) -> None:
         return result
 
     diffusion.losses = recorded  # type: ignore[method-assign]
-    trainer = toy_trainer(tmp_path, diffusion, precision="bfloat16")
+    trainer = toy_trainer(tmp_path, diffusion, precision=str(dtype).removeprefix("torch."))
     trainer.step()
-    assert (dtypes["conv"], dtypes["out"]) == (torch.bfloat16, torch.bfloat16)
+    assert (dtypes["conv"], dtypes["out"]) == (dtype, dtype)
     assert (dtypes["x_t"], dtypes["loss"], dtypes["per_sample"], dtypes["t"]) == (*[torch.float32] * 3, torch.int64)
     assert {p.dtype for p in trainer.optimizer.parameters.values()} == {torch.float32}
 
@@ -243,6 +247,89 @@ def test_divergence_between_two_log_lines_is_found_before_a_checkpoint(tmp_path:
     ):
         trainer.train()
     assert latest_checkpoint(tmp_path) is None
+
+
+def test_float16_leaves_out_a_step_whose_gradients_overflow_and_scales_less(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, precision="float16", micro_batch_size=4)
+    optimizer, model = trainer.optimizer, trainer.diffusion.model
+    assert optimizer.scale is not None and float(optimizer.scale.scale) == 65536
+    trainer.step()
+
+    def state() -> list[Tensor]:
+        groups = {**optimizer.groups(), "model": model.state_dict()}
+        return [x.clone() for name in ("model", "ema", "exp_avg", "exp_avg_sq") for x in groups[name].values()]
+
+    before = state()
+    optimizer.scale.scale.fill_(2.0**100)
+    trainer.step()
+    assert all(map(torch.equal, before, state())) and int(optimizer.step) == 1
+    assert float(optimizer.scale.scale) == 2.0**99 and int(optimizer.scale.good) == 0
+    assert trainer.steps == 2 and float(optimizer.skipped) == 0
+    optimizer.scale.scale.fill_(1024.0)
+    trainer.step()
+    assert not all(map(torch.equal, before, state())) and int(optimizer.step) == 2
+    means = trainer._totals.read_and_clear()
+    assert means["skipped"] == 1 and 0 < means["grad_norm"] < 100
+    trainer.save()
+
+
+def test_gradients_in_float16_are_those_of_the_loss_before_it_was_scaled(tmp_path: Path) -> None:
+    norms = {}
+    for precision in ("float32", "float16"):
+        trainer = toy_trainer(tmp_path / precision, toy_diffusion(), precision=precision)
+        trainer.step()
+        norms[precision] = trainer._totals.read_and_clear()["grad_norm"]
+    assert abs(norms["float16"] / norms["float32"] - 1) < 0.02  # 11 bits, and as many layers
+
+
+@pytest.mark.parametrize("what", ["loss", "scale"])
+def test_float16_stops_where_a_smaller_scale_does_not_help(tmp_path: Path, what: str) -> None:
+    trainer = toy_trainer(tmp_path, precision="float16", num_images=64)
+    if what == "loss":
+        poison(trainer)
+    else:
+        trainer.optimizer.scale.scale.fill_(0.5)  # type: ignore[union-attr]
+    with pytest.raises(DivergenceError, match=r"at 8 images; .*precision='float32'"):
+        trainer.train()
+
+
+def test_products_of_a_gpu_are_float32_or_tf32_as_asked_for(tmp_path: Path) -> None:
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    trainer = toy_trainer(tmp_path)
+    trainer.device = torch.device("cuda")
+    for precision in ("tf32", "float32"):
+        trainer.config = replace(trainer.config, precision=precision)
+        with trainer._products():
+            assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
+    assert [backend.allow_tf32 for backend in backends] == before
+
+
+def test_the_time_of_the_first_step_is_told_where_it_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastddpm.training.loop.compile_network", lambda network, mode: None)
+    toy_trainer(tmp_path, compile=True, num_images=16, progress=True).train()
+    assert capsys.readouterr().out.count(" s, in the first step") == 1
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_freed_memory_is_given_back_where_memory_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("fastddpm.training.loop._give_back_freed_memory", lambda: calls.append(None))
+    toy_trainer(tmp_path, recompute=recompute).step()
+    assert len(calls) == recompute
+
+
+def test_without_an_average_samples_are_of_the_weights(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, ema_decay=None, num_images=32, sample_every_images=32)
+    trainer.train()
+    assert trainer.optimizer.ema == {} and read_metrics(tmp_path / "metrics.jsonl")[-1]["ema_decay"] is None
+    loaded, weights = load_diffusion(tmp_path).model.state_dict(), trainer.diffusion.model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    assert toy_trainer(tmp_path, ema_decay=None, num_images=40).images_seen == 32
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

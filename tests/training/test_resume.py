@@ -39,13 +39,15 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name].nan_to_num(), b[name].nan_to_num())] == []
 
 
-CASES: dict[str, dict[str, dict[str, Any]]] = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {"diffusion": {}, "train": {}},
     "dropout, classes, importance": {
         "diffusion": dict(dropout=0.2, num_classes=2, timestep_sampling="importance", num_timesteps=3),
         "train": dict(micro_batch_size=4, lr_decay="cosine"),
     },
     "bfloat16": {"diffusion": dict(prediction="v", loss="min_snr"), "train": dict(precision="bfloat16")},
+    # a scale at which gradients overflow for some steps
+    "float16": {"diffusion": {}, "train": dict(precision="float16", ema_decay=None), "scale": 2.0**27},
     "learned variance": {
         "diffusion": dict(
             learned_variance=True, loss="hybrid", variance="learned_range", timestep_sampling="stratified",
@@ -62,7 +64,14 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, case: 
     def trainer(name: str) -> Trainer:
         diffusion = toy_diffusion(**options["diffusion"])
         data = stripes("num_classes" in options["diffusion"])
-        return toy_trainer(tmp_path / name, diffusion, data, num_images=96, **options["train"])
+        made = toy_trainer(tmp_path / name, diffusion, data, num_images=96, **options["train"])
+        if "scale" in options and made.images_seen == 0:
+            assert made.optimizer.scale is not None
+            made.optimizer.scale.scale.fill_(options["scale"])
+            made.optimizer.scale.growth_interval = 3
+        elif "scale" in options:
+            made.optimizer.scale.growth_interval = 3  # type: ignore[union-attr]
+        return made
 
     whole = trainer("whole")
     whole.train()
@@ -83,6 +92,10 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, case: 
         for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
     ]
     assert lines[0] == lines[1]
+    if "scale" in options:
+        scales = [line["loss_scale"] for line in lines[0]]
+        assert sum(line["skipped"] for line in lines[0]) > 0 and scales[0] < options["scale"]
+        assert max(scales[1:]) > min(scales), "it grows, too"
 
 
 def test_importance_sampling_has_left_its_uniform_start(tmp_path: Path) -> None:

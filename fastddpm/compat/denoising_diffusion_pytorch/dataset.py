@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils import data
+
+from ...sampling.memory import available_memory
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -151,23 +151,6 @@ def resized_size(height: int, width: int, size: int | Sequence[int]) -> tuple[in
     side = _pair(size)[0]
     longer = side * max(height, width) // min(height, width)
     return (side, longer) if height <= width else (longer, side)
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, as far as the system tells: of the machine, and of its control group."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = (line.split() for line in meminfo.read_text().splitlines())
-        limits += [1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:"]
-    if not limits and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):  # no such group, or a limit of "max"
-        most, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limits.append(most - taken + int(statistics["file"]))  # copies of files, which give way
-    return max(0, min(limits, default=2**31))
 
 
 def _pair(size: Any) -> tuple[int, int]:

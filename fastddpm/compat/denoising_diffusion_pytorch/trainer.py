@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils import data
 from tqdm import tqdm
 
+from ...sampling.memory import available_memory
 from ...training.atomic import whole_file
 from ...training.decode import SMALL, usable_cores
 from ...training.loop import DivergenceError
 from ...training.metrics import set_aside
+from ...training.scale import LossScale
 from .batches import Batches, of_dataset
-from .dataset import Dataset, Dataset1D, Pixels, available_memory
+from .dataset import Dataset, Dataset1D, Pixels
 from .fid import FID, Unavailable, parts
-from .optimizer import EMA, Adam, LossScale
+from .optimizer import EMA, Adam
 from .processes import Processes
 
 __all__ = ["Dataset", "Dataset1D", "Trainer", "Trainer1D"]
