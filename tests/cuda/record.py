@@ -1,8 +1,9 @@
-"""The CUDA part of `make test-all` as a record: what ran, how it ended, and the kernels of each architecture as compiled.
+"""The CUDA part of `make test-all` as a record: what ran, how it ended, and the kernels as compiled.
 
     python -m tests.cuda.record --jobs 2 >tests/cuda/records/test-all.json
 
-It runs every test of tests/cuda and those of Triton's binaries, the slow ones too, on the library that is built.
+It runs every test of tests/cuda and those of Triton's binaries, the slow ones too, on the library that is built. It may
+share the machine with others, so no test has less than an hour.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastddpm import _native
 from tests.cuda import binaries, emulated
 
 TESTS = ("tests/cuda", "tests/ops/test_triton_binaries.py")
 SLOWEST = 12
+PLUGIN = "tests.cuda.record"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """As a plugin of pytest: an hour for each test."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(3600), append=False)
 
 
 def outcomes(junit: Path) -> dict[str, Any]:
@@ -49,8 +59,13 @@ def outcomes(junit: Path) -> dict[str, Any]:
         inside += sum(int(p.get("value") or 0) for p in case.iter("property") if p.get("name") == "emulated tests")
         seconds[name] = round(float(case.get("time") or 0), 1)
     slowest = dict(sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST])
-    return {"tests": dict(counts), "failed": failed, "skipped because": dict(reasons), "tests under the emulation": inside,
-            "slowest, seconds": slowest}  # fmt: skip
+    return {
+        "tests": dict(counts),
+        "failed": failed,
+        "skipped because": dict(reasons),
+        "tests under the emulation": inside,
+        "slowest, seconds": slowest,
+    }
 
 
 def kernels(arch: str) -> dict[str, int]:
@@ -68,10 +83,10 @@ def kernels(arch: str) -> dict[str, int]:
 def said(command: list[str]) -> str | None:
     """The first line that a command prints, where it can be run."""
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, cwd=emulated.ROOT, check=True).stdout.splitlines()
+        run = subprocess.run(command, capture_output=True, text=True, cwd=emulated.ROOT, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return lines[0] if lines else None
+    return next(iter(run.stdout.splitlines()), None)
 
 
 def run(jobs: str, tests: tuple[str, ...] = TESTS, archs: list[str] | None = None) -> dict[str, Any]:
@@ -79,11 +94,12 @@ def run(jobs: str, tests: tuple[str, ...] = TESTS, archs: list[str] | None = Non
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder, "junit.xml")
         command = [sys.executable, "-m", "pytest", *tests, "--run-slow", "-n", jobs, "-q", "-p", "no:cacheprovider"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(emulated.ROOT)}
+        environment["PYTEST_ADDOPTS"] = f"-p {PLUGIN}"
         begin = time.perf_counter()
         done = subprocess.run(
-            [*command, f"--junitxml={junit}"], cwd=emulated.ROOT, stdout=sys.stderr, stderr=sys.stderr,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [*command, f"--junitxml={junit}"], cwd=emulated.ROOT, stdout=sys.stderr, stderr=sys.stderr, env=environment
+        )
         seconds = time.perf_counter() - begin
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = outcomes(junit)
