@@ -8,10 +8,10 @@
     python -m benchmarks.gpu_suite --out DIR --device cpu --tiny --group all --minutes 30    all code on a small network
 
 Called again, it goes on. Each part runs in a process of its own with a time limit, and writes its lines to
-DIR/record.jsonl as it goes; the kernels are built first, whatever is asked for. A part, or a case of one, that is there already is not run again. DIR/log.txt has what the
-processes print; DIR/table.md and the pictures beside it are made of the record at the end. Exit status, of the parts
-asked for: 0 where everything is complete and every check passed, 1 where a check or a contestant failed, 2 without a
-GPU, 3 where another call must go on.
+DIR/record.jsonl as it goes; the kernels are built first, whatever is asked for. A part, or a case of one, that is there
+already is not run again. DIR/log.txt has what the processes print; DIR/table.md and the pictures beside it are made of
+the record at the end. Exit status, of the parts asked for: 0 where everything is complete and every check passed, 1
+where a check or a contestant of ours failed, 2 without a GPU, 3 where another call must go on.
 """
 
 from __future__ import annotations
