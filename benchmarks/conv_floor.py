@@ -1,8 +1,10 @@
-"""The floor of one step of the CIFAR-10 U-Net (35,746,307 parameters): what it convolves and multiplies, alone.
+"""The floor of one step of a U-Net, that for CIFAR-10 (35,746,307 parameters) unless told otherwise: what it convolves
+and multiplies, alone.
 
 Each distinct layer is timed by itself in channels_last, and the least of 20 calls counts, times how often the network
-has it; the optimiser's bytes are taken at the measured rate of a copy. The list of layers is that of diffusers'
-network, with three projections for an attention; `fastddpm.bench.floor` finds the list of any network.
+has it; the optimiser's bytes are taken at the measured rate of a copy. On a GPU the time of a call is that between two
+events around it, and its launch is not waited for. The list of layers for CIFAR-10 is that of diffusers' network, with
+three projections for an attention; `shapes_of` finds that of another network.
 
     OMP_NUM_THREADS=3 python -m benchmarks.conv_floor --batch 8 --dtype bfloat16 float32
 """
@@ -12,12 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from fastddpm.bench import Layer
 
 # (in, out, kernel, stride, input size) x count; a stride of 2 has its padding in the input
 CONVS = {
@@ -33,58 +39,140 @@ LINEARS = {
     (256, 256, 256): 20, (256, 256, 16): 4, (128, 512, 0): 1, (512, 512, 0): 1, (512, 128, 0): 5, (512, 256, 0): 17,
 }  # fmt: skip
 ATTENTION = {(256, 256): 5, (16, 256): 1}  # (tokens, width) x count
-PARAMETERS = 35_746_307
 OPTIMIZER_BYTES = 38  # a parameter: AdamW, average of the weights, bfloat16 copy
+SLEEP = 2_000_000  # cycles that a GPU sleeps while a call is launched
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The layers of a network, each with how often it is called, and the parameters that the optimiser updates."""
+
+    convs: Mapping[tuple[int, int, int, int, int], int]
+    linears: Mapping[tuple[int, int, int], int]
+    attention: Mapping[tuple[int, int], int]
+    parameters: int
+
+
+CIFAR10 = Shapes(CONVS, LINEARS, ATTENTION, 35_746_307)
+
+
+def shapes_of(layers: Mapping[Layer, int], parameters: int) -> Shapes:
+    """Of what `fastddpm.bench.record` saw a network call for one square image."""
+    convs: Counter[tuple[int, int, int, int, int]] = Counter()
+    linears: Counter[tuple[int, int, int]] = Counter()
+    attention: Counter[tuple[int, int]] = Counter()
+    for layer, count in layers.items():
+        x, weight = (operand.shape for operand in layer.operands[:2])
+        if layer.kind == "convolution":
+            given = dict(zip(("input", "weight", "bias", "stride", "padding"), layer.arguments, strict=False))
+            given.update(layer.options)
+            stride, padding = (_first(given.get(name, default)) for name, default in (("stride", 1), ("padding", 0)))
+            size = x[2] if stride == 1 else x[2] + 2 * padding
+            convs[x[1], weight[0], weight[2], stride, size] += count
+        elif layer.kind == "linear":
+            linears[weight[1], weight[0], x[-2] if len(x) > 2 else 0] += count
+        elif layer.kind == "attention":
+            attention[x[-2], x[-1]] += count
+        else:
+            raise ValueError(f"shapes_of: expected convolution, linear or attention, got {layer.kind}; leave it out")
+    return Shapes(convs, linears, attention, parameters)
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def flops(shapes: Shapes) -> int:
+    """Operations of a forward pass of one image, a multiplication and an addition being two."""
+    convs = sum(
+        n * 2 * c_in * c_out * kernel**2 * (size // stride) ** 2
+        for (c_in, c_out, kernel, stride, size), n in shapes.convs.items()
+    )
+    linears = sum(n * 2 * c_in * c_out * max(tokens, 1) for (c_in, c_out, tokens), n in shapes.linears.items())
+    return convs + linears + sum(n * 4 * tokens**2 * width for (tokens, width), n in shapes.attention.items())
 
 
 def least(call: Callable[[], object], repeat: int, device: str) -> float:
     """Seconds of the fastest of ``repeat`` calls, after two that are not counted."""
-    times = []
-    for i in range(repeat + 2):
-        _wait(device)
-        begin = time.perf_counter()
-        call()
-        _wait(device)
-        if i > 1:
-            times.append(time.perf_counter() - begin)
-    return min(times)
+    timed = _on_gpu if device == "cuda" else _on_cpu
+    return min([timed(call) for _ in range(repeat + 2)][2:])
 
 
-def conv_floor(batch: int, dtype: torch.dtype, *, training: bool = True, repeat: int = 20) -> dict[str, float]:
+def _on_cpu(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _on_gpu(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def conv_floor(
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    training: bool = True,
+    repeat: int = 20,
+    shapes: Shapes = CIFAR10,
+    found: list[dict[str, Any]] | None = None,
+) -> dict[str, float]:
     """The floor by part, in seconds of a step of ``batch`` images on the GPU where there is one, else on the CPU.
+
+    Args:
+        batch: images. dtype: of all layers. training: whether gradients and the optimiser are timed, too.
+        repeat: calls of each layer, of which the fastest counts. shapes: of the network.
+        found: where a row for each layer goes: kind, shape, count, seconds of a forward call, and with gradients.
 
     Returns: forward, attention_forward and floor_sample; with ``training``, train, attention_train, optimizer and
         floor_train, too: train is forward and gradients; copy_rate in bytes a second.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    forward = train = attention_forward = attention_train = 0.0
-    for (c_in, c_out, kernel, stride, size), count in CONVS.items():
+    rows: list[dict[str, Any]] = [] if found is None else found
+    begin = len(rows)
+
+    def add(kind: str, shape: tuple[int, ...], count: int, layer: Callable[..., torch.Tensor], *more: Any) -> None:
+        forward, train = _least_both(layer, *more, training, repeat, device)
+        rows.append(dict(kind=kind, shape=list(shape), count=count, forward=forward, train=train))
+
+    for conv_shape, count in shapes.convs.items():
+        c_in, c_out, kernel, stride, size = conv_shape
         conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2 if stride == 1 else 0).to(device, dtype)
         conv = conv.to(memory_format=torch.channels_last)
         x = torch.randn(batch, c_in, size, size, device=device, dtype=dtype)
-        inputs = (x.contiguous(memory_format=torch.channels_last).requires_grad_(c_in != 3),)  # images need no gradient
-        taken = _least_both(conv, inputs, list(conv.parameters()), training, repeat, device)
-        forward, train = forward + count * taken[0], train + count * taken[1]
-    for (c_in, c_out, tokens), count in LINEARS.items():
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_(c_in != 3)  # images need no gradient
+        add("convolution", conv_shape, count, conv, (x,), list(conv.parameters()))
+    for linear_shape, count in shapes.linears.items():
+        c_in, c_out, tokens = linear_shape
         linear = nn.Linear(c_in, c_out).to(device, dtype)
-        inputs = (torch.randn(batch * max(tokens, 1), c_in, device=device, dtype=dtype).requires_grad_(),)
-        taken = _least_both(linear, inputs, list(linear.parameters()), training, repeat, device)
-        forward, train = forward + count * taken[0], train + count * taken[1]
-    for (tokens, width), count in ATTENTION.items():
+        x = torch.randn(batch * max(tokens, 1), c_in, device=device, dtype=dtype).requires_grad_()
+        add("linear", linear_shape, count, linear, (x,), list(linear.parameters()))
+    for attention_shape, count in shapes.attention.items():
+        tokens, width = attention_shape
         shape = (batch, 1, tokens, width)
         qkv = tuple(torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-        taken = _least_both(F.scaled_dot_product_attention, qkv, [], training, repeat, device)
-        attention_forward, attention_train = attention_forward + count * taken[0], attention_train + count * taken[1]
-    found = dict(forward=forward, attention_forward=attention_forward, floor_sample=forward + attention_forward)
+        add("attention", attention_shape, count, F.scaled_dot_product_attention, qkv, [])
+
+    def total(what: str, *, attention: bool) -> float:
+        return sum(row["count"] * row[what] for row in rows[begin:] if (row["kind"] == "attention") == attention)
+
+    forward, of_attention = (total("forward", attention=attention) for attention in (False, True))
+    parts = dict(forward=forward, attention_forward=of_attention, floor_sample=forward + of_attention)
     if training:
-        source = torch.randn(PARAMETERS, device=device)
+        source = torch.randn(shapes.parameters, device=device)
         target = torch.empty_like(source)
-        rate = 8 * PARAMETERS / least(lambda: target.copy_(source), repeat, device)
-        optimizer = OPTIMIZER_BYTES * PARAMETERS / rate
-        total = train + attention_train + optimizer
-        found.update(train=train, attention_train=attention_train, optimizer=optimizer, floor_train=total)
-        found.update(copy_rate=rate)
-    return found
+        rate = 8 * shapes.parameters / least(lambda: target.copy_(source), repeat, device)
+        optimizer = OPTIMIZER_BYTES * shapes.parameters / rate
+        train, of_attention = (total("train", attention=attention) for attention in (False, True))
+        parts.update(train=train, attention_train=of_attention, optimizer=optimizer)
+        parts.update(floor_train=train + of_attention + optimizer, copy_rate=rate)
+    return parts
 
 
 def _least_both(
@@ -99,11 +187,6 @@ def _least_both(
     wanted = [*weights, *(x for x in inputs if x.requires_grad)]
     gradient = torch.randn_like(layer(*inputs))
     return forward, least(lambda: torch.autograd.grad(layer(*inputs), wanted, gradient), repeat, device)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

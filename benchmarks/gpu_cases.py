@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -71,12 +72,17 @@ class Case:
 class Part:
     """A piece of the suite that runs in a process of its own, with the seconds that it may take.
 
-    ``cases`` are timed; the other parts build, test and check.
+    ``cases`` are timed; the other parts build, test and check. ``group``: "ops", or what else asks for time of its own;
+    ``predicted``: seconds that it may take by an estimate, 0 where there is none; ``least``: it is not begun with less
+    time left.
     """
 
     name: str
     limit: float
-    cases: tuple[Case, ...] = field(default=())
+    cases: tuple[Any, ...] = field(default=())
+    group: str = "ops"
+    predicted: float = 0.0
+    least: float = 15.0
 
 
 def _elementwise() -> tuple[Case, ...]:

@@ -12,14 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a record; one that a killed process left unfinished is none."""
+    """The lines of a record; one that a killed process left unfinished is none, nor is one of a part that was begun
+    again later."""
     lines: list[Line] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and line.get("kind") == "again":
+            lines = [earlier for earlier in lines if earlier.get("part") != line["part"]]
+        elif isinstance(line, dict):
             lines.append(line)
     return lines
 
@@ -47,6 +50,23 @@ def rows(lines: list[Line]) -> list[Line]:
 def timed(lines: list[Line]) -> set[str]:
     """The keys of the cases that are complete: their rows are written together, that of the copy among them."""
     return {row["key"] for row in rows(lines) if row["contestant"] == "copy" or row["part"] == "sweep"}
+
+
+def steps(lines: list[Line]) -> list[Line]:
+    """The rows of training and sampling; of a contestant that was measured again the last one."""
+    latest = {(r["key"], r["contestant"]): r for r in lines if r.get("kind") == "step"}
+    return list(latest.values())
+
+
+def stepped(lines: list[Line]) -> set[tuple[str, str]]:
+    """The contestants of training and sampling that have a row: case and name."""
+    return {(row["key"], row["contestant"]) for row in steps(lines)}
+
+
+def scripts(lines: list[Line]) -> list[Line]:
+    """What was found of scripts before and after; of a case that was run again the last line."""
+    latest = {(r["part"], r["case"]): r for r in lines if r.get("kind") == "script"}
+    return list(latest.values())
 
 
 def harmful(lines: list[Line], key: str) -> frozenset[str]:

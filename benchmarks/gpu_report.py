@@ -1,6 +1,7 @@
-"""The table, the plot and the proposed defaults of a record of the GPU suite.
+"""The tables, the plots and the proposed defaults of a record of the GPU suite.
 
-    python -m benchmarks.gpu_report DIR/record.jsonl
+    python -m benchmarks.gpu_report DIR/record.jsonl                      table.md and pictures beside the record
+    python -m benchmarks.gpu_report RECORD.jsonl --page docs/gpu.md       the page of the documentation
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_record
+from benchmarks import gpu_record, gpu_report_steps
 
 Line = dict[str, Any]
 OURS, OTHERS = ("native", "triton"), ("eager", "compile", "apex")
@@ -35,15 +36,16 @@ def best_of(case: dict[str, Line]) -> tuple[str, float] | None:
     return (min(found)[1], min(found)[0]) if found else None
 
 
-def markdown(lines: list[Line], parts: list[str], picture: str | None = None) -> str:
-    """The page: what ran, what failed, the timings, whole networks, the sweep, proposed defaults."""
+def markdown(lines: list[Line], parts: list[str], picture: str | None = None, of_steps: str | None = None) -> str:
+    """The page: what ran, what failed, training and sampling, scripts, the ops, whole networks, the sweep, defaults."""
     about = gpu_record.about(lines) or {}
     rows = gpu_record.rows(lines)
     timings = [row for row in rows if row["part"] != "sweep"]
     text = ["# Timings on a GPU", "", *(f"- {k}: {v}" for k, v in about.items() if k not in ("kind", "part")), ""]
     text += ["## Parts", "", *_parts(lines, parts), "", "## Tests and checks", "", *_checks(lines), ""]
+    text += [*gpu_report_steps.markdown(lines, of_steps), *gpu_report_steps.scripts(lines)]
     text += [
-        "## Timings",
+        "## Timings of the ops",
         "",
         "Microseconds of one call on the GPU, the best of many turns; inputs rotate over three times the L2 cache.",
         "*floor*: the bytes that the op must move over the measured copy rate, or its normal numbers over the rate of",
@@ -60,9 +62,11 @@ def markdown(lines: list[Line], parts: list[str], picture: str | None = None) ->
     text += ["", "## Whole networks, all norms of a pass, ms", "", *_networks(timings)]
     text += ["", "## Sweep of group_norm_silu", "", *_sweep(rows)]
     text += ["", "## Proposed entries for fastddpm/_gpu_defaults.py", "", "```python", *proposed(timings), "```", ""]
-    failures = [row for row in rows if row.get("error")]
+    failures = [row for row in [*rows, *gpu_record.steps(lines)] if row.get("error")]
     text += ["## Failures", "", *(f"- {r['key']}, {r['contestant']}: {r['error']}" for r in failures)]
-    return "\n".join(text if failures else [*text, "none"]) + "\n"
+    failed = [line for line in lines if line.get("kind") == "floor" and line.get("error")]
+    text += [f"- {line['key']}, floor: {line['error']}" for line in failed]
+    return "\n".join(text if failures or failed else [*text, "none"]) + "\n"
 
 
 def _parts(lines: list[Line], parts: list[str]) -> Iterator[str]:
@@ -201,21 +205,26 @@ def plot(lines: list[Line], path: Path) -> bool:
     return True
 
 
-def write(record: Path, parts: list[str]) -> list[Path]:
-    """The table, and the plot where there can be one, beside the record."""
+def write(record: Path, parts: list[str], page: Path | None = None) -> list[Path]:
+    """The page, and the plots where there can be some, beside it; without a page table.md beside the record."""
     lines = gpu_record.read(record)
-    picture, table = record.with_name("plot.png"), record.with_name("table.md")
-    drawn = plot(lines, picture)
-    table.write_text(markdown(lines, parts, picture.name if drawn else None), encoding="utf-8")
-    return [table, *([picture] if drawn else [])]
+    page = record.with_name("table.md") if page is None else page
+    stem = "plot" if page.name == "table.md" else page.stem
+    pictures = [page.with_name(f"{stem}.png"), page.with_name(f"{stem}-steps.png")]
+    drawn = [plot(lines, pictures[0]), gpu_report_steps.plot(lines, pictures[1])]
+    names = [picture.name if there else None for picture, there in zip(pictures, drawn, strict=True)]
+    page.write_text(markdown(lines, parts, *names), encoding="utf-8")
+    return [page, *(picture for picture, there in zip(pictures, drawn, strict=True) if there)]
 
 
 def main() -> None:
-    from benchmarks.gpu_cases import parts
+    from benchmarks.gpu_suite import every_part
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
-    for path in write(parser.parse_args().record, [part.name for part in parts()]):
+    parser.add_argument("--page", type=Path, help="where the page goes (default: table.md beside the record)")
+    given = parser.parse_args()
+    for path in write(given.record, [part.name for part in every_part()], given.page):
         print(path)
 
 

@@ -1,13 +1,17 @@
-"""Everything that a GPU is needed for, in one command: build, tests, sanitizer, timings of every op.
+"""Everything that a GPU is needed for: build, tests, sanitizer, timings of every op; training, sampling and scripts.
 
-    python -m benchmarks.gpu_suite --out DIR            as much as fits into 8.5 minutes; called again, it goes on
-    python -m benchmarks.gpu_suite --out DIR --parts    what there is, and what is done
-    python -m benchmarks.gpu_suite --out DIR --dry-run  every case that would be timed; needs no GPU
+    python -m benchmarks.gpu_suite --out DIR                 the ops: as much as fits into 8.5 minutes
+    python -m benchmarks.gpu_suite --out DIR --group steps   training and sampling; scripts: those of other libraries
+    python -m benchmarks.gpu_suite --out DIR --only 'train cifar-10 128*'    these parts alone
+    python -m benchmarks.gpu_suite --out DIR --parts         what there is, what it takes, and what is done
+    python -m benchmarks.gpu_suite --out DIR --dry-run       every case that would be timed; needs no GPU
+    python -m benchmarks.gpu_suite --out DIR --device cpu --tiny --group all --minutes 30    all code on a small network
 
-Each part runs in a process of its own with a time limit, and writes its lines to DIR/record.jsonl as it goes. A part,
-or a case of one, that is there already is not run again. DIR/log.txt has what the processes print; DIR/table.md and
-DIR/plot.png are made of the record at the end. Exit status: 0 where everything is complete and every check passed, 1
-where a check or a contestant failed, 2 without a GPU, 3 where another call must go on.
+Called again, it goes on. Each part runs in a process of its own with a time limit, and writes its lines to
+DIR/record.jsonl as it goes; the kernels are built first, whatever is asked for. A part, or a case of one, that is there
+already is not run again. DIR/log.txt has what the processes print; DIR/table.md and the pictures beside it are made of
+the record at the end. Exit status, of the parts asked for: 0 where everything is complete and every check passed, 1
+where a check or a contestant of ours failed, 2 without a GPU, 3 where another call must go on.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import fnmatch
 import os
 import platform
 import re
@@ -22,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +39,10 @@ from benchmarks.gpu_cases import Case, Part, parts
 
 Line = dict[str, Any]
 ROOT = gpu_record.ROOT
-LEAST = 15.0  # seconds: a part is not begun with less left
+LEAST = 15.0  # seconds: a process is not begun with less left
 LOST = 75  # exit status of a process whose device is unusable: the next one goes on
+LATER = 76  # exit status of one that did not begin a contestant, since the time would not have sufficed
+GROUPS = ("ops", "steps", "scripts")
 OPS = ("normal", "q_sample", "diffusion_loss", "solver_step", "group_norm_silu", "rms_norm_silu", "adam_ema")
 
 
@@ -42,9 +50,11 @@ OPS = ("normal", "q_sample", "diffusion_loss", "solver_step", "group_norm_silu",
 class Options:
     out: Path
     minutes: float = 8.5
-    seconds: float = 0.15  # of turns for each case
+    seconds: float = 0.15  # of turns for each case of an op
+    step_seconds: float = 2.0  # of turns for each contestant of training and sampling
     without: frozenset[str] = frozenset()
-    again: frozenset[str] = frozenset()
+    tiny: bool = False
+    device: str = "cuda"
 
     @property
     def record(self) -> Path:
@@ -55,12 +65,19 @@ class Options:
         return self.out / "log.txt"
 
 
+def every_part(tiny: bool = False) -> list[Part]:
+    """In the order in which they run; ``tiny``: training, sampling and scripts on a small network."""
+    from benchmarks import gpu_scripts, gpu_steps
+
+    return [*([] if tiny else parts()), *gpu_steps.parts(tiny), *gpu_scripts.parts()]
+
+
 # The process that sees to the others.
 
 
-def pending(lines: list[Line], all_parts: list[Part], again: frozenset[str] = frozenset()) -> list[Part]:
-    """The parts that are not complete, or that are wanted again."""
-    done = gpu_record.ended(lines) - again
+def pending(lines: list[Line], all_parts: list[Part]) -> list[Part]:
+    """The parts that are not complete."""
+    done = gpu_record.ended(lines)
     return [part for part in all_parts if part.name not in done]
 
 
@@ -69,12 +86,13 @@ def run_parts(options: Options, wanted: list[Part]) -> None:
     end = time.monotonic() + 60 * options.minutes
     for part in wanted:
         left = end - time.monotonic()
-        if left < LEAST:
-            print(f"{part.name}: no time left; the same command goes on from here", flush=True)
+        if left < part.least:
+            print(f"{part.name}: not with {left:.0f} s left; the same command goes on from here", flush=True)
             return
         begin = time.monotonic()
         limit = min(part.limit, left)
-        print(f"{part.name}: at most {limit:.0f} s ..", end=" ", flush=True)
+        about = f"about {part.predicted:.0f} s, " if part.predicted else ""
+        print(f"{part.name}: {about}at most {limit:.0f} s ..", end=" ", flush=True)
         reason = run_part(options, part, begin + limit)
         seconds = time.monotonic() - begin
         ended: Line = {"kind": "end" if reason is None else "stopped", "part": part.name, "seconds": round(seconds, 1)}
@@ -85,16 +103,20 @@ def run_parts(options: Options, wanted: list[Part]) -> None:
 def run_part(options: Options, part: Part, end: float) -> str | None:
     """Run the process of a part. Returns why it is not complete, or None."""
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(options.out), "--worker", part.name,
-               "--seconds", str(options.seconds), "--without", *sorted(options.without),
-               "--again", *sorted(options.again)]  # fmt: skip
+               "--seconds", str(options.seconds), "--step-seconds", str(options.step_seconds), "--device",
+               options.device, *(["--tiny"] if options.tiny else []), "--without",
+               *sorted(options.without)]  # fmt: skip
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else None
     before = -1
     while True:
-        status = run_logged(command, options.log, end - time.monotonic())
-        harmed = sum(bool(row.get("lost")) for row in gpu_record.rows(gpu_record.read(options.record)))
+        left = end - time.monotonic()
+        status = run_logged([*command, "--left", f"{left:.0f}"], options.log, left, hidden)
+        lines = gpu_record.read(options.record)
+        harmed = sum(bool(row.get("lost")) for row in [*gpu_record.rows(lines), *gpu_record.steps(lines)])
         if status == LOST and harmed > before and time.monotonic() < end - LEAST:
             before = harmed
             continue
-        if status is None:
+        if status is None or status == LATER:
             return "the time was over"
         return None if status == 0 else f"the process ended with status {status}; see {options.log.name}"
 
@@ -119,22 +141,29 @@ def run_logged(command: list[str], log: Path, limit: float, env: dict[str, str] 
             process.wait()
 
 
-def about() -> Line:
+def about(device_name: str = "cuda") -> Line:
     """What a record belongs to."""
     import torch
 
     from fastddpm import _native
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    properties = torch.cuda.get_device_properties(0)
+    device: Line = {"device": _native.build_info()["cpu"]}
+    if device_name == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        device = {
+            "device": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "L2 MB": properties.L2_cache_size / 2**20,
+            "memory GB": properties.total_memory / 1e9,
+            "CUDA of torch": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+        }
     return {
         "kind": "about",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": properties.name,
-        "compute capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "L2 MB": properties.L2_cache_size / 2**20,
-        "CUDA of torch": torch.version.cuda,
+        **device,
         "packages": {n: v for n, v in _native.build_info()["packages"].items() if v},
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
@@ -153,11 +182,15 @@ def differs(recorded: Line | None, now: Line) -> str | None:
 
 
 def status_of(lines: list[Line], all_parts: list[Part]) -> int:
-    checks = {(c["part"], c["name"]): c["ok"] for c in lines if c.get("kind") == "check"}
+    names = {part.name for part in all_parts}
+    checks = {(c["part"], c["name"]): c["ok"] for c in lines if c.get("kind") == "check" and c["part"] in names}
     if pending(lines, all_parts):
         return 3
-    ours = [row for row in gpu_record.rows(lines) if row["contestant"] in gpu_report.OURS]
-    return 0 if all(checks.values()) and not any(row.get("error") for row in ours) else 1
+    found = [row for row in gpu_record.rows(lines) if row["contestant"] in gpu_report.OURS]
+    found += [row for row in gpu_record.steps(lines) if row["library"] == "fastddpm"]
+    found += gpu_record.scripts(lines)
+    failed = any(row.get("error") for row in found if row["part"] in names)
+    return 0 if all(checks.values()) and not failed else 1
 
 
 # The processes of the parts.
@@ -275,7 +308,7 @@ def measure(options: Options, part: Part) -> None:
     rate: Line = {"kind": "rates", "part": part.name, "copied bytes": rates.copied_bytes, "draws": rates.draws}
     lines = gpu_record.read(options.record)
     gpu_record.append(options.record, [rate])
-    done = gpu_record.timed(lines) if part.name not in options.again else set()
+    done = gpu_record.timed(lines)
     hook = gpu_timing.plan_hook() if part.name == "sweep" else None
     if part.name == "sweep" and hook is None:
         check(options, "sweep", "sweep", True, f"the CUDA library has no {gpu_timing.HOOK}: not run")
@@ -303,31 +336,74 @@ def measure(options: Options, part: Part) -> None:
         torch.cuda.empty_cache()
 
 
+def train_or_sample(options: Options, part: Part, left: float) -> None:
+    """The contestants of training or sampling that have no rows yet."""
+    from benchmarks import gpu_steps
+
+    end = time.monotonic() + left
+    try:
+        complete = gpu_steps.run_part(part, options.record, options.step_seconds, end)
+    except gpu_steps.DeviceLostError:
+        sys.stdout.flush()
+        os._exit(LOST)  # nothing that would use the device
+    if not complete:
+        sys.exit(LATER)
+
+
+def script(options: Options, part: Part) -> None:
+    """A script of another library before and after, where that library is installed."""
+    from benchmarks import gpu_scripts
+
+    with tempfile.TemporaryDirectory() as folder:
+        reports = Path(folder)
+        status, output = captured(gpu_scripts.command(part.name, options.tiny, reports), options)
+        lines = gpu_scripts.lines_of(part.name, reports) if (reports / "junit.xml").exists() else []
+    gpu_record.append(options.record, lines)
+    counts, failures = summary_of(output)
+    check(options, part.name, part.name, status in (0, 5), counts, failures)
+
+
 def swept_cases() -> list[Case]:
     """The shape that each network spends most on, forward and backward."""
     return [case for part in parts() if part.name.startswith("group_norm_silu") for case in part.cases[:2]]
 
 
-def work(options: Options, name: str) -> None:
+def work(options: Options, name: str, left: float = float("inf")) -> None:
     named = {"build": build, "tests": tests, "sanitizer": sanitizer, "selection": selection}
     if name in named:
         named[name](options)
+        return
+    part = next(part for part in every_part(options.tiny) if part.name == name)
+    if part.group == "steps":
+        train_or_sample(options, part, left)
+    elif part.group == "scripts":
+        script(options, part)
     else:
-        measure(options, next(part for part in parts() if part.name == name))
+        measure(options, part)
 
 
 # The command line.
 
 
 def listing(lines: list[Line], all_parts: list[Part], with_cases: bool) -> list[str]:
-    done, timed = gpu_record.ended(lines), gpu_record.timed(lines)
+    done, timed, stepped = gpu_record.ended(lines), gpu_record.timed(lines), gpu_record.stepped(lines)
+    took = {line["part"]: line["seconds"] for line in lines if line.get("kind") == "end"}
     text = []
     for part in all_parts:
-        cases = f", {sum(c.key in timed for c in part.cases)} of {len(part.cases)} cases" if part.cases else ""
-        text.append(f"{part.name:<28}{'complete' if part.name in done else 'to do'}, at most {part.limit:.0f} s{cases}")
+        is_steps = part.group == "steps"
+        keys = [(c.key, name) for c in part.cases for name in (c.names() if is_steps else [""])]
+        ready = [key in stepped if is_steps else key[0] in timed for key in keys]
+        cases = f", {sum(ready)} of {len(keys)} {'contestants' if is_steps else 'cases'}" if keys else ""
+        about = f", about {part.predicted:.0f} s" if part.predicted else ""
+        state = f"to do{about}, at most {part.limit:.0f} s"
+        if part.name in done:
+            state = f"complete, {took[part.name]:.0f} s"
+        text.append(f"{part.name:<42}{state}{cases}")
         if with_cases:
-            text += [f"    {case.key}{'  done' if case.key in timed else ''}" for case in part.cases]
-    return text
+            text += [f"    {' '.join(key)}".rstrip() + ("  done" if there else "")
+                     for key, there in zip(keys, ready, strict=True)]  # fmt: skip
+    left = sum(part.predicted for part in all_parts if part.name not in done)
+    return [*text, *([f"what is left with an estimate: about {left / 60:.0f} min"] if left else [])]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -335,46 +411,61 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where record, log, table and plot go")
     parser.add_argument("--minutes", type=float, default=Options.minutes, help="for all parts of this call (8.5)")
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="of turns for each case (0.15)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="these parts alone")
+    parser.add_argument("--step-seconds", type=float, default=Options.step_seconds,
+                        help="of turns for each contestant of training and sampling (2)")  # fmt: skip
+    parser.add_argument("--group", choices=(*GROUPS, "all"), default="ops", help="what to run or list (ops)")
+    parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="these parts alone; * and ? match")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny, to try the code")
+    parser.add_argument("--tiny", action="store_true", help="training, sampling and scripts of a small network")
     parser.add_argument("--again", nargs="*", default=[], metavar="PART", help="parts to run again though complete")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contestants to leave out: compile ..")
     parser.add_argument("--parts", action="store_true", help="list the parts, and what is done")
     parser.add_argument("--dry-run", action="store_true", help="list the cases, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--left", type=float, default=float("inf"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    options = Options(
-        given.out.resolve(), given.minutes, given.seconds, frozenset(given.without), frozenset(given.again)
-    )
-    all_parts = parts()
-    unknown = {*given.only, *given.again} - {part.name for part in all_parts}
+    if given.device == "cpu" and not given.tiny:
+        parser.error("expected --tiny with --device cpu: the networks are those for a GPU")
+    all_parts = every_part(given.tiny)
+    names = [part.name for part in all_parts]
+    wanted_names = {name for pattern in given.only for name in fnmatch.filter(names, pattern)}
+    unknown = {p for p in given.only if not fnmatch.filter(names, p)} | {*given.again} - {*names}
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; see --parts")
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; see --parts --group all")
+    options = Options(
+        given.out.resolve(), given.minutes, given.seconds, given.step_seconds, frozenset(given.without), given.tiny,
+        given.device,
+    )  # fmt: skip
     if given.worker:
-        work(options, given.worker)
+        work(options, given.worker, given.left)
         return 0
+    asked = [part for part in all_parts if (part.name in wanted_names if given.only else
+             given.group in ("all", part.group))]  # fmt: skip
+    if not given.tiny and all_parts[0] not in asked and any(part.group != "ops" for part in asked):
+        asked.insert(0, all_parts[0])  # the kernels are built first
     lines = gpu_record.read(options.record)
     if given.parts or given.dry_run:
-        print("\n".join(listing(lines, all_parts, given.dry_run)))
+        print("\n".join(listing(lines, asked, given.dry_run)))
         return 0
 
     import torch
 
-    if not torch.cuda.is_available():
+    if given.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu_suite: expected a CUDA GPU, got none that torch can use; "
-              "--parts and --dry-run need none", file=sys.stderr)  # fmt: skip
+              "--parts, --dry-run and --device cpu --tiny need none", file=sys.stderr)  # fmt: skip
         return 2
-    now = about()
+    now = about(given.device)
     reason = differs(gpu_record.about(lines), now)
     if reason is not None:
         print(f"benchmarks.gpu_suite: {reason}", file=sys.stderr)
         return 2
     if not lines:
         gpu_record.append(options.record, [now])
-    wanted = [part for part in pending(lines, all_parts, options.again) if not given.only or part.name in given.only]
-    run_parts(options, wanted)
-    for path in gpu_report.write(options.record, [part.name for part in all_parts]):
+    gpu_record.append(options.record, [{"kind": "again", "part": name} for name in given.again])
+    run_parts(options, pending(gpu_record.read(options.record), asked))
+    for path in gpu_report.write(options.record, names):
         print(path)
-    status = status_of(gpu_record.read(options.record), all_parts)
+    status = status_of(gpu_record.read(options.record), asked)
     words = {0: "complete", 1: "complete, with failures: see the table", 3: "not complete: the same command goes on"}
     print(words[status])
     return status

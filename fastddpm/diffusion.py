@@ -667,8 +667,8 @@ class GaussianDiffusion(nn.Module):
                 mask is 1. mask: float, broadcasts to it.
             cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; on a
                 CPU, list the operators of the network at its second call, and run the list from the fourth on, which
-                costs one call more. "auto" does so for a `fastddpm.UNet` where it pays: from ten steps on on a GPU,
-                from 50 calls of the network on on a CPU, or within `frozen`.
+                costs one call more. "auto" does so for a `fastddpm.UNet` where it pays: on a GPU for ten steps and
+                more, on a CPU for 50 calls of the network and more, or within `frozen`.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
@@ -684,8 +684,8 @@ class GaussianDiffusion(nn.Module):
             batch_size = self._fitting_batch(num_images, guided=guidance_scale != 1)
         device = self.device
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
-            calls = len(steps) if device.type == "cuda" else len(steps) * -(-num_images // max(1, batch_size))
-            pays = self._calls is not None or calls >= (10 if device.type == "cuda" else 50)
+            calls = len(steps) * -(-num_images // max(1, batch_size))
+            pays = len(steps) >= 10 if device.type == "cuda" else self._calls is not None or calls >= 50
             cuda_graph = isinstance(self.model, UNet) and pays
         elif not isinstance(cuda_graph, bool):
             raise ValueError(f"sample: expected cuda_graph to be 'auto', True or False, got {cuda_graph!r}; choose one")

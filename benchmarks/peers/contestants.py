@@ -3,6 +3,7 @@
 diffusers trains as its example train_unconditional does, and samples by its pipeline ("default") or by the loop inside
 it. denoising-diffusion-pytorch trains and samples by its GaussianDiffusion around the network of diffusers, which is
 the same network as ours; its own Unet of about as many parameters takes part as another network, with its own floor.
+"torch" is the same network on torch's own ops, for where no other library is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.stock import on_stock_ops
+from fastddpm import GaussianDiffusion, UNet
 from fastddpm.bench import Work
+from fastddpm.bench.work import fill_zeros
+from fastddpm.nn.layers import torch_layers
 
 Call = Callable[[], object]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +57,8 @@ class Contestant:
 
     ``default`` is the library as its example uses it: eager, float32, NCHW, torch's default AdamW, its own pipeline.
     ``compiled`` is the mode of torch.compile, or "" for eager. ``own`` is the network of denoising-diffusion-pytorch.
-    ``recompute``: ours computes blocks again in backward.
+    ``recompute``, ``graph`` and ``deterministic`` are options of ours: whether blocks are computed again in backward,
+    whether a step is recorded as a CUDA graph ("auto", "on", "off"), and whether training gives the same bits each time.
     """
 
     library: str
@@ -63,15 +69,19 @@ class Contestant:
     default: bool = False
     own: bool = False
     recompute: bool = False
+    graph: str = "auto"
+    deterministic: bool = True
 
     @property
     def setting(self) -> str:
         """In words."""
         words = ["default"] if self.default else []
         words += ["compiled" if self.compiled == "default" else f"compiled, {self.compiled}"] if self.compiled else []
+        words += {"auto": [], "on": ["CUDA graph"], "off": ["no CUDA graph"]}[self.graph]
         words += ["own Unet"] if self.own else []
         words += [self.dtype, *(["channels_last"] if self.channels_last else []), *(["EMA"] if self.ema else [])]
         words += ["recompute"] if self.recompute else []
+        words += [] if self.deterministic else ["not deterministic"]
         return ", ".join(words)
 
     @property
@@ -108,6 +118,7 @@ TINY = replace(_network("tiny", 8, (8, 16), (4,), 4, 1), own_width=8)
 OURS = "fastddpm"
 DIFFUSERS = "diffusers"
 LUCIDRAINS = "denoising-diffusion-pytorch"
+TORCH = "torch"
 
 
 def contestants(which: str, device: str = DEVICE) -> list[Contestant]:
@@ -149,16 +160,18 @@ class Workshop:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._made: dict[Any, nn.Module] = {}
+        self._made: dict[Any, Any] = {}
 
     def training_step(self, who: Contestant, batch: int) -> Call:
         """One optimiser step on ``batch`` images."""
         if who.library == OURS:
-            return self._ours(who, "train", batch).prepare()
+            return self._our_training(who, batch)
         network = self._peer_network(who, training=True)
         images = torch.randint(0, 256, (batch, 3, self.network.size, self.network.size), dtype=torch.uint8)
         images = images.to(DEVICE)
-        loss = _diffusers_loss(network, images) if who.library == DIFFUSERS else self._lucidrains_loss(who, images)
+        losses = {DIFFUSERS: _diffusers_loss, TORCH: _torch_loss}
+        make = losses.get(who.library)
+        loss = self._lucidrains_loss(who, images) if make is None else make(network, images)
         # the default of AdamW is a loop over parameters on the CPU; a good user takes the fused one
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=not who.default or None)
         average = _diffusers_ema(network) if who.ema else None
@@ -178,25 +191,46 @@ class Workshop:
     def sampling(self, who: Contestant, batch: int, steps: int) -> Call:
         """``batch`` images by ``steps`` steps of ancestral sampling."""
         if who.library == OURS:
-            return self._ours(who, "sample", batch, steps).prepare()
+            return self._our_sampling(who, batch, steps)
         network = self._peer_network(who, training=False)
         if who.library == LUCIDRAINS:
             diffusion = self._lucidrains(who, network, steps)
             return torch.inference_mode()(lambda: diffusion.sample(batch))
-        return _diffusers_sampling(who, network, (batch, 3, self.network.size, self.network.size), steps)
+        make = _torch_sampling if who.library == TORCH else _diffusers_sampling
+        return make(who, network, (batch, 3, self.network.size, self.network.size), steps)
 
-    def _ours(self, who: Contestant, kind: str, batch: int, steps: int = 1) -> Work:
-        train: dict[str, Any] = dict(batch_size=batch, precision=who.dtype, compile=bool(who.compiled))
-        if kind == "train":
-            train |= dict(recompute=who.recompute, **({} if who.ema else {"ema_decay": None}))
-        return Work(kind, self.network.unet, {}, train, measured_steps=steps)
+    def _our_training(self, who: Contestant, batch: int) -> Call:
+        train: dict[str, Any] = dict(
+            batch_size=batch, precision=who.dtype, compile=bool(who.compiled), cuda_graph=who.graph,
+            deterministic=who.deterministic, recompute=who.recompute,
+        )  # fmt: skip
+        return Work("train", self.network.unet, {}, train if who.ema else train | {"ema_decay": None}).prepare()
+
+    def _our_sampling(self, who: Contestant, batch: int, steps: int) -> Call:
+        """As `fastddpm.bench` samples, with one network for any number of steps."""
+        if who not in self._made:
+            made = GaussianDiffusion(UNet(**self.network.unet)).to(DEVICE).eval()
+            fill_zeros(made.model)
+            made.model.to(getattr(torch, who.dtype))
+            if who.compiled:
+                made.model.compile()
+            self._made[who] = made, made.frozen()
+        diffusion, frozen = self._made[who]
+        graph: Any = {"auto": "auto", "on": True, "off": False}[who.graph]
+
+        def call() -> object:
+            with frozen:  # a short sampling stands for a long one
+                return diffusion.sample(batch, batch_size=batch, num_steps=steps, cuda_graph=graph)
+
+        return call
 
     def _peer_network(self, who: Contestant, training: bool) -> nn.Module:
         """Weights are float32 in training, under autocast, and in the dtype of the setting in sampling."""
         dtype = torch.float32 if training else getattr(torch, who.dtype)
-        key = who.channels_last, who.compiled, dtype, who.own, training
+        key = who.channels_last, who.compiled, dtype, who.own, training, who.library == TORCH
         if key not in self._made:
-            made = lucidrains().Unet(self.network.own_width) if who.own else PeerNetwork(self.network)
+            kind = TorchNetwork if who.library == TORCH else PeerNetwork
+            made = lucidrains().Unet(self.network.own_width) if who.own else kind(self.network)
             made = made.to(DEVICE, dtype).train(training)
             if who.channels_last:
                 made = made.to(memory_format=torch.channels_last)
@@ -244,6 +278,21 @@ class PeerNetwork(nn.Module):
         return torch.contiguous_format if self.unet.conv_in.weight.is_contiguous() else torch.channels_last
 
 
+class TorchNetwork(nn.Module):
+    """The same network on torch's own ops, called as the others are; it is channels_last."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.unet = on_stock_ops(UNet(**network.unet))
+        self.layout = torch.channels_last
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """[B, C, H, W] and [B] to [B, C, H, W] in the dtype of x."""
+        with torch_layers():
+            out: Tensor = self.unet(x.to(next(self.unet.parameters()).dtype), t)
+        return out.to(x.dtype)
+
+
 class Cast(nn.Module):
     """A network in half precision whose input and output are float32."""
 
@@ -273,6 +322,41 @@ def _diffusers_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
         return F.mse_loss(network(scheduler.add_noise(clean, noise, t), t).float(), noise)
 
     return loss
+
+
+def _torch_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
+    abar = _alphas_cumprod()
+
+    def loss() -> Tensor:
+        clean = (images.float() / 127.5 - 1).to(memory_format=network.layout)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (len(clean),), device=clean.device)
+        signal = abar[t][:, None, None, None]
+        return F.mse_loss(network(signal.sqrt() * clean + (1 - signal).sqrt() * noise, t).float(), noise)
+
+    return loss
+
+
+def _torch_sampling(who: Contestant, network: nn.Module, shape: tuple[int, ...], steps: int) -> Call:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) at every timestep of the last ``steps``."""
+    abar = _alphas_cumprod()
+    dtype = getattr(torch, who.dtype)
+
+    @torch.inference_mode()
+    def sample() -> Tensor:
+        x = torch.randn(shape, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
+        for i in range(steps - 1, -1, -1):
+            eps = network(x, torch.full((len(x),), i, device=DEVICE))
+            alpha = abar[i] / abar[i - 1] if i else abar[0]
+            mean = (x - (1 - alpha) / (1 - abar[i]).sqrt() * eps) / alpha.sqrt()
+            x = (mean + (1 - alpha).sqrt() * torch.randn_like(x) if i else mean).to(dtype)
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    return sample
+
+
+def _alphas_cumprod() -> Tensor:
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=DEVICE), 0)
 
 
 def _diffusers_ema(network: nn.Module) -> Any:

@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from benchmarks.peers.memory import peak_of
 from benchmarks.peers.records import Row
 from benchmarks.peers.test_peers import Case, calls_of, row_of
 from fastddpm import UNet
-from fastddpm.bench import Layer, record
+from fastddpm.bench import flops, record
 
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="peer: needs pip install fastddpm[peer]"
@@ -28,26 +28,16 @@ needs_diffusers = pytest.mark.skipif(
 ROW = Row("cpu", "train", "CIFAR-10", 8, 3, OURS, "float32, EMA", "float32", False, True, False, 1.0, 0.9, 700)
 
 
-def signature(layer: Layer) -> tuple[int, ...]:
-    """(in, out, kernel, stride, input size) of a convolution."""
-    x, weight = (operand.shape for operand in layer.operands[:2])
-    stride = dict(layer.options).get("stride", layer.arguments[3] if len(layer.arguments) > 3 else 1)
-    return x[1], weight[0], weight[2], stride[0] if isinstance(stride, tuple) else stride, x[2]
-
-
 @pytest.mark.parametrize("who", [OURS, pytest.param(DIFFUSERS, marks=needs_diffusers)])
 def test_the_floor_has_the_layers_of_both_networks(who: str) -> None:
     network = UNet(**CIFAR10.unet) if who == OURS else PeerNetwork(CIFAR10)
     layers = record(lambda: network(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)))
-    found: Counter[tuple[int, ...]] = Counter()
-    for layer, count in layers.items():
-        if layer.kind == "convolution":
-            found[signature(layer)] += count
-    assert found == Counter(conv_floor.CONVS)
-    assert sum(c for layer, c in layers.items() if layer.kind == "attention") == sum(conv_floor.ATTENTION.values())
+    found = conv_floor.shapes_of(layers, sum(p.numel() for p in network.parameters()))
+    wanted = conv_floor.CIFAR10
+    assert (found.convs, found.attention, found.parameters) == (wanted.convs, wanted.attention, wanted.parameters)
+    assert conv_floor.flops(found) == flops(layers)
     if who == DIFFUSERS:  # ours has one product for three projections, and one for those of the time
-        linear = sum(count for layer, count in layers.items() if layer.kind == "linear")
-        assert linear == sum(conv_floor.LINEARS.values())
+        assert found.linears == wanted.linears
 
 
 @needs_diffusers
@@ -59,17 +49,19 @@ def test_networks_are_the_same(network: contestants.Network, parameters: int | N
     assert counts[0] == counts[1] == (parameters or counts[0])
 
 
-def test_conv_floor_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_floor, "CONVS", {(3, 8, 3, 1, 8): 2, (8, 8, 3, 2, 9): 1})
-    monkeypatch.setattr(conv_floor, "LINEARS", {(8, 8, 16): 2})
-    monkeypatch.setattr(conv_floor, "ATTENTION", {(16, 8): 1})
-    monkeypatch.setattr(conv_floor, "PARAMETERS", 1000)
-    found = conv_floor.conv_floor(2, torch.bfloat16, repeat=2)
+def test_conv_floor_adds_up() -> None:
+    shapes = conv_floor.Shapes({(3, 8, 3, 1, 8): 2, (8, 8, 3, 2, 9): 1}, {(8, 8, 16): 2}, {(16, 8): 1}, 1000)
+    rows: list[dict[str, Any]] = []
+    found = conv_floor.conv_floor(2, torch.bfloat16, repeat=2, shapes=shapes, found=rows)
+    assert [row["shape"] for row in rows] == [[3, 8, 3, 1, 8], [8, 8, 3, 2, 9], [8, 8, 16], [16, 8]]
+    for what, part in (("forward", "forward"), ("train", "train")):
+        assert found[part] == pytest.approx(sum(row["count"] * row[what] for row in rows[:3]))
+        assert found[f"attention_{part}"] == pytest.approx(rows[3][what])
     assert found["floor_sample"] == pytest.approx(found["forward"] + found["attention_forward"])
     parts = found["train"] + found["attention_train"] + found["optimizer"]
     assert found["floor_train"] == pytest.approx(parts)
     assert found["optimizer"] == pytest.approx(38_000 / found["copy_rate"])
-    assert "train" not in conv_floor.conv_floor(1, torch.float32, training=False, repeat=1)
+    assert "train" not in conv_floor.conv_floor(1, torch.float32, training=False, repeat=1, shapes=shapes)
 
 
 def test_packages_that_are_missing_have_stand_ins_for_a_moment() -> None:

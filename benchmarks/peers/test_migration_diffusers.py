@@ -80,7 +80,7 @@ def report(benchmark: Any, capsys: Any, config: Any, what: str, calls: dict[str,
         return
     best = turns(calls, config.getoption("--peers-seconds") * len(calls))
     before = next(iter(best.values()))
-    benchmark.extra_info.update({name: seconds / steps for name, seconds in best.items()})
+    benchmark.extra_info.update(seconds={name: seconds / steps for name, seconds in best.items()})
     scale = {"us": 1e6, "ms": 1e3}[unit]
     with capsys.disabled():
         print(f"\n{what}, {DEVICE}")

@@ -146,11 +146,20 @@ def test_a_record_outlives_a_killed_process(tmp_path: Path) -> None:
     assert {r["seconds"] for r in gpu_record.rows(gpu_record.read(path)) if r["contestant"] == "native"} == {1e-6}
 
 
+def test_a_part_that_is_wanted_again_has_no_lines_from_before(tmp_path: Path) -> None:
+    path, (first, other) = tmp_path / "record.jsonl", [c for c in CASES if c.part != CASES[0].part][:1] + CASES[:1]
+    gpu_record.append(path, [ABOUT, *rows_of(first), *rows_of(other), {"kind": "end", "part": first.part}])
+    gpu_record.append(path, [{"kind": "again", "part": first.part}])
+    lines = gpu_record.read(path)
+    assert gpu_record.timed(lines) == {other.key} and not gpu_record.ended(lines) and gpu_record.about(lines) == ABOUT
+    gpu_record.append(path, rows_of(first))
+    assert gpu_record.timed(gpu_record.read(path)) == {first.key, other.key}
+
+
 def test_a_complete_part_is_skipped() -> None:
     lines = [ABOUT, {"kind": "end", "part": "build"}, {"kind": "stopped", "part": "tests"}]
     names = [part.name for part in gpu_suite.pending(lines, PARTS)]
     assert names == [part.name for part in PARTS if part.name != "build"]
-    assert len(gpu_suite.pending(lines, PARTS, frozenset({"build"}))) == len(PARTS)
     assert gpu_suite.status_of(lines, PARTS) == 3
 
 
@@ -236,11 +245,14 @@ def test_listings_need_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert gpu_suite.main(["--out", str(tmp_path), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert all(case.key in text for case in CASES) and f"{CASES[0].key}  done" in text
-    assert "complete" in text.splitlines()[0]
+    assert "complete, 1 s" in text.splitlines()[0]
     assert gpu_suite.main(["--out", str(tmp_path), "--parts"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(PARTS)
     with pytest.raises(SystemExit):
         gpu_suite.main(["--out", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--out", str(tmp_path), "--device", "cpu"])
+    assert "expected --tiny with --device cpu" in capsys.readouterr().err
 
 
 # the table, the plot and the defaults

@@ -74,9 +74,9 @@ def fake_toolkit(home: Path, script: str) -> str:
 @pytest.mark.parametrize(
     ("archs", "built"),
     [
-        ("90", ["sm_90", "compute_90"]),
         ("9.0;8.0", ["sm_80", "sm_90", "compute_90"]),
-        ("80,100", ["sm_80", "sm_100", "compute_100"]),
+        pytest.param("90", ["sm_90", "compute_90"], marks=pytest.mark.slow),  # each is a build
+        pytest.param("80,100", ["sm_80", "sm_100", "compute_100"], marks=pytest.mark.slow),
     ],
 )
 def test_a_wheel_has_the_kernels_for_the_architectures_asked_for(checkout: Path, archs: str, built: list[str]) -> None:
