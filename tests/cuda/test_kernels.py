@@ -43,7 +43,10 @@ def test_contract(library: Path, op: str) -> None:
     assert passed(library, *tests) > 10
 
 
-CUT = {"group_norm_silu": "slabs64x4", "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x"}
+CUT = {
+    "group_norm_silu": "slabs64x4 or teams16x5 and NHWC and 96 or for_the_cooperative",
+    "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x",
+}
 
 
 @pytest.mark.parametrize("op", CUT)
@@ -86,6 +89,7 @@ class Plant:
     found: str
 
 
+TEAMS = ["tests/cuda/test_group_norm_silu.py", "-k", "teams16x5 and NHWC and 96"]
 PLANTED = {
     "missing barrier": Plant(
         "group_norm_silu/group_norm_silu_forward_cuda.cu",
@@ -101,6 +105,22 @@ PLANTED = {
         "    __syncthreads();\n",
         "group_norm_silu",
         ["tests/cuda/test_group_norm_silu.py", "-k", "slabs64x4 and NHWC"],
+        "AssertionError",
+    ),
+    "missing meeting of a team": Plant(
+        "group_norm_silu/group_norm_silu_cuda.cuh",
+        "        meet_team();\n        const Part any",
+        "        __syncthreads();\n        const Part any",
+        "group_norm_silu",
+        TEAMS,
+        "AssertionError",
+    ),
+    "counters that are not set to 0": Plant(
+        "group_norm_silu/group_norm_silu_cuda.cuh",
+        "    error = cudaMemsetAsync(a.counters, 0, ",
+        "    error = cudaMemsetAsync(a.counters, 0, 0 * ",
+        "group_norm_silu",
+        TEAMS,
         "AssertionError",
     ),
     "read out of bounds": Plant(
@@ -122,7 +142,10 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+OF_MAKE_TEST_ALL = {"counters that are not set to 0"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OF_MAKE_TEST_ALL)) for n in PLANTED])
 def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     plant = PLANTED[name]
     csrc = tmp_path / "csrc"
