@@ -68,6 +68,24 @@ def test_contract_on_other_devices(library: Path, architecture: str, seed: str) 
     passed(library, "tests/ops/test_contract.py", "-k", f"native and ({CONTRACT})", "--timeout=60", **environment)
 
 
+COOPERATIVE = {"FASTDDPM_EMULATED_PLAN": "0,3,2"}  # in three parts, wherever it is possible
+
+
+def test_contract_of_the_cooperative_kernel(library: Path) -> None:
+    """Of what a plan would leave to it for its size alone; here at every size."""
+    test = "tests/ops/test_contract.py::test_values_and_gradients"
+    cases = "group_norm_silu and native and NHWC and bfloat16"
+    assert passed(library, test, "-k", cases, **COOPERATIVE) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "89", "90"])
+def test_every_contract_and_random_call_of_the_cooperative_kernel(library: Path, architecture: str) -> None:
+    environment = COOPERATIVE | {"FASTDDPM_EMULATION_ARCH": architecture, "FASTDDPM_EMULATION_SEED": architecture}
+    passed(library, "tests/ops/test_contract.py", "-k", f"group_norm_silu-native and ({CONTRACT})", **environment)
+    passed(library, "tests/ops/test_random_cases.py::test_native", "--timeout=300", **environment)
+
+
 def test_random_calls(library: Path) -> None:
     passed(library, "tests/ops/test_random_cases.py::test_native[0]", "--timeout=300")
 
