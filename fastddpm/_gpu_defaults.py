@@ -2,7 +2,7 @@
 
 The one table of what measurements decided. ``python -m benchmarks.gpu_suite`` measures, and proposes its entries; who
 enters them names the record they come from. How group_norm_silu is cut (slab, cluster) where CUDA C++ runs it is
-decided beside its kernels, but for what is too large for a cluster; the suite sweeps that, too.
+decided beside its kernels, but for what fits no cluster; the suite sweeps that, too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RANGES: dict[str, tuple[Range, ...]] = {}  # by op, from small to large; an op t
 UNMEASURED = Range(math.inf, TRITON)
 
 
-# What is too large for a cluster in group_norm_silu by CUDA C++ is read twice from device memory or, from so many
-# elements of a call on, once by a cooperative kernel. Not measured: read twice.
+# What fits no cluster in group_norm_silu by CUDA C++, or only in runs of less than 64 bytes, is for the cooperative
+# kernel from so many elements of a call on, else read twice (or in such runs). Not measured: never for that kernel.
 COOPERATIVE_FROM = {"forward": math.inf, "backward": math.inf}
 
 

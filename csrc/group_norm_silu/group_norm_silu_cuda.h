@@ -61,6 +61,6 @@ cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream);
 // where that is possible; way 1: two reads, 2: the cooperative kernel. 0 leaves a choice to the plan.
 extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_plan(int slab, int cluster, int way);
 
-// What fits no cluster, forward and backward, is for the cooperative kernel from so many elements of x on; below 0: never,
-// as long as nobody says otherwise. fastddpm/_gpu_defaults.py knows.
+// What fits no cluster, or only in runs of less than 64 bytes in NHWC order, is for the cooperative kernel from so many
+// elements of a call on, forward and backward; below 0: never, which is so until this is called. _gpu_defaults.py decides.
 extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_cooperative(int64_t forward, int64_t backward);

@@ -14,7 +14,8 @@ namespace {
 constexpr int PROCESSORS = 132;       // of a large GPU: those to keep busy
 constexpr int BATCHES = 16;           // that a thread takes of a part, without one_read, at most
 constexpr int PART_BYTES = 64 << 10;  // that such a part takes on the chip, and one of the cooperative kernel
-constexpr int MOST_CHANNELS = 1024;   // of a slab in one_read
+constexpr int MOST_CHANNELS = 1024;   // of a slab that is not read twice
+constexpr int LEAST_RUN = 64;         // bytes of memory side by side, in NHWC order, of a slab of the cooperative kernel
 constexpr int PORTABLE = 8;           // blocks of a cluster that every device with clusters runs; 16 is for measurements
 
 enum Way { BY_PLAN, TWO_READS, COOPERATIVE };
@@ -123,13 +124,13 @@ int64_t cache(const Device& d) {
     return megabytes << 20;
 }
 
-// Slabs of runs of 128 bytes or, of what the cache cannot hold so, 64; in NCHW order of as many channels as a block takes
+// Slabs of runs of 128 bytes or, of what the cache cannot hold so, half of it; in NCHW order of as many channels as a block takes
 // at once. What is too large as well is left to two reads.
 bool cooperative(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& best) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width, of_group = channels / a.groups;
     const int64_t size = element_size(a.x.dtype), unit = best.nhwc ? std::lcm(of_group, 16 / size) : of_group;
     if (pixels == 0 || pixels >= int64_t(1) << 30) return false;
-    for (const int64_t run : {128, 64}) {
+    for (const int64_t run : {2 * LEAST_RUN, LEAST_RUN}) {
         const int64_t least = wanted_slab ? wanted_slab : best.nhwc ? run / size : MOST_THREADS / 32;
         const int64_t units = channels / unit, count = std::max<int64_t>(1, units / ceil_div(least, unit));
         GroupNormPlan p = best;
@@ -191,8 +192,11 @@ GroupNormPlan plan(const GroupNorm& a, int slabs) {
     }
     p.nhwc = a.shape.nhwc || a.shape.height * a.shape.width == 1;  // of one pixel the channels lie side by side
     p.vectors = all_suit(a, p.nhwc);
-    if (p.vectors && wanted_way == BY_PLAN && one_read(a, d, slabs, p)) return p;
-    if (p.vectors && wants_cooperative(a) && cooperative(a, d, slabs, p)) return p;
+    GroupNormPlan cluster = p;
+    const bool fits = p.vectors && wanted_way == BY_PLAN && one_read(a, d, slabs, cluster);
+    const bool narrow = fits && p.nhwc && cluster.slab < a.shape.channels && cluster.slab * element_size(a.x.dtype) < LEAST_RUN;
+    if (p.vectors && (!fits || narrow) && wants_cooperative(a) && cooperative(a, d, slabs, p)) return p;
+    if (fits) return cluster;
     two_reads(a, slabs, p);
     return p;
 }

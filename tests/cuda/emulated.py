@@ -80,11 +80,11 @@ def library(names: list[str] | None = None, csrc: Path = ROOT / "csrc") -> Path:
     return target
 
 
-def program(source: Path) -> Path:
-    """Build a program of one source; return its path."""
+def program(source: Path, *included: Path) -> Path:
+    """Build a program of one source, which includes some of csrc beside headers; return its path."""
     cxx, csrc = compiler() or "g++", ROOT / "csrc"
     sources = [source, EMULATION / "emulator.cpp"]
-    target = BUILD / f"{source.stem}-{digest([cxx, *FLAGS, *SANITIZE], [*sources, *headers_of(csrc)])}"
+    target = BUILD / f"{source.stem}-{digest([cxx, *FLAGS, *SANITIZE], [*sources, *included, *headers_of(csrc)])}"
     BUILD.mkdir(parents=True, exist_ok=True)
     with locked(BUILD / "lock"):
         if not target.exists():
