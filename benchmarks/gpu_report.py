@@ -128,7 +128,7 @@ def _sweep(rows: list[Line]) -> list[str]:
     text = []
     for case in cases_of([row for row in rows if row["part"] == "sweep" and row["seconds"] is not None]):
         best = min(case.values(), key=lambda row: row["seconds"])
-        plan = next((row for row in case.values() if row["slab"] == row["cluster"] == 0), None)
+        plan = case.get("native, by plan")
         text.append(
             f"- {best['case']} {best['dtype']}: best {best['contestant'].removeprefix('native, ')} "
             f"{best['seconds'] * 1e6:.1f} us; by plan {plan['seconds'] * 1e6:.1f} us"

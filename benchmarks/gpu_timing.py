@@ -223,39 +223,52 @@ def copying(size: int, copies: int) -> list[Call]:
 # The sweep of group_norm_silu.
 
 SLABS, CLUSTERS = (64, 96, 128, 192), (1, 2, 4, 8, 16)
-HOOK = "fastddpm_group_norm_plan"  # void (int slab, int cluster); 0 leaves a choice to the kernels
+BY_PLAN, TWO_READS, COOPERATIVE = 0, 1, 2
+PARTS = (0, 128, 192, 256, 384)  # of a slab, each in one block where the device has room for so many
+HOOK = "fastddpm_group_norm_plan"  # void (int slab, int cluster or parts, int way); 0 leaves a choice to the kernels
+Cut = tuple[int, int, int]
 
 
-def plan_hook() -> Callable[[int, int], None] | None:
-    """The function of the CUDA library that sets slab and cluster for all calls behind it, where it has one."""
+def plan_hook() -> Callable[[int, int, int], None] | None:
+    """The function of the CUDA library that sets how all calls behind it are cut, where it has one."""
     for path in sorted(contests.fastddpm_libraries()):
         with contextlib.suppress(OSError, AttributeError):
             hook = getattr(ctypes.CDLL(str(path)), HOOK)
-            hook.argtypes, hook.restype = (ctypes.c_int, ctypes.c_int), None
-            return lambda slab, cluster: hook(slab, cluster)  # type: ignore[no-any-return]
+            hook.argtypes, hook.restype = (ctypes.c_int, ctypes.c_int, ctypes.c_int), None
+            return lambda slab, cluster, way: hook(slab, cluster, way)  # type: ignore[no-any-return]
     return None
 
 
 @contextlib.contextmanager
-def planned(hook: Callable[[int, int], None], slab: int, cluster: int) -> Iterator[None]:
-    hook(slab, cluster)
+def planned(hook: Callable[[int, int, int], None], cut: Cut) -> Iterator[None]:
+    hook(*cut)
     try:
         yield
     finally:
-        hook(0, 0)
+        hook(0, 0, BY_PLAN)
 
 
-def swept(case: Case, hook: Callable[[int, int], None], rates: Rates, cache: int, seconds: float) -> list[Line]:
-    """A row for each slab and cluster. The kernels take what is possible of what is asked for."""
+def cuts_of(case: Case) -> dict[str, Cut]:
+    """The ways to cut a case by name: slabs and clusters or, of what is too large for a cluster, slabs and parts."""
+    slabs = (0, *(s for s in SLABS if s <= case.shape[1]))
+    cuts = {"native, by plan": (0, 0, BY_PLAN), "native, two reads": (0, 0, TWO_READS)}
+    narrow = case.shape[2] * case.shape[3] * 64 * 2  # bytes of 64 channels
+    fits = narrow <= 16 * 227 * 1024
+    for slab in slabs:
+        for cluster in CLUSTERS if fits else ():
+            cuts[f"native, slab {slab or 'by plan'}, cluster {cluster}"] = (slab, cluster, BY_PLAN)
+        for parts in PARTS[:1] if fits else PARTS:
+            label = f"native, cooperative, slab {slab or 'by plan'}, parts {parts or 'by plan'}"
+            cuts[label] = (slab, parts, COOPERATIVE)
+    return cuts
+
+
+def swept(case: Case, hook: Callable[[int, int, int], None], rates: Rates, cache: int, seconds: float) -> list[Line]:
+    """A row for each way to cut a case. The kernels take what is possible of what is asked for."""
     rows: list[Line] = []
-    for slab in (0, *(s for s in SLABS if s <= case.shape[1])):
-        for cluster in (0, *CLUSTERS) if slab == 0 else CLUSTERS:
-            with planned(hook, slab, cluster):
-                found = measured(case, rates, cache, seconds, frozenset({"triton", "eager", "compile", "apex"}))
-            label = f"native, slab {slab or 'by plan'}, cluster {cluster or 'by plan'}"
-            rows += [
-                row | dict(key=f"sweep {row['key']}", part="sweep", contestant=label, slab=slab, cluster=cluster)
-                for row in found
-                if row["contestant"] == "native"
-            ]
+    for label, cut in cuts_of(case).items():
+        with planned(hook, cut):
+            found = measured(case, rates, cache, seconds, frozenset({"triton", "eager", "compile", "apex"}))
+        about = dict(part="sweep", contestant=label, slab=cut[0], cluster=cut[1], way=cut[2])
+        rows += [row | dict(key=f"sweep {row['key']}") | about for row in found if row["contestant"] == "native"]
     return rows

@@ -2,7 +2,7 @@
 
 The one table of what measurements decided. ``python -m benchmarks.gpu_suite`` measures, and proposes its entries; who
 enters them names the record they come from. How group_norm_silu is cut (slab, cluster) where CUDA C++ runs it is
-decided beside its kernels; the suite sweeps that, too.
+decided beside its kernels, but for what fits no cluster; the suite sweeps that, too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ TRITON, CUDA = ("triton", "native", "reference"), ("native", "triton", "referenc
 RECORD: str | None = None  # the record under benchmarks/results/ that RANGES comes from; None: not measured
 RANGES: dict[str, tuple[Range, ...]] = {}  # by op, from small to large; an op that is not here takes UNMEASURED
 UNMEASURED = Range(math.inf, TRITON)
+
+
+# What fits no cluster in group_norm_silu by CUDA C++, or only in runs of less than 64 bytes, is for the cooperative
+# kernel from so many elements of a call on, else read twice (or in such runs). Not measured: never for that kernel.
+COOPERATIVE_FROM = {"forward": math.inf, "backward": math.inf}
 
 
 def range_of(op: str, elements: int) -> Range:

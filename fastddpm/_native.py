@@ -3,22 +3,27 @@
 It is two libraries: the module ``fastddpm._C`` with the operators and their kernels for the CPU, and ``_cuda.so`` with
 their kernels for NVIDIA GPUs, which torch loads.
 
-It stands below everything else and imports only the standard library, so that it can answer wherever Python runs.
+It stands below everything else but the table of `_gpu_defaults`, and imports only the standard library, so that it can
+answer wherever Python runs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ._gpu_defaults import COOPERATIVE_FROM
 
 _CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 _NOT_BUILT = "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
@@ -108,7 +113,15 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
         return f"they were built for another torch or system: {error.__cause__ or error}"
+    hand_over_defaults(_CUDA_LIBRARY)
     return None
+
+
+def hand_over_defaults(library: Path) -> None:
+    """Tell a library of CUDA C++ kernels, which is loaded, what `_gpu_defaults` says about how they cut a call."""
+    function = ctypes.CDLL(str(library)).fastddpm_group_norm_cooperative
+    function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64), None
+    function(*(-1 if COOPERATIVE_FROM[p] == math.inf else int(COOPERATIVE_FROM[p]) for p in ("forward", "backward")))
 
 
 def _cuda_build() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -35,6 +36,10 @@ if not torch.cuda.is_available():
 if os.environ.get("FASTDDPM_EMULATED"):  # tests/cuda: the CUDA kernels, on a CPU, take the place of those for it
     assert _native.available()  # which loads the module: what is registered last is what runs
     torch.ops.load_library(os.environ["FASTDDPM_EMULATED"])
+    if os.environ.get("FASTDDPM_EMULATED_PLAN"):  # slab, cluster, way: how group_norm_silu is cut in all tests
+        ctypes.CDLL(os.environ["FASTDDPM_EMULATED"]).fastddpm_group_norm_plan(
+            *map(int, os.environ["FASTDDPM_EMULATED_PLAN"].split(","))
+        )
 
 
 # Why the CUDA C++ kernels may be missing; any other reason is a failure.

@@ -58,7 +58,7 @@ class Contestant:
     ``default`` is the library as its example uses it: eager, float32, NCHW, torch's default AdamW, its own pipeline.
     ``compiled`` is the mode of torch.compile, or "" for eager. ``own`` is the network of denoising-diffusion-pytorch.
     ``recompute``, ``graph`` and ``deterministic`` are options of ours: whether blocks are computed again in backward,
-    whether a step is recorded as a CUDA graph ("auto", "on", "off"), and whether training gives the same bits each time.
+    whether a step is recorded as a CUDA graph ("auto", "on", "off"), whether training gives the same bits each time.
     """
 
     library: str

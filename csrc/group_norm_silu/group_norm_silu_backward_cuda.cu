@@ -6,7 +6,8 @@
 // batch, and a small kernel adds them up: no atomics, so that the result is the same at every run.
 //
 // As forward: one read, where x, dy and the residual of a slab fit the shared memory of a block or of a cluster, which
-// exchanges the sums of its channels through distributed shared memory; or two, with sums of each part in between.
+// exchanges the sums of its channels through distributed shared memory; or two, with sums of each part in between; or the
+// cooperative kernel.
 //
 // Bytes an element in half precision: 4 read and 2 written; with two reads 8 and 2. Memory limits it.
 
@@ -247,12 +248,9 @@ __global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : 3) one_read_kerne
     if (plan.parts > 1) cluster_wait();  // the others have read what this block holds
 }
 
+// The sums of a part in device memory.
 template <class Access>
-__global__ void __launch_bounds__(MOST_THREADS, 2) sums_kernel(const GroupNorm a) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const Part part(a.shape, a.plan);
-    const Tables s(a.plan);
+__device__ __forceinline__ void leave_sums(const GroupNorm& a, const Part& part, const Tables& s) {
     Access::begin(a, part, a.residual.data, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
@@ -262,14 +260,12 @@ __global__ void __launch_bounds__(MOST_THREADS, 2) sums_kernel(const GroupNorm a
     part_sums<Access>(a, part, s, a.residual.data, entries);
 }
 
-// A block for each group of a sample, a warp for each of its channels.
-__global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNorm a) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const int64_t of_group = a.shape.channels / a.groups, sample = blockIdx.x / a.groups, group = blockIdx.x % a.groups;
+// Those of a group, from those of all parts; by a block, a warp for each channel.
+__device__ __forceinline__ void merge_sums(const GroupNorm& a, int64_t sample, int64_t group) {
+    const int64_t of_group = a.shape.channels / a.groups, number = sample * a.groups + group;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const double mean = a.mean[blockIdx.x];
-    const float rstd = a.rstd[blockIdx.x];
+    const double mean = a.mean[number];
+    const float rstd = a.rstd[number];
     const auto rest_of = [&](int64_t c) { return Centre(mean, read(a.channel_bias, sample, c, 0.0f)).rest; };
     double dn = 0, dn_centred = 0;
     for (int64_t i = warp; i < of_group; i += blockDim.x / 32) {
@@ -292,7 +288,7 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNor
     const double elements = static_cast<double>(of_group) * static_cast<double>(a.shape.height * a.shape.width);
     dn = sum_over_block(dn, shared_memory<double>()), dn_centred = sum_over_block(dn_centred, shared_memory<double>());
     const Means means{static_cast<float>(dn / elements), static_cast<float>(-rstd * rstd * (dn_centred / elements))};
-    if (threadIdx.x == 0) a.means[2 * blockIdx.x] = means.dn, a.means[2 * blockIdx.x + 1] = means.slope;
+    if (threadIdx.x == 0) a.means[2 * number] = means.dn, a.means[2 * number + 1] = means.slope;
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < of_group; i += blockDim.x) {
         const int64_t c = group * of_group + i;
@@ -301,13 +297,10 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNor
     }
 }
 
+// dx of a part from the means in device memory; ``there``: it lies in shared memory.
 template <class Access>
-__global__ void __launch_bounds__(MOST_THREADS, 2) dx_kernel(const GroupNorm a) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const Part part(a.shape, a.plan);
-    const Tables s(a.plan);
-    Access::begin(a, part, a.residual.data, a.draw.sample);
+__device__ __forceinline__ void apply(const GroupNorm& a, const Part& part, const Tables& s, bool there) {
+    if (!there) Access::begin(a, part, a.residual.data, a.draw.sample);
     read_parameters(a, part, s);
     centre_channels(a, part, s);
     const int of_group = static_cast<int>(a.shape.channels / a.groups);
@@ -318,6 +311,36 @@ __global__ void __launch_bounds__(MOST_THREADS, 2) dx_kernel(const GroupNorm a) 
     Access::end();
     __syncthreads();
     make_gradient<Access>(a, part, s, a.residual.data);
+}
+
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) sums_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    leave_sums<Access>(a, Part(a.shape, a.plan), Tables(a.plan));
+}
+
+// A block for each group of a sample.
+__global__ void __launch_bounds__(MOST_THREADS) merge_sums_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    merge_sums(a, blockIdx.x / a.groups, blockIdx.x % a.groups);
+}
+
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) dx_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    apply<Access>(a, Part(a.shape, a.plan), Tables(a.plan), false);
+}
+
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, Access::Out::NHWC ? 3 : 2) cooperative_kernel(const GroupNorm a) {
+    let_next_kernel_start();
+    const Tables s(a.plan);
+    in_teams(a, [&](const Part& part, bool) { leave_sums<Access>(a, part, s); },
+             [&](int64_t sample, int64_t group) { merge_sums(a, sample, group); },
+             [&](const Part& part, bool there) { apply<Access>(a, part, s, there); });
 }
 
 // Shares of the samples added up: eight channels a block, 32 rows of threads along the batch. What limits it is the time
@@ -355,6 +378,8 @@ cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream) {
         error = with_copied(a, [&]<class Access>() {
             return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
         });
+    } else if (a.plan.cooperative) {
+        error = with_copied(a, [&]<class Access>() { return launch_teams(cooperative_kernel<Access>, a, l); });
     } else {
         error = with_access(a, [&]<class Access>() { return launch(sums_kernel<Access>, l, a); });
         small.grid = dim3(static_cast<unsigned>(a.shape.batch * a.groups));

@@ -39,6 +39,15 @@ GroupNorm arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, i
     return a;
 }
 
+// Where the blocks of a cooperative kernel meet.
+MaybeTensor counters(const Tensor& x, GroupNorm& a) {
+    if (!a.plan.cooperative) return std::nullopt;
+    const int64_t sizes[] = {MOST_TEAMS, COUNTER};
+    Tensor memory = new_tensor(x, {sizes, 2}, ScalarType::Int);
+    a.counters = static_cast<unsigned*>(memory.data_ptr());
+    return memory;
+}
+
 // y, mean and rstd [B, G], the mean in double; with a residual h, too.
 std::vector<Tensor> group_norm_silu_op(
     const Tensor x, const Tensor weight, const Tensor bias, int64_t groups, double eps, const MaybeTensor channel_bias,
@@ -63,6 +72,7 @@ std::vector<Tensor> group_norm_silu_op(
         entries = new_tensor(x, {sizes, 4}, ScalarType::Float);
         a.entries = static_cast<Entry*>(entries->data_ptr());
     }
+    const MaybeTensor meeting = counters(x, a);
     check(group_norm_silu(a, on.stream), "group_norm_silu");
     return outputs;
 }
@@ -111,6 +121,7 @@ std::vector<Tensor> group_norm_silu_backward_op(
         means = new_tensor(x, {of_means, 3}, ScalarType::Float);
         a.entries = static_cast<Entry*>(entries->data_ptr()), a.means = static_cast<float*>(means->data_ptr());
     }
+    const MaybeTensor meeting = counters(x, a);
     check(group_norm_silu_backward(a, on.stream), "group_norm_silu");
     return gradients;
 }

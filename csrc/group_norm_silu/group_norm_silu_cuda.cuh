@@ -18,10 +18,12 @@ constexpr int BATCH = 4;  // accesses: in NHWC order four neighbouring pixels, w
 struct Part {
     int64_t sample, channel, pixel;  // the first ones
     int channels, pixels, rank;      // rank: which part of the slab
-    __device__ __forceinline__ Part(const Shape& s, const GroupNormPlan& plan) {
-        const unsigned parts = static_cast<unsigned>(plan.parts), slabs = static_cast<unsigned>(plan.slabs);
-        const unsigned slab = blockIdx.x / parts;
-        rank = static_cast<int>(blockIdx.x % parts);
+    __device__ __forceinline__ Part(const Shape& s, const GroupNormPlan& plan)
+        : Part(s, plan, blockIdx.x / static_cast<unsigned>(plan.parts),
+               static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.parts))) {}
+    // Of the slabs of all samples, the one with this number.
+    __device__ __forceinline__ Part(const Shape& s, const GroupNormPlan& plan, unsigned slab, int rank) : rank(rank) {
+        const unsigned slabs = static_cast<unsigned>(plan.slabs);
         sample = slab / slabs;
         channel = static_cast<int64_t>(slab % slabs) * plan.slab;
         channels = static_cast<int>(min(static_cast<int64_t>(plan.slab), s.channels - channel));
@@ -439,6 +441,55 @@ __device__ __forceinline__ double sum_over_block(double x, double* room) {
     double sum = 0;
     for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += room[w];
     return sum;
+}
+
+// What a cooperative kernel does. A team of blocks takes a slab and shares its parts and its groups; first(part, whether it
+// is the last one of this block), then merge(sample, group), then second(part, whether it is that one: it lies in the
+// shared memory still). The others come in the opposite order: what was read last is likeliest in the cache.
+template <class First, class Merge, class Second>
+__device__ __forceinline__ void in_teams(const GroupNorm& a, First first, Merge merge, Second second) {
+    const int members = a.plan.members, member = static_cast<int>(blockIdx.x) % members;
+    const int last = member + (a.plan.parts - 1 - member) / members * members;
+    const unsigned team = blockIdx.x / static_cast<unsigned>(members);
+    unsigned all = 0;
+    const auto meet_team = [&] { meet(a.counters + COUNTER * team, all += static_cast<unsigned>(a.plan.members)); };
+#pragma unroll 1
+    for (unsigned slab = team; slab < static_cast<unsigned>(a.shape.batch) * static_cast<unsigned>(a.plan.slabs);
+         slab += gridDim.x / static_cast<unsigned>(a.plan.members)) {
+#pragma unroll 1
+        for (int rank = member; rank <= last; rank += a.plan.members) {
+            first(Part(a.shape, a.plan, slab, rank), rank == last);
+            __syncthreads();  // the shared memory is used again
+        }
+        meet_team();
+        const Part any(a.shape, a.plan, slab, 0);
+        const int of_group = static_cast<int>(a.shape.channels / a.groups);
+#pragma unroll 1
+        for (int g = member; g < any.channels / of_group; g += a.plan.members) merge(any.sample, any.channel / of_group + g);
+        meet_team();
+#pragma unroll 1
+        for (int rank = last; rank >= 0; rank -= a.plan.members) {
+            second(Part(a.shape, a.plan, slab, rank), rank == last);
+            __syncthreads();
+        }
+    }
+}
+
+// Runs such a kernel. Two teams at least where there are two slabs: one moves data while the other waits. A block takes
+// several parts where the device has no room for as many blocks.
+template <class Kernel>
+cudaError_t launch_teams(Kernel kernel, GroupNorm a, Launch l) {
+    const int64_t slabs = a.shape.batch * a.plan.slabs;
+    if (slabs == 0) return cudaSuccess;
+    l.cooperative = true, l.dependent = false;
+    int room = 0;
+    cudaError_t error = room_for(kernel, l, room);
+    if (error != cudaSuccess) return error;
+    a.plan.members = min(a.plan.parts, slabs > 1 && room > 1 ? room / 2 : room);
+    const int64_t teams = min(min(slabs, int64_t(MOST_TEAMS)), static_cast<int64_t>(room / a.plan.members));
+    l.grid = dim3(static_cast<unsigned>(teams * a.plan.members));
+    error = cudaMemsetAsync(a.counters, 0, static_cast<size_t>(teams) * COUNTER * sizeof(unsigned), l.stream);
+    return error != cudaSuccess ? error : launch(kernel, l, a);
 }
 
 inline Launch over_parts(const GroupNorm& a, cudaStream_t stream) {

@@ -15,14 +15,18 @@ struct GroupNormPlan {
     bool vectors;   // 16 bytes an access; otherwise one element, of any dtype and order
     bool nhwc;      // channels lie side by side
     bool one_read;  // the slab stays in the shared memory of `parts` blocks, a cluster, from the statistics to the end
+    bool cooperative;  // one kernel whose blocks are on the device all at once: a team of `members` takes slab after slab
     int slab;       // channels; whole groups with one_read
     int slabs;      // of a sample, the last one narrower
     int parts, pixels;
+    int members;         // of a team; the launcher knows what the device has room for
     int threads, lanes;  // lanes: of those, neighbours along a row of pixels in NCHW order
     // Shared memory, in bytes from its start: tables of the slab's channels, numbers of its groups, entries of its
     // channels, room to add up, the slabs, dropout masks.
     int groups_at, entries_at, sums_at, arrays_at, array_bytes, masks_at, shared;
 };
+
+constexpr int MOST_TEAMS = 1024, COUNTER = 32;  // a counter to a cache line of 128 bytes
 
 struct GroupNorm {
     Shape shape;        // C counts the channels of x and x2
@@ -38,6 +42,7 @@ struct GroupNorm {
     double* mean;         // [B, G]
     float* rstd;          // [B, G]
     Entry* entries;       // [B, parts, C], without one_read; merging leaves the sums of backward in part 0
+    unsigned* counters;   // [MOST_TEAMS, COUNTER], with cooperative: where the blocks of a team meet
     float* means;         // [B, G, 2], of dx, without one_read
     float* small;         // [3, B, C]: shares of the samples in dweight, dbias and dchannel_bias
     Image dweight, dbias, dchannel_bias, dscale, dshift;  // [C] or [B, C]: data, dtype and sample_stride alone
@@ -52,6 +57,10 @@ cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda
 
-// For measurements: from now on slabs of this many channels in clusters of this many blocks, where that is possible;
-// 0 leaves a choice to the plan.
-extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_plan(int slab, int cluster);
+// For measurements: from now on slabs of this many channels in clusters of this many blocks (with way 2 in so many parts),
+// where that is possible; way 1: two reads, 2: the cooperative kernel. 0 leaves a choice to the plan.
+extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_plan(int slab, int cluster, int way);
+
+// What fits no cluster, or only in runs of less than 64 bytes in NHWC order, is for the cooperative kernel from so many
+// elements of a call on, forward and backward; below 0: never, which is so until this is called. _gpu_defaults.py decides.
+extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_cooperative(int64_t forward, int64_t backward);

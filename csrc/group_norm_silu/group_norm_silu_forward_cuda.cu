@@ -6,8 +6,9 @@
 // owns, the block merges those of a channel, and the cluster those of a group, through distributed shared memory; then y
 // is made from the copy. Two reads, where it does not fit, and for sizes, orders and dtypes that have no 16-byte pieces:
 // moments of each channel in each part, a tiny kernel that merges those of a group, and y from the image itself.
-// (Instead of the second read from device memory a cooperative kernel could find the sample in the second-level cache.
-// That is not measured.)
+// Or, of what has such pieces, a cooperative kernel: a team of blocks, all on the device at once, in the place of the
+// cluster; they meet at a counter in device memory, and what their shared memory does not hold they find in the
+// second-level cache. Which of the two is faster is not measured.
 //
 // Moments: a thread sums d and d^2, d the deviation from the first number that it meets in a channel. That number is at
 // most sqrt(n - 1) standard deviations from the mean of its n, so that sum(d^2) - sum(d)^2 / n loses no more than a
@@ -216,24 +217,19 @@ __global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : sizeof(typename A
     if (plan.parts > 1) cluster_wait();  // the others have read what this block holds
 }
 
+// The moments of a part in device memory; drop: what dropout drops is drawn, too, for whoever needs the part again.
 template <class Access>
-__global__ void __launch_bounds__(MOST_THREADS, 2) moments_kernel(const GroupNorm a) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const Part part(a.shape, a.plan);
-    const Tables s(a.plan);
-    Access::begin(a, part, a.residual.data, false);
+__device__ __forceinline__ void leave_moments(const GroupNorm& a, const Part& part, const Tables& s, bool drop) {
+    Access::begin(a, part, a.residual.data, drop);
     Access::end();
     __syncthreads();
     Entry* entries = a.entries + (part.sample * a.plan.parts + part.rank) * a.shape.channels + part.channel;
     part_moments<Access>(a, part, s, a.residual.data, entries);
 }
 
-// A block for each group of a sample.
-__global__ void __launch_bounds__(MOST_THREADS) merge_moments_kernel(const GroupNorm a) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    const int64_t of_group = a.shape.channels / a.groups, sample = blockIdx.x / a.groups, group = blockIdx.x % a.groups;
+// Those of a group, from those of all parts; by a block.
+__device__ __forceinline__ void merge_moments(const GroupNorm& a, int64_t sample, int64_t group) {
+    const int64_t of_group = a.shape.channels / a.groups;
     const auto channel = [&](int i) { return group * of_group + i % of_group; };
     const Statistics of = merge(
         static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), static_cast<int>(a.plan.parts * of_group),
@@ -241,21 +237,48 @@ __global__ void __launch_bounds__(MOST_THREADS) merge_moments_kernel(const Group
         [&](int i) { return a.entries[(sample * a.plan.parts + i / of_group) * a.shape.channels + channel(i)]; },
         [&](int i) { return read(a.channel_bias, sample, channel(i), 0.0f); },
         [](double x) { return sum_over_block(x, shared_memory<double>()); });
-    if (threadIdx.x == 0) a.mean[blockIdx.x] = of.mean, a.rstd[blockIdx.x] = of.rstd;
+    if (threadIdx.x == 0) a.mean[sample * a.groups + group] = of.mean, a.rstd[sample * a.groups + group] = of.rstd;
+}
+
+// y of a part from the statistics in device memory; ``there``: it lies in shared memory.
+template <class Access>
+__device__ __forceinline__ void apply(const GroupNorm& a, const Part& part, const Tables& s, bool there) {
+    if (!there) Access::begin(a, part, a.residual.data, a.draw.sample);
+    read_parameters(a, part, s);
+    centre_channels(a, part, s);
+    Access::end();
+    __syncthreads();
+    make_output<Access>(a, part, s, a.residual.data);
+}
+
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 2) moments_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    leave_moments<Access>(a, Part(a.shape, a.plan), Tables(a.plan), false);
+}
+
+// A block for each group of a sample.
+__global__ void __launch_bounds__(MOST_THREADS) merge_moments_kernel(const GroupNorm a) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    merge_moments(a, blockIdx.x / a.groups, blockIdx.x % a.groups);
 }
 
 template <class Access>
 __global__ void __launch_bounds__(MOST_THREADS, 2) apply_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const Part part(a.shape, a.plan);
+    apply<Access>(a, Part(a.shape, a.plan), Tables(a.plan), false);
+}
+
+template <class Access>
+__global__ void __launch_bounds__(MOST_THREADS, 3) cooperative_kernel(const GroupNorm a) {
+    let_next_kernel_start();
     const Tables s(a.plan);
-    Access::begin(a, part, a.residual.data, a.draw.sample);
-    read_parameters(a, part, s);
-    centre_channels(a, part, s);
-    Access::end();
-    __syncthreads();
-    make_output<Access>(a, part, s, a.residual.data);
+    in_teams(a, [&](const Part& part, bool last) { leave_moments<Access>(a, part, s, last && a.draw.sample); },
+             [&](int64_t sample, int64_t group) { merge_moments(a, sample, group); },
+             [&](const Part& part, bool there) { apply<Access>(a, part, s, there); });
 }
 
 }  // namespace
@@ -266,6 +289,8 @@ cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream) {
         return with_copied(a, [&]<class Access>() {
             return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
         });
+    if (a.plan.cooperative)
+        return with_copied(a, [&]<class Access>() { return launch_teams(cooperative_kernel<Access>, a, l); });
     cudaError_t error = with_access(a, [&]<class Access>() { return launch(moments_kernel<Access>, l, a); });
     if (error != cudaSuccess) return error;
     Launch merging = l;

@@ -13,11 +13,14 @@ namespace {
 
 constexpr int PROCESSORS = 132;       // of a large GPU: those to keep busy
 constexpr int BATCHES = 16;           // that a thread takes of a part, without one_read, at most
-constexpr int PART_BYTES = 64 << 10;  // that such a part takes on the chip
-constexpr int MOST_CHANNELS = 1024;   // of a slab in one_read
+constexpr int PART_BYTES = 64 << 10;  // that such a part takes on the chip, and one of the cooperative kernel
+constexpr int MOST_CHANNELS = 1024;   // of a slab that is not read twice
+constexpr int LEAST_RUN = 64;         // bytes of memory side by side, in NHWC order, of a slab of the cooperative kernel
 constexpr int PORTABLE = 8;           // blocks of a cluster that every device with clusters runs; 16 is for measurements
 
-int wanted_slab = 0, wanted_cluster = 0;  // by fastddpm_group_norm_plan
+enum Way { BY_PLAN, TWO_READS, COOPERATIVE };
+int wanted_slab = 0, wanted_cluster = 0, wanted_way = BY_PLAN;  // by fastddpm_group_norm_plan
+int64_t cooperative_forward = -1, cooperative_backward = -1;    // by fastddpm_group_norm_cooperative
 
 int round_up(int64_t n, int64_t to) { return static_cast<int>(ceil_div(n, to) * to); }
 
@@ -114,6 +117,44 @@ bool one_read(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& bes
     return found;
 }
 
+// Bytes that a second-level cache keeps while two teams are at work. By architecture, and of a small GPU of each: how a
+// call is cut, and so the bits of its result, do not depend on the GPU.
+int64_t cache(const Device& d) {
+    const int64_t megabytes = d.architecture == 86 ? 4 : d.architecture == 89 || d.architecture >= 120 ? 24 : 40;
+    return megabytes << 20;
+}
+
+// Slabs of runs of 128 bytes or, of what the cache cannot hold so, half of it; in NCHW order of as many channels as a block takes
+// at once. What is too large as well is left to two reads.
+bool cooperative(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& best) {
+    const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width, of_group = channels / a.groups;
+    const int64_t size = element_size(a.x.dtype), unit = best.nhwc ? std::lcm(of_group, 16 / size) : of_group;
+    if (pixels == 0 || pixels >= int64_t(1) << 30) return false;
+    for (const int64_t run : {2 * LEAST_RUN, LEAST_RUN}) {
+        const int64_t least = wanted_slab ? wanted_slab : best.nhwc ? run / size : MOST_THREADS / 32;
+        const int64_t units = channels / unit, count = std::max<int64_t>(1, units / ceil_div(least, unit));
+        GroupNormPlan p = best;
+        p.cooperative = true;
+        p.slab = static_cast<int>(std::min<int64_t>(ceil_div(units, count) * unit, MOST_CHANNELS + 1));
+        const int64_t of_pixel = p.slab * slabs * size;
+        if (p.slab > MOST_CHANNELS || 2 * pixels * of_pixel > cache(d)) continue;
+        p.pixels = round_up(wanted_cluster ? ceil_div(pixels, wanted_cluster) : std::max<int64_t>(1, PART_BYTES / of_pixel - 7), 8);
+        p.parts = static_cast<int>(ceil_div(pixels, p.pixels));
+        p.threads = threads_for(int64_t(p.pixels) * p.slab * size / 16);
+        lay_out(a, p, slabs);
+        if (p.shared > d.shared_memory || a.shape.batch * p.slabs >= int64_t(1) << 30) continue;
+        best = p;
+        return true;
+    }
+    return false;
+}
+
+bool wants_cooperative(const GroupNorm& a) {
+    const int64_t from = a.dy.data ? cooperative_backward : cooperative_forward;
+    const int64_t elements = a.shape.batch * a.shape.channels * a.shape.height * a.shape.width;
+    return wanted_way == COOPERATIVE || (wanted_way == BY_PLAN && from >= 0 && elements >= from);
+}
+
 void two_reads(const GroupNorm& a, int slabs, GroupNormPlan& p) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;
     const int n = p.vectors ? static_cast<int>(16 / element_size(a.x.dtype)) : 1;
@@ -151,12 +192,21 @@ GroupNormPlan plan(const GroupNorm& a, int slabs) {
     }
     p.nhwc = a.shape.nhwc || a.shape.height * a.shape.width == 1;  // of one pixel the channels lie side by side
     p.vectors = all_suit(a, p.nhwc);
-    if (!p.vectors || !one_read(a, d, slabs, p)) two_reads(a, slabs, p);
+    GroupNormPlan cluster = p;
+    const bool fits = p.vectors && wanted_way == BY_PLAN && one_read(a, d, slabs, cluster);
+    const bool narrow = fits && p.nhwc && cluster.slab < a.shape.channels && cluster.slab * element_size(a.x.dtype) < LEAST_RUN;
+    if (p.vectors && (!fits || narrow) && wants_cooperative(a) && cooperative(a, d, slabs, p)) return p;
+    if (fits) return cluster;
+    two_reads(a, slabs, p);
     return p;
 }
 
 }  // namespace fastddpm::cuda
 
-extern "C" void fastddpm_group_norm_plan(int slab, int cluster) {
-    fastddpm::cuda::wanted_slab = slab, fastddpm::cuda::wanted_cluster = cluster;
+extern "C" void fastddpm_group_norm_plan(int slab, int cluster, int way) {
+    fastddpm::cuda::wanted_slab = slab, fastddpm::cuda::wanted_cluster = cluster, fastddpm::cuda::wanted_way = way;
+}
+
+extern "C" void fastddpm_group_norm_cooperative(int64_t forward, int64_t backward) {
+    fastddpm::cuda::cooperative_forward = forward, fastddpm::cuda::cooperative_backward = backward;
 }

@@ -255,6 +255,19 @@ def test_listings_need_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "expected --tiny with --device cpu" in capsys.readouterr().err
 
 
+def test_the_sweep_cuts_large_images_for_the_cooperative_kernel() -> None:
+    """And small ones for clusters; each beside two reads, and no way twice."""
+    large, small = (next(c for c in CASES if c.contest == "group_norm_silu" and c.shape[2] == n) for n in (256, 32))
+    for case in (large, small):
+        cuts = gpu_timing.cuts_of(case)
+        assert len(set(cuts.values())) == len(cuts)
+        assert cuts["native, by plan"] == (0, 0, 0) and cuts["native, two reads"] == (0, 0, gpu_timing.TWO_READS)
+        assert (64, 0, gpu_timing.COOPERATIVE) in cuts.values()
+    assert (64, 256, gpu_timing.COOPERATIVE) in gpu_timing.cuts_of(large).values()
+    assert (64, 4, gpu_timing.BY_PLAN) not in gpu_timing.cuts_of(large).values()
+    assert (64, 4, gpu_timing.BY_PLAN) in gpu_timing.cuts_of(small).values()
+
+
 # the table, the plot and the defaults
 
 
@@ -266,10 +279,9 @@ def full_record() -> list[dict[str, Any]]:
     lines.append({"kind": "stopped", "part": "tests", "seconds": 240.0, "reason": "the time was over"})
     failed: dict[str, Any] = dict(ok=False, summary="1 failed", failures=["FAILED tests/x.py"])
     lines.append({"kind": "check", "part": "tests", "name": "tests, normal"} | failed)
-    for slab, cluster, seconds in ((0, 0, 5e-6), (64, 4, 4e-6)):
-        label = f"native, slab {slab}, cluster {cluster}"
+    for label, seconds in (("by plan", 5e-6), ("slab 64, cluster 4", 4e-6)):
         key = next(case.key for case in CASES if case.op == "group_norm_silu")
-        lines.append(row(key, label, seconds, slab=slab, cluster=cluster) | {"key": f"sweep {key}", "part": "sweep"})
+        lines.append(row(key, f"native, {label}", seconds) | {"key": f"sweep {key}", "part": "sweep"})
     return lines
 
 

@@ -54,6 +54,9 @@ HOT = [
     # forward and backward: three blocks of 256; two with a residual
     Hot(r"one_read_kernel<Copied<(bf16|f16), .*>, false>", registers=80, narrow=62),
     Hot(r"one_read_kernel<Copied<.*>, true>", registers=128, narrow=66),
+    # of NHWC images three blocks of 256, forward and backward, with a residual or without
+    Hot(r"cooperative_kernel<Copied<.*, true> >", registers=80, narrow=134),
+    Hot(r"cooperative_kernel<Copied<.*, false> >", registers=128, narrow=134),
     Hot(r"forward_rows<bf16, [123]>", registers=72, narrow=55),
     Hot(r"backward_rows<bf16, 1>", registers=104, narrow=17),
     Hot(r"gradient_squares_kernel<.*>", registers=64, narrow=39, stores=False),

@@ -6,7 +6,7 @@ each test of the native ops is one of the CUDA kernels and of their host code. B
     python -m tests.cuda.emulated tests/ops/test_contract.py -k group_norm_silu-native
 
 FASTDDPM_EMULATION_SEED decides the order of the threads, FASTDDPM_EMULATION_ARCH (80, 90 ..) what the device says that
-it is.
+it is, FASTDDPM_EMULATED_PLAN (slab, cluster, way) how group_norm_silu is cut; see fastddpm_group_norm_plan.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def library(names: list[str] | None = None, csrc: Path = ROOT / "csrc") -> Path:
     return target
 
 
-def program(source: Path) -> Path:
-    """Build a program of one source; return its path."""
+def program(source: Path, *included: Path) -> Path:
+    """Build a program of one source, which includes some of csrc beside headers; return its path."""
     cxx, csrc = compiler() or "g++", ROOT / "csrc"
     sources = [source, EMULATION / "emulator.cpp"]
-    target = BUILD / f"{source.stem}-{digest([cxx, *FLAGS, *SANITIZE], [*sources, *headers_of(csrc)])}"
+    target = BUILD / f"{source.stem}-{digest([cxx, *FLAGS, *SANITIZE], [*sources, *included, *headers_of(csrc)])}"
     BUILD.mkdir(parents=True, exist_ok=True)
     with locked(BUILD / "lock"):
         if not target.exists():

@@ -1,29 +1,37 @@
-"""How the CUDA kernels of group_norm_silu are cut: slabs, clusters, both orders; run on a CPU (see emulation)."""
+"""How the CUDA kernels of group_norm_silu are cut: slabs, clusters, teams, both orders; on a CPU (see emulation)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastddpm
+from fastddpm import _native
 from tests.ops.cases import DTYPES, LAYOUTS, Case, Inputs, drawn, norm_weights, randn
-from tests.ops.test_contract import check_values, results
+from tests.ops.test_contract import check_values, poisoned_memory, results
 
 pytestmark = pytest.mark.skipif(not os.environ.get("FASTDDPM_EMULATED"), reason="runs with FASTDDPM_EMULATED alone")
 
-Plan = Callable[[int, int], None]
+LIBRARY = Path(os.environ.get("FASTDDPM_EMULATED", ""))
+Plan = Callable[[int, int, int], None]
 
 
 @pytest.fixture
 def plan() -> Iterator[Plan]:
-    """Cut into slabs of this many channels and clusters of this many blocks, where that is possible."""
-    cut = ctypes.CDLL(os.environ["FASTDDPM_EMULATED"]).fastddpm_group_norm_plan
+    """Cut into slabs of this many channels and clusters of this many blocks (for teams: parts), where possible."""
+    cut = ctypes.CDLL(str(LIBRARY)).fastddpm_group_norm_plan
     yield cut
-    cut(0, 0)
+    cut(0, 0, 0)
+
+
+def cooperative_launches() -> int:
+    """So far, of all kernels."""
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(LIBRARY)), "emulated_cooperative_launches").value
 
 
 def call(channels: int, groups: int, size: tuple[int, int], *, batch: int = 2, rich: bool, first: int = 0) -> Case:
@@ -62,16 +70,45 @@ CALLS = [
 ]
 
 
-CUTS = [(0, 0), (1, 1), (24, 2), (64, 1), (64, 4), (1000, 8), (16, 16)]
+TWO_READS, COOPERATIVE = 1, 2
+CUTS = [
+    (0, 0, 0), (1, 1, 0), (24, 2, 0), (64, 1, 0), (64, 4, 0), (1000, 8, 0), (16, 16, 0), (0, 0, TWO_READS),
+    (0, 0, COOPERATIVE), (16, 2, COOPERATIVE), (24, 3, COOPERATIVE), (16, 5, COOPERATIVE), (1000, 16, COOPERATIVE),
+]  # fmt: skip
+NAMES = ("slabs{}x{}", "reads{}x{}", "teams{}x{}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"slabs{cut[0]}x{cut[1]}")
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: NAMES[cut[2]].format(*cut))
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
-def test_slabs_and_clusters(plan: Plan, case: Case, cut: tuple[int, int], layout: str) -> None:
+def test_slabs_and_clusters(plan: Plan, case: Case, cut: tuple[int, int, int], layout: str) -> None:
     dtype = DTYPES[(CALLS.index(case) + CUTS.index(cut)) % len(DTYPES)]  # so that each cut meets all of them
     inputs = case.inputs(dtype, layout)
     plan(*cut)
-    with fastddpm.use_backend("native"):
+    before = cooperative_launches()
+    with fastddpm.use_backend("native"), poisoned_memory():
         found = results(case, inputs, dtype)
     check_values(case, found, inputs, dtype)
+    if cut[2] != COOPERATIVE:
+        assert cooperative_launches() == before
+    elif layout == "NHWC" and "(1, 1)" not in case.name:  # 16-byte accesses suit it
+        assert cooperative_launches() == before + 2  # forward and backward
+
+
+@pytest.mark.parametrize(("backward", "launches"), [(0, 1), (88 * 88 * 32 + 1, 0)])
+def test_the_table_says_what_is_for_the_cooperative_kernel(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, backward: float, launches: int
+) -> None:
+    """Of what fits no cluster, and here x does, and x with dy does not; from so many elements on."""
+    case = call(32, 1, (88, 88), batch=1, rich=False)
+    inputs = case.inputs(torch.float32, "NHWC")
+    try:
+        with monkeypatch.context() as patch, fastddpm.use_backend("native"):
+            patch.setattr(_native, "COOPERATIVE_FROM", {"forward": 0, "backward": backward})
+            _native.hand_over_defaults(LIBRARY)
+            before = cooperative_launches()
+            found = results(case, inputs)
+        assert cooperative_launches() == before + launches
+    finally:
+        _native.hand_over_defaults(LIBRARY)
+    check_values(case, found, inputs, torch.float32)

@@ -55,7 +55,10 @@ def test_contract(passed: Passed, library: Path, ops: list[str]) -> None:
     assert passed(library, *tests) > 10 * len(ops)
 
 
-CUT = {"group_norm_silu": "slabs64x4", "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x"}
+CUT = {
+    "group_norm_silu": "slabs64x4 or teams16x5 and NHWC and 96 or for_the_cooperative",
+    "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x",
+}
 
 
 @pytest.mark.parametrize("op", CUT)
@@ -75,6 +78,26 @@ def test_contract_on_other_devices(passed: Passed, library: Path, architecture: 
     """What they can do differs: clusters, shared memory; the threads run in another order."""
     environment = {"FASTDDPM_EMULATION_ARCH": architecture, "FASTDDPM_EMULATION_SEED": seed}
     passed(library, "tests/ops/test_contract.py", "-k", f"native and ({CONTRACT})", "--timeout=60", **environment)
+
+
+COOPERATIVE = {"FASTDDPM_EMULATED_PLAN": "0,3,2"}  # in three parts, wherever it is possible
+
+
+def test_contract_of_the_cooperative_kernel(passed: Passed, library: Path) -> None:
+    """Of what a plan would leave to it for its size alone; here at every size."""
+    test = "tests/ops/test_contract.py::test_values_and_gradients"
+    cases = "group_norm_silu and native and NHWC and bfloat16"
+    assert passed(library, test, "-k", cases, **COOPERATIVE) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "89", "90"])
+def test_every_contract_and_random_call_of_the_cooperative_kernel(
+    passed: Passed, library: Path, architecture: str
+) -> None:
+    environment = COOPERATIVE | {"FASTDDPM_EMULATION_ARCH": architecture, "FASTDDPM_EMULATION_SEED": architecture}
+    passed(library, "tests/ops/test_contract.py", "-k", f"group_norm_silu-native and ({CONTRACT})", **environment)
+    passed(library, "tests/ops/test_random_cases.py::test_native", "--timeout=300", **environment)
 
 
 def test_random_calls(passed: Passed, library: Path) -> None:
@@ -98,6 +121,7 @@ class Plant:
     found: str
 
 
+TEAMS = ["tests/cuda/test_group_norm_silu.py", "-k", "teams16x5 and NHWC and 96"]
 PLANTED = {
     "missing barrier": Plant(
         "group_norm_silu/group_norm_silu_forward_cuda.cu",
@@ -113,6 +137,22 @@ PLANTED = {
         "    __syncthreads();\n",
         "group_norm_silu",
         ["tests/cuda/test_group_norm_silu.py", "-k", "slabs64x4 and NHWC"],
+        "AssertionError",
+    ),
+    "missing meeting of a team": Plant(
+        "group_norm_silu/group_norm_silu_cuda.cuh",
+        "        meet_team();\n        const Part any",
+        "        __syncthreads();\n        const Part any",
+        "group_norm_silu",
+        TEAMS,
+        "AssertionError",
+    ),
+    "counters that are not set to 0": Plant(
+        "group_norm_silu/group_norm_silu_cuda.cuh",
+        "    error = cudaMemsetAsync(a.counters, 0, ",
+        "    error = cudaMemsetAsync(a.counters, 0, 0 * ",
+        "group_norm_silu",
+        TEAMS,
         "AssertionError",
     ),
     "read out of bounds": Plant(
@@ -134,10 +174,10 @@ PLANTED = {
 }
 
 
-SLOW = {"missing barrier of the cluster"}
+OF_MAKE_TEST_ALL = {"missing barrier of the cluster", "counters that are not set to 0"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PLANTED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OF_MAKE_TEST_ALL)) for n in PLANTED])
 def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     """By tests that the right kernels pass: they are among those above."""
     plant = PLANTED[name]

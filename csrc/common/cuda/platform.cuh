@@ -86,12 +86,32 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Blocks of a cooperative launch, which are all on the device at once, meet at a counter in device memory: it is 0 before
+// the launch, every block adds 1 each time, and goes on when ``all`` are there, which the counter is told by then. What
+// any thread of them wrote before is seen behind. The sum of the arrivals may pass 2^32.
+__device__ __forceinline__ void meet(unsigned* counter, unsigned all) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#if defined(FASTDDPM_EMULATED)
+        ++*counter;
+        for (unsigned seen = *counter; static_cast<int>(seen - all) < 0; seen = *counter) emulation::wait_for_change(counter, seen);
+#else
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+        unsigned seen;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        while (static_cast<int>(seen - all) < 0);
+#endif
+    }
+    __syncthreads();
+}
+
 struct Launch {
     dim3 grid, block;
     size_t shared = 0;
     cudaStream_t stream = nullptr;
-    unsigned cluster = 1;    // blocks along x that share their shared memory
-    bool dependent = false;  // may start before the kernel in front of it ends: it calls wait_for_previous_kernel
+    unsigned cluster = 1;      // blocks along x that share their shared memory
+    bool dependent = false;    // may start before the kernel in front of it ends: it calls wait_for_previous_kernel
+    bool cooperative = false;  // all blocks at once, or an error; not with dependent, of which CUDA says nothing beside it
 };
 
 // The device at hand: what a launcher decides by.
@@ -113,23 +133,43 @@ inline Device device() {
     return d;
 }
 
+template <class... P>
+cudaError_t allow_shared_memory(void (*kernel)(P...), size_t bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// How many blocks of a kernel the device has room for at once.
+template <class... P>
+cudaError_t room_for(void (*kernel)(P...), const Launch& l, int& blocks) {
+    const cudaError_t error = allow_shared_memory(kernel, l.shared);
+    if (error != cudaSuccess) return error;
+    int of_processor = 0;
+    const int threads = static_cast<int>(l.block.x * l.block.y * l.block.z);
+    const cudaError_t found = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, l.shared);
+    blocks = of_processor * device().processors;
+    return found != cudaSuccess ? found : blocks ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 // Run a kernel; nothing where the grid is empty. Returns the error of the launch.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments) {
     if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return cudaSuccess;
-    cudaError_t error = cudaSuccess;
-    if (l.shared > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
+    cudaError_t error = allow_shared_memory(kernel, l.shared);
     if (error == cudaSuccess && l.cluster > 8)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attributes[2];
+    cudaLaunchAttribute attributes[3];
     cudaLaunchConfig_t config{};
     config.gridDim = l.grid, config.blockDim = l.block;
     config.dynamicSmemBytes = l.shared, config.stream = l.stream, config.attrs = attributes;
     if (l.cluster > 1) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {l.cluster, 1, 1};
+    }
+    if (l.cooperative) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+        attributes[config.numAttrs++].val.cooperative = 1;
     }
     if (l.dependent && device().architecture >= 90) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

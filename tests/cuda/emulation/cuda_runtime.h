@@ -1,7 +1,7 @@
 // The part of CUDA that the kernels of csrc use, emulated on a CPU: this header takes the place of the toolkit's own.
 //
-// Every thread of a block is a fiber; the blocks of a cluster run together, some slower than others, in an order that
-// FASTDDPM_EMULATION_SEED decides, and switch at each barrier, shuffle and wait alone. So a missing barrier shows, since
+// Every thread of a block is a fiber; the blocks of a cluster, and all of a cooperative launch, run together, some slower
+// than others, in an order that FASTDDPM_EMULATION_SEED decides, and switch at each barrier, shuffle and wait alone. So a missing barrier shows, since
 // in one order or another a thread reads what another has not written; shared memory starts as NaN, is as large as the
 // launch says and ends with its block, so that AddressSanitizer sees what lies outside; an asynchronous copy takes place
 // when it is waited for, and no sooner. What it cannot show: races that need two threads at work at the same moment, weak
@@ -49,8 +49,9 @@ namespace emulation {
 
 extern unsigned cluster_rank, cluster_size;  // of the fiber at work
 
-enum class Barrier { warp, block, cluster, grid };
+enum class Barrier { warp, block, cluster, memory };
 void wait(Barrier barrier, unsigned mask = 0xffffffffu);      // until all threads of it (of the mask, in a warp) are here
+void wait_for_change(const unsigned* p, unsigned seen);         // until another thread has written something else there
 void* shared_memory();                                         // of the block at work
 void* peer_shared_memory(const void* own, unsigned rank);      // the same place in another block of the cluster
 void exchange(const void* value, size_t size, unsigned mask);  // what this lane shows to its warp, until its next exchange
@@ -67,6 +68,7 @@ struct Launch {
     bool cooperative;
 };
 int run(const Launch& launch, const std::function<void()>& kernel);  // a cudaError_t
+constexpr int PROCESSORS = 4, BLOCKS_OF_PROCESSOR = 2;  // at once, of any kernel: room for a cooperative launch
 extern int compute_capability;  // FASTDDPM_EMULATION_ARCH, 90 where it is not set: what the device says that it is
 
 }  // namespace emulation
@@ -177,7 +179,7 @@ using std::min;
 // The host's side.
 typedef int cudaError_t;
 typedef struct CUstream_st* cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorCooperativeLaunchTooLarge = 720 };
 enum cudaLaunchAttributeID {
     cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization
 };
@@ -214,7 +216,7 @@ enum cudaDeviceAttr {
 };
 static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 4; break;
+        case cudaDevAttrMultiProcessorCount: *value = emulation::PROCESSORS; break;
         case cudaDevAttrComputeCapabilityMajor: *value = emulation::compute_capability / 10; break;
         case cudaDevAttrComputeCapabilityMinor: *value = emulation::compute_capability % 10; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:  // 227 KB, 163 KB on sm_80, 99 KB on the small ones
@@ -227,7 +229,10 @@ static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr
     return cudaSuccess;
 }
 template <class F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) { *blocks = 2; return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
+    *blocks = emulation::BLOCKS_OF_PROCESSOR;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 static inline cudaError_t cudaDriverGetVersion(int* version) { *version = 13000; return cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }

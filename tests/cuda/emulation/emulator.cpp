@@ -17,6 +17,10 @@
 #define SANITIZED(call)
 #endif
 
+extern "C" {
+int emulated_cooperative_launches = 0;  // so far: tests look which kernels a plan has chosen
+}
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -66,6 +70,8 @@ struct Fiber {
     enum { ready, waiting, done } state = ready;
     Barrier at{};
     unsigned mask = 0;
+    const unsigned* watched = nullptr;
+    unsigned seen = 0;
     std::vector<Copy> copies;
     std::vector<std::vector<Copy>> batches;  // the oldest first
     // two places to show values in: a lane may be one exchange ahead of those that still read
@@ -138,7 +144,7 @@ void* new_stack() {
 
 const char* name_of(Barrier barrier) {
     const char* names[] = {"a barrier or shuffle of its warp", "the barrier of its block", "the barrier of its cluster",
-                           "the barrier of the grid"};
+                           "a counter that other blocks should change"};
     return names[static_cast<int>(barrier)];
 }
 
@@ -150,18 +156,16 @@ bool release(std::vector<Block*>& blocks, bool hold_back) {
         for (Fiber* fiber : group) fiber->state = Fiber::ready;
         any = any || !group.empty();
     };
-    std::vector<Fiber*> everybody;
-    bool all_at_grid = true;
     for (Block* block : blocks) {
         bool all_at_block = true;
-        std::vector<Fiber*> members;
+        std::vector<Fiber*> members, woken;
         for (auto& fiber : block->fibers) {
             members.push_back(&fiber);
             all_at_block = all_at_block && fiber.state == Fiber::waiting && fiber.at == Barrier::block;
-            all_at_grid = all_at_grid && fiber.state == Fiber::waiting && fiber.at == Barrier::grid;
+            if (fiber.state == Fiber::waiting && fiber.at == Barrier::memory && *fiber.watched != fiber.seen) woken.push_back(&fiber);
         }
-        everybody.insert(everybody.end(), members.begin(), members.end());
         if (hold_back && random_number() >> 60 < block->slowness) continue;
+        let_go(woken);
         if (all_at_block) {
             let_go(members);
             continue;
@@ -187,7 +191,6 @@ bool release(std::vector<Block*>& blocks, bool hold_back) {
             }
         }
     }
-    if (all_at_grid) let_go(everybody);
     for (size_t i = 0; i < blocks.size();) {
         std::vector<Block*>& cluster = *blocks[i]->cluster;
         bool all = true;
@@ -263,6 +266,11 @@ void wait(Barrier barrier, unsigned mask) {
     to_scheduler(fiber, false);
 }
 
+void wait_for_change(const unsigned* p, unsigned seen) {
+    current->watched = p, current->seen = seen;
+    wait(Barrier::memory);
+}
+
 void* shared_memory() { return current->home->shared; }
 
 void* peer_shared_memory(const void* own, unsigned rank) {
@@ -329,8 +337,10 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     if (grid == 0 || threads == 0 || threads > 1024 || launch.grid.y > 65535 || launch.grid.z > 65535 ||
         launch.grid.x > 0x7fffffffu || launch.shared > static_cast<size_t>(shared_most))
         return cudaErrorInvalidConfiguration;
+    if (launch.cooperative && grid > uint64_t(PROCESSORS * BLOCKS_OF_PROCESSOR)) return cudaErrorCooperativeLaunchTooLarge;
     if (cluster > 1 && (compute_capability < 90 || cluster > 16 || launch.grid.x % cluster))
         return cudaErrorInvalidConfiguration;
+    emulated_cooperative_launches += launch.cooperative;
     static const uint64_t seed = number_from("FASTDDPM_EMULATION_SEED", 1);
     random_state = seed * 0x9E3779B97F4A7C15ull + 1;
     kernel = &body_of_kernel;

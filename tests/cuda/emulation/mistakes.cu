@@ -1,5 +1,6 @@
-// A sum over a cluster of blocks, right (mistake 0) and with one mistake each: tests/cuda/test_emulation.py expects the
-// emulation to find every one of them. Usage: mistakes N; prints the sum, or ends with what was found.
+// A sum over a cluster of blocks, right (mistake 0) and with one mistake each, and one over the blocks of a cooperative
+// launch: tests/cuda/test_emulation.py expects the emulation to find every mistake. Usage: mistakes N; prints the sum, or
+// ends with what was found.
 
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,10 @@ enum Mistake {
     nothing_written,           // reads shared memory that nobody has written
     misaligned,                // 16 bytes from an address that is not a multiple of 16
     too_much_shared,           // more shared memory than a block may take
+    cooperative,               // none, but for the other kernel; and its own:
+    no_meeting,                // a block reads the sums of others that have not written them
+    meeting_for_some,          // a block does not come
+    too_many_blocks,           // more than the device has room for at once
 };
 
 constexpr int THREADS = 64, WARPS = THREADS / 32, BLOCKS = 2;
@@ -51,10 +56,45 @@ __global__ void sum_kernel(const float* x, float* out, const Mistake mistake) {
     if (mistake != no_last_cluster_barrier) cluster_sync();
 }
 
+// Every block leaves a sum in device memory, and adds up those of all, which must be the same.
+__global__ void cooperative_kernel(const float* x, float* sums, float* out, unsigned* counter, const Mistake mistake) {
+    if (threadIdx.x == 0) {
+        float sum = 0;
+        for (int i = 0; i < THREADS; ++i) sum += x[blockIdx.x % BLOCKS * THREADS + i];
+        sums[blockIdx.x] = sum;
+    }
+    if (mistake == meeting_for_some && blockIdx.x == 1) return;
+    if (mistake != no_meeting) meet(counter, gridDim.x);
+    if (threadIdx.x == 0) {
+        float total = 0;
+        for (unsigned b = 0; b < gridDim.x; ++b) total += sums[b];
+        out[blockIdx.x] = total;
+    }
+}
+
+int together(const std::vector<float>& x, Mistake mistake) {
+    const unsigned blocks = mistake == too_many_blocks ? 10 : 8;
+    std::vector<float> sums(blocks, NAN), out(blocks, NAN);
+    unsigned counter = 0;
+    Launch l;
+    l.grid = dim3(blocks), l.block = dim3(THREADS), l.cooperative = true;
+    int room = 0;
+    cudaError_t error = room_for(cooperative_kernel, l, room);
+    if (error == cudaSuccess && room != 8) return 2;
+    if (error == cudaSuccess)
+        error = launch(cooperative_kernel, l, x.data(), sums.data(), out.data(), &counter, mistake);
+    if (error != cudaSuccess) fprintf(stderr, "%s\n", cudaGetErrorString(error));
+    for (float total : out)
+        if (total != out[0]) out[0] = NAN;
+    printf("%g\n", out[0] * BLOCKS / static_cast<float>(blocks));
+    return error != cudaSuccess;
+}
+
 int main(int, char** arguments) {
     const auto mistake = static_cast<Mistake>(atoi(arguments[1]));
     std::vector<float> x(BLOCKS * THREADS);
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+    if (mistake >= cooperative) return together(x, mistake);
     float out = -1;
     Launch l;
     l.grid = dim3(BLOCKS), l.block = dim3(THREADS), l.cluster = BLOCKS;
