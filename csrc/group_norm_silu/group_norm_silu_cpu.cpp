@@ -128,23 +128,40 @@ INLINE void for_runs(const Block& b, F f) {
     }
 }
 
+// Processors load what follows in a page of memory before it is asked for, but each page they begin anew, and arithmetic
+// leaves them no room to look ahead over the gap. So the first lines of a page are asked for in the page before.
+constexpr int64_t PAGE = 4096, LINE = 64;
+
+template <class T>
+INLINE bool starts_page(const T* p, int64_t size) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % PAGE) < size * static_cast<int64_t>(sizeof(T));
+}
+
+INLINE void prefetch_lines(const void* p, bool to_write) {
+    for (int64_t at = 0; at < 4 * LINE; at += LINE) {
+        const char* line = static_cast<const char*>(p) + at;
+        if (to_write) __builtin_prefetch(line, 1, 3);
+        else __builtin_prefetch(line, 0, 2);
+    }
+}
+
+// With the activation, gain and offset are those of -a log2(e), which silus takes. ``to_next``: as far on lies what will
+// be read next, or 0.
 template <bool NHWC, class T>
 INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
                       int64_t to_next = 0) {
     for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
-        VF a[K], s[K];
-        side_by_side<K>([&](int k) {
-            const T* at_x = x + at + k * W;
-            __builtin_prefetch(at_x + to_next, 0, 2);  // comes nearer while this is computed
-            a[k] = (load(at_x, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
-            s[k] = a[k];
-        });
-        if (activation) {
-            sigmoids<sizeof(T) == 2>(s);
-            side_by_side<K>([&](int k) { a[k] = a[k] * s[k]; });
+        if (starts_page(y + at, K * W)) {
+            prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE, true);
+            if (to_next) prefetch_lines(x + at + to_next, false);
         }
+        VF a[K];
+        side_by_side<K>([&](int k) {
+            a[k] = (load(x + at + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
+        });
+        if (activation) silus<sizeof(T) == 2>(a);
         if (factor) side_by_side<K>([&](int k) { a[k] = a[k] * load(factor + at + k * W, n); });
         side_by_side<K>([&](int k) { store(y + at + k * W, a[k], n); });
     });
@@ -380,7 +397,7 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
     }
 }
 
-// f(block) over a work item; with ``most`` pixels, each as large as all before it together.
+// f(block) over a work item; with ``most`` pixels, each three times as large as all before it together.
 template <bool NHWC, class F>
 INLINE void for_blocks(const GroupNorm& a, int64_t item, F f, int64_t most = 0) {
     const int64_t pixels = a.shape.height * a.shape.width, of_group = a.shape.channels / a.groups;
@@ -388,7 +405,7 @@ INLINE void for_blocks(const GroupNorm& a, int64_t item, F f, int64_t most = 0) 
     const int64_t first = NHWC ? span * a.span_pixels : 0;
     const int64_t end = NHWC && first + a.span_pixels < pixels ? first + a.span_pixels : pixels;
     for (int64_t p = first, n; p < end; p += n) {
-        n = p - first < most ? p - first : most;
+        n = 3 * (p - first) < most ? 3 * (p - first) : most;
         n = n < a.block ? a.block : n;
         n = end - p < n ? end - p : n;
         if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels});
@@ -504,6 +521,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
         if (item / a.spans != last) {
             last = item / a.spans;
             affine_of(a, last, centre, gain, offset, rows);
+            for (int64_t c = 0; a.activation && c < channels; ++c) gain[c] *= MINUS_LOG2_E, offset[c] *= MINUS_LOG2_E;
             if (a.h.data) channel_biases(a, last, bias);
         }
         for_blocks<NHWC>(a, item, [&](const Block& b) {
