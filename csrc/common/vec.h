@@ -102,16 +102,6 @@ INLINE VF log(VF x) {
     return e * 0.693359375f + (m + ((m * z * p - 0.5f * z) + e * -2.12194440e-4f));
 }
 
-// 1 / x to about one rounding, for 2^-126 <= x <= 2^126. (The division unit is the slow one with wide vectors.)
-INLINE VF reciprocal(VF x) {
-#if FASTDDPM_VECTOR_BYTES == 64
-    VF r = (VF)_mm512_rcp14_ps((__m512)x);
-    return r * (2.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-
 // start + weight (end - start), exact at both ends.
 INLINE VF lerp(VF start, VF end, VF weight) {
     VF d = end - start;
@@ -138,45 +128,79 @@ INLINE void side_by_side(F f) {
     for (int k = 0; k < N; ++k) f(k);
 }
 
-// 1 / (1 + e^-x) of N vectors. Coarse: to 2e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
+// scale (1 + 2^t) of N vectors. Coarse: to 2e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
+// Else to about one rounding, and no larger than 2^126: its reciprocal is a normal number, which processors are quick with.
 template <bool COARSE, int N>
-INLINE void sigmoids(VF (&x)[N]) {
+INLINE void one_plus_powers(float scale, const VF (&t)[N], VF (&y)[N]) {
 #if FASTDDPM_VECTOR_BYTES == 64
-    VF y[N], f[N], p[N];  // e^-x = 2^y = 2^floor(y) 2^f
-    side_by_side<N>([&](int k) { y[k] = x[k] * -1.44269504f; });
-    if (!COARSE)  // the reciprocal below is refined, which infinity does not bear; NaN stays NaN
-        side_by_side<N>([&](int k) { y[k] = (VF)_mm512_min_ps((__m512)splat(125.5f), (__m512)y[k]); });
-    side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)y[k], _MM_FROUND_TO_NEG_INF); });
+    const float s = COARSE ? scale : 8 * scale;
+    VF f[N], p[N];  // 2^t = 2^floor(t) 2^f
+    side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF); });
     if (COARSE) {
-        side_by_side<N>([&](int k) { p[k] = f[k] * 7.80245066e-2f + 2.26067215e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 6.95833504e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 9.99925196e-1f; });
+        side_by_side<N>([&](int k) { p[k] = f[k] * (s * 7.80245066e-2f) + s * 2.26067215e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 6.95833504e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 9.99925196e-1f; });
+        side_by_side<N>([&](int k) { y[k] = (VF)_mm512_scalef_ps((__m512)p[k], (__m512)t[k]) + scale; });
     } else {
-        side_by_side<N>([&](int k) { p[k] = f[k] * 1.86713110e-3f + 9.01702791e-3f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 5.57999164e-2f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 2.40164444e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 6.93151295e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + 1.0f; });
+        side_by_side<N>([&](int k) { p[k] = f[k] * (s * 1.86713110e-3f) + s * 9.01702791e-3f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 5.57999164e-2f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 2.40164444e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 6.93151295e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s; });
+        constexpr int TO_ZERO = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;  // what overflows is the largest number then
+        side_by_side<N>([&](int k) {
+            y[k] = (VF)_mm512_scalef_round_ps((__m512)p[k], (__m512)t[k], TO_ZERO) * 0.125f + scale;
+        });
     }
-    side_by_side<N>([&](int k) { y[k] = (VF)_mm512_scalef_ps((__m512)p[k], (__m512)y[k]) + 1.0f; });
-    side_by_side<N>([&](int k) { x[k] = (VF)_mm512_rcp14_ps((__m512)y[k]); });
-    if (!COARSE) side_by_side<N>([&](int k) { x[k] = x[k] * (2.0f - y[k] * x[k]); });
 #else
-    for (VF& v : x) {  // beyond |x| = 87 that of 87, which float32 cannot tell from 0 or 1 where it is multiplied by x
-        v = clamp(v, -87.0f, 87.0f);
-        VF rounded = v * -1.44269504f + 12582912.0f;  // the low bits are the nearest integer n; e^-x = 2^(n + f)
+    for (int k = 0; k < N; ++k) {
+        VF v = clamp(t[k], -125.0f, 125.0f);
+        VF rounded = v + 12582912.0f;  // the low bits are the nearest integer n; 2^v = 2^n 2^f
         VI power = (VI)rounded << 23;
-        VF f = v * -1.44269504f - (rounded - 12582912.0f);
-        f = v * -1.925963033e-8f + f;
+        VF f = v - (rounded - 12582912.0f);
         VF p = f * 1.535336188e-4f + 1.339887440e-3f;
         p = p * f + 9.618437358e-3f;
         p = p * f + 5.550332471e-2f;
         p = p * f + 2.402264791e-1f;
         p = p * f + 6.931472029e-1f;
         p = p * f + 1.0f;
-        v = reciprocal((VF)((VI)p + power) + 1.0f);
+        y[k] = (VF)((VI)p + power) * scale + scale;
     }
 #endif
+}
+
+// x / y of N vectors to about one rounding, for 2^-126 <= |y| <= 2^126; coarse: to 6e-5. (The division unit is the slow one
+// with wide vectors.)
+template <bool COARSE, int N>
+INLINE void quotients(VF (&x)[N], const VF (&y)[N]) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    VF r[N];
+    side_by_side<N>([&](int k) { r[k] = (VF)_mm512_rcp14_ps((__m512)y[k]); });
+    side_by_side<N>([&](int k) { x[k] = x[k] * r[k]; });
+    if (!COARSE) side_by_side<N>([&](int k) { x[k] = x[k] * (2.0f - y[k] * r[k]); });
+#else
+    for (int k = 0; k < N; ++k) x[k] = x[k] / y[k];
+#endif
+}
+
+constexpr float MINUS_LOG2_E = -1.44269504f;
+
+// 1 / (1 + e^-x) of N vectors.
+template <bool COARSE, int N>
+INLINE void sigmoids(VF (&x)[N]) {
+    VF y[N];
+    side_by_side<N>([&](int k) { x[k] = x[k] * MINUS_LOG2_E; });
+    one_plus_powers<COARSE>(1.0f, x, y);
+    side_by_side<N>([&](int k) { x[k] = splat(1.0f); });
+    quotients<COARSE>(x, y);
+}
+
+// a / (1 + e^-a) of N vectors, given as t = -a log2(e), which a multiplication before can be made to give.
+template <bool COARSE, int N>
+INLINE void silus(VF (&t)[N]) {
+    VF y[N];
+    one_plus_powers<COARSE>(MINUS_LOG2_E, t, y);
+    quotients<COARSE>(t, y);
 }
 
 INLINE VF sigmoid(VF x) {

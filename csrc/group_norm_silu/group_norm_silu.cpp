@@ -61,6 +61,38 @@ void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last
     spans(last);
 }
 
+// Whether forward is better done in equal shares of the pixels than in whole samples, or in spans with a wait between.
+bool in_shares(const GroupNorm& a) {
+    const int64_t threads = torch::stable::get_num_threads(), elements = a.shape.channels * a.shape.height * a.shape.width;
+    return a.shape.nhwc && a.shape.batch > threads && a.shape.batch % threads != 0 && 2 * elements <= MOST_KEPT;
+}
+
+// Forward where the threads cannot take as many samples each: equal shares of all pixels. A thread finds the moments of
+// every sample that it has a part of, the whole of it, which is in the cache of one core for the pass that follows;
+// threads that wait for each other's moments would take longer.
+template <class First, class Middle, class Last>
+void shared_passes(const GroupNorm& a, First first, Middle middle, Last last) {
+    const int64_t parts = ceil_div(a.shape.height * a.shape.width, a.block);
+    const int64_t size = a.shape.batch * a.groups, elements = a.shape.channels * a.shape.height * a.shape.width;
+    parallel(a.shape.batch * parts, 2 * ceil_div(elements, parts), [&](int64_t begin, int64_t end) {
+        float* memory = scratch(a.scratch);
+        for (int64_t b = begin / parts; b * parts < end; ++b) {
+            GroupNorm mine = a;
+            std::vector<Moments> moments;
+            std::vector<double> mean;
+            std::vector<float> rstd;
+            if (b * parts < begin) {  // it is for the thread before to write the outputs
+                moments.resize(a.spans * size), mean.resize(size), rstd.resize(size);
+                mine.moments = moments.data(), mine.mean = mean.data(), mine.rstd = rstd.data();
+            }
+            first(mine, b * a.spans, (b + 1) * a.spans, memory);
+            middle(mine, b, b + 1, memory);
+            mine.spans = parts, mine.span_pixels = a.block;  // which the last pass may cut as it likes
+            last(mine, std::max(begin, b * parts), std::min(end, (b + 1) * parts), memory);
+        }
+    });
+}
+
 GroupNorm arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
                     const MaybeTensor& channel_bias, const MaybeTensor& scale, const MaybeTensor& shift,
                     const MaybeTensor& residual, const MaybeTensor& x2, double dropout, int64_t seed,
@@ -107,8 +139,11 @@ std::vector<Tensor> group_norm_silu(
     if (residual) a.h = image(outputs[3], a.shape);
     std::vector<Moments> moments(a.shape.batch * (a.shape.nhwc ? a.spans : 1) * groups);
     a.moments = moments.data();
-    passes(a, false, FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish),
-           FASTDDPM_KERNEL(group_norm_apply));
+    const auto run = [&](auto how) {
+        how(FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish), FASTDDPM_KERNEL(group_norm_apply));
+    };
+    if (in_shares(a)) run([&](auto... kernels) { shared_passes(a, kernels...); });
+    else run([&](auto... kernels) { passes(a, false, kernels...); });
     return outputs;
 }
 

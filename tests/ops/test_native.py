@@ -131,6 +131,19 @@ def test_threads_change_no_bit(op: str, layout: str) -> None:
                 assert torch.equal(value, other[name]), (name, channels)
 
 
+def test_samples_that_threads_share_are_the_same() -> None:
+    """Group norm of more samples than threads: a thread that has a part of one finds the moments of the whole."""
+    x = torch.randn(5, 64, 24, 24).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(64), torch.rand(64)
+    found = []
+    with fastddpm.use_backend("native"):
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(fastddpm.group_norm_silu(x, weight, bias, 32))
+        alone = [fastddpm.group_norm_silu(x[i : i + 1], weight, bias, 32) for i in range(5)]
+    assert all(torch.equal(y, found[0]) for y in [*found[1:], torch.cat(alone)])
+
+
 def test_a_step_of_the_optimiser_with_channels_last_parameters() -> None:
     """All tensors of a parameter lie as it does: moments of other strides raise, and those of its own are right.
 
