@@ -69,7 +69,8 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text("# fastddpm\n", encoding="utf-8")
     (tmp_path / "fastddpm").mkdir()
     (tmp_path / "fastddpm" / "__init__.py").touch()
-    shutil.copy(ROOT / "fastddpm" / "_native.py", tmp_path / "fastddpm")
+    for name in ("_native.py", "_gpu_defaults.py"):
+        shutil.copy(ROOT / "fastddpm" / name, tmp_path / "fastddpm")
     return tmp_path
 
 

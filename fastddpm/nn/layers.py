@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import _native
+from .. import _dispatch, _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3, is_kept
@@ -125,6 +125,8 @@ def _is_small(x: Tensor) -> bool:
 
 def _is_transformed(x: Tensor, weight: Tensor) -> bool:
     if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype == torch.float64 or not _has_kernels():
+        return False
+    if _dispatch._forced == "triton":  # which has no kernel of it
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     return tiles >= (LEAST_KEPT if is_kept() else LEAST_TRAINED if torch.is_grad_enabled() else LEAST_TILES)

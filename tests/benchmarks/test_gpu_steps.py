@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -303,7 +304,10 @@ def test_what_pytest_reports_of_a_script_becomes_lines(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_scripts, "FOLDER", tmp_path)
     command = gpu_scripts.command("script thing", False, tmp_path)
     options = ("--bench-threads", "1", "--peers-seconds", str(gpu_scripts.SECONDS))  # of this repository's conftest
-    run = subprocess.run([c for c in command if c not in options], cwd=tmp_path, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # which turns timing off
+    run = subprocess.run(
+        [c for c in command if c not in options], cwd=tmp_path, capture_output=True, text=True, env=alone
+    )
     assert run.returncode == 1, run.stdout
     lines = gpu_scripts.lines_of("script thing", tmp_path)
     assert [line["seconds"] for line in lines] == [{"before": 0.004, "after": 0.002}, {}, {}]

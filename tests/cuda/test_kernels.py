@@ -174,7 +174,7 @@ PLANTED = {
 }
 
 
-OF_MAKE_TEST_ALL = {"missing barrier of the cluster", "counters that are not set to 0"}
+OF_MAKE_TEST_ALL = {"missing barrier of the cluster", "missing meeting of a team", "counters that are not set to 0"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OF_MAKE_TEST_ALL)) for n in PLANTED])

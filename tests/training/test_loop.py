@@ -445,7 +445,7 @@ def test_bar_shows_loss_learning_rate_and_images(tmp_path: Path, monkeypatch: py
 def test_deterministic_algorithms_are_used_while_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.Module, "compile", lambda _: None)  # without it a processor needs no restriction
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **__: None)  # without it a processor needs no restriction
     inside = []
     for wanted in (True, False):
         trainer = toy_trainer(tmp_path / str(wanted), num_images=8, deterministic=wanted, compile=True)
@@ -457,7 +457,9 @@ def test_deterministic_algorithms_are_used_while_training_alone(
 
 def test_compiled_network_has_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, mode: compile_module(self, backend="aot_eager", fullgraph=True)
+    )
     trainers = [toy_trainer(tmp_path / str(c), num_images=24, compile=c) for c in (False, True)]
     for trainer in trainers:
         trainer.step()
