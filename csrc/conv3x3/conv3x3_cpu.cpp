@@ -18,6 +18,7 @@ namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
 constexpr int N = PANEL / W;                         // vectors of a panel
+constexpr int TERMS = 64;                            // of a sum of products
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // of a matrix product in registers; each divides BLOCK
 constexpr int REST = W == 16 ? 4 : 1;                // of those that are left
 constexpr int GRADIENT_ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
@@ -179,26 +180,34 @@ INLINE void read_gradient(const Conv3x3& a, int64_t tile, int64_t first, int64_t
     read_pixels<M, SIDE<M>, output_transposed>(a.shape, a.y, p.sample, p.row, p.column, first, count, zeros, d, apart);
 }
 
-// out[R, 32] = v[R, channels] u[channels, 32]. One line in two of what will be ``next`` is asked for on the way.
+// out[R, 32] = v[R, channels] u[channels, 32], as a sum of sums of TERMS, which are rounded less than one of all. One
+// line in two of what will be ``next`` is asked for on the way.
 template <int R>
 INLINE void multiply(const float* v, int64_t channels, const float* u, float* out, const float* next) {
-    VF total[R][N]{};
-    for (int64_t k = 0; k < channels; ++k, u += PANEL) {
-        __builtin_prefetch(next + k * PANEL, 0, 2);
-        VF b[N];
+    int64_t k = 0;
+    do {
+        const int64_t first = k, end = channels - k < TERMS ? channels : k + TERMS;
+        VF total[R][N]{};
+        for (; k < end; ++k, u += PANEL) {
+            __builtin_prefetch(next + k * PANEL, 0, 2);
+            VF b[N];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
+            for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const VF one = spread(v[r * channels + k]);
+            for (int r = 0; r < R; ++r) {
+                const VF one = spread(v[r * channels + k]);
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
+                for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
+            }
         }
-    }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) store(out + r * PANEL + n * W, total[r][n]);
+            for (int n = 0; n < N; ++n) {
+                float* to = out + r * PANEL + n * W;
+                store(to, first == 0 ? total[r][n] : load(to) + total[r][n]);
+            }
+    } while (k < channels);
 }
 
 // out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], from 0 on if it is the ``first``. Rows of d are HIGH
