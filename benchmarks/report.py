@@ -86,7 +86,7 @@ def markdown(about: dict[str, Any], rows: Rows, record: Path, picture: Path | No
         "operator that does the heart of it. The floor is the time to copy as many bytes as the op must move, measured",
         "in the same turns, or that to draw as many normal numbers where it is longer; a copy that stays in the cache",
         "is faster than memory. Of conv3x3 arithmetic is the limit, not the bytes: it multiplies 2.25 times less than",
-        "the direct sum that it is compared with. On a GPU: not measured.",
+        "the direct sum that it is compared with, in half precision 4 times. On a GPU: not measured.",
         "",
         *([] if picture is None else [f"![times as fast as eager PyTorch]({picture.name})", ""]),
         "| case | dtype | threads | MB | ms | floor ms | share | to eager | to compile | to native op |",
