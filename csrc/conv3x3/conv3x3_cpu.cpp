@@ -256,15 +256,15 @@ INLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, cons
     });
 }
 
-// Of HIGH channels from ``first`` on, the sums of pixels begin .. end - 1 of all samples: floats of 128, those in double.
+// Of HIGH channels from ``first`` on, the sums of pixels begin .. end - 1 of all samples: floats of 16, those in double.
 template <class T>
 INLINE void sum_pixels(const Conv3x3& a, const T* dy, int64_t begin, int64_t end, int64_t first, int64_t count,
                        float* sums) {
     const int64_t stride = a.y.channel_stride, pixels = a.shape.height * a.shape.width;
     double total[HIGH] = {};
-    for (int64_t pixel = begin; pixel < end; pixel += 128) {
+    for (int64_t pixel = begin; pixel < end; pixel += 16) {
         float some[HIGH] = {};
-        for (int64_t i = pixel; i < end && i < pixel + 128; ++i) {
+        for (int64_t i = pixel; i < end && i < pixel + 16; ++i) {
             const T* from = dy + i / pixels * a.y.sample_stride + i % pixels * a.y.pixel_stride + first * stride;
             for_vectors(count, [&](int64_t c, int64_t n) {
                 store(some + c, load(some + c) + load_along(from + c * stride, stride, n));
