@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_record
+from benchmarks.peers.report import bars, step_to_floor
 
 Line = dict[str, Any]
 OURS, DIFFUSERS, TORCH = "fastddpm", "diffusers", "torch"
@@ -16,7 +17,6 @@ SMALL = (1, 16)
 BEFORE = ("before", "as it was", "denoising-diffusion-pytorch", "improved_diffusion")
 """What a script is called that is as its library has it."""
 SAMPLER_STEPS = 1000
-COLOURS = {OURS: "#1f6f8b", DIFFUSERS: "#d1603d", "denoising-diffusion-pytorch": "#8a8d3a", TORCH: "#8a8a8a"}
 HEAD = (
     "precision", "contestant", "ms a step", "images/s", "floor ms", "step/floor", "MiB", "MiB reserved", "graphs",
     "kernels", "copies", "first call s",
@@ -212,10 +212,11 @@ def plot(lines: list[Line], path: Path) -> bool:
     figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for i, (case, found) in enumerate(cases.items()):
-        _bars(figure.add_subplot(grid[i, 0]), found, images_per_second, "images per second", title_of(case))
+        panel = figure.add_subplot(grid[i, 0])
+        bars(panel, found, images_per_second, contestant_of, "images per second", title_of(case))
         with_floor = [row for row in found if row.get("floor")]
         panel = figure.add_subplot(grid[i, 1])
-        _bars(panel, with_floor, lambda row: float(row["seconds"] / row["floor"]), "step / floor (1 is the floor)", "")
+        bars(panel, with_floor, step_to_floor, contestant_of, "step / floor (1 is the floor)", "")
         panel.axvline(1, color="grey", linewidth=0.8)
     figure.suptitle(str((gpu_record.about(lines) or {}).get("device", "")), fontsize=9)
     figure.savefig(path, dpi=100)
@@ -223,14 +224,6 @@ def plot(lines: list[Line], path: Path) -> bool:
     return True
 
 
-def _bars(panel: Any, rows: list[Line], value: Callable[[Line], float], label: str, title: str) -> None:
-    rows = rows[::-1]
-    values = [value(row) for row in rows]
-    panel.barh(range(len(rows)), values, height=0.7, color=[COLOURS.get(row["library"], "#555555") for row in rows])
-    for i, reached in enumerate(values):
-        panel.text(reached, i, f" {reached:.3g}", va="center", fontsize=6)
-    panel.set_yticks(range(len(rows)), [f"{row['contestant']}, {row['precision']}" for row in rows], fontsize=5)
-    panel.set_xlim(0, 1.15 * max(values, default=1))
-    panel.tick_params(axis="x", labelsize=6)
-    panel.set_xlabel(label, fontsize=7)
-    panel.set_title(title, fontsize=8, loc="left")
+def contestant_of(row: Line) -> str:
+    """With its precision."""
+    return f"{row['contestant']}, {row['precision']}"

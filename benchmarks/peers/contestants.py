@@ -309,32 +309,35 @@ class Cast(nn.Module):
         return out.float()
 
 
-def _diffusers_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
-    """As in examples/unconditional_image_generation/train_unconditional.py."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler()
+def _eps_loss(
+    network: Any, images: Tensor, add_noise: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """||eps - eps_theta(x_t, t)||^2, with x_t = add_noise(x_0, eps, t)."""
 
     def loss() -> Tensor:
         clean = (images.float() / 127.5 - 1).to(memory_format=network.layout)
         noise = torch.randn_like(clean)
         t = torch.randint(0, 1000, (len(clean),), device=clean.device)
-        return F.mse_loss(network(scheduler.add_noise(clean, noise, t), t).float(), noise)
+        return F.mse_loss(network(add_noise(clean, noise, t), t).float(), noise)
 
     return loss
+
+
+def _diffusers_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
+    """As in examples/unconditional_image_generation/train_unconditional.py."""
+    from diffusers import DDPMScheduler
+
+    return _eps_loss(network, images, DDPMScheduler().add_noise)
 
 
 def _torch_loss(network: Any, images: Tensor) -> Callable[[], Tensor]:
     abar = _alphas_cumprod()
 
-    def loss() -> Tensor:
-        clean = (images.float() / 127.5 - 1).to(memory_format=network.layout)
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, 1000, (len(clean),), device=clean.device)
+    def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal = abar[t][:, None, None, None]
-        return F.mse_loss(network(signal.sqrt() * clean + (1 - signal).sqrt() * noise, t).float(), noise)
+        return signal.sqrt() * clean + (1 - signal).sqrt() * noise
 
-    return loss
+    return _eps_loss(network, images, add_noise)
 
 
 def _torch_sampling(who: Contestant, network: nn.Module, shape: tuple[int, ...], steps: int) -> Call:

@@ -203,10 +203,10 @@ def plot(about: Row, rows: list[Row], path: Path) -> None:
     figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for line, (name, case) in enumerate(cases.items()):
-        _bars(figure.add_subplot(grid[line, 0]), case, images_per_second, "images per second", name)
+        bars(figure.add_subplot(grid[line, 0]), case, images_per_second, setting_of, "images per second", name)
         with_floor = [row for row in case if row["floor"] is not None]
         panel = figure.add_subplot(grid[line, 1])
-        _bars(panel, with_floor, lambda row: float(row["seconds"] / row["floor"]), "step / floor (1 is the floor)", "")
+        bars(panel, with_floor, step_to_floor, setting_of, "step / floor (1 is the floor)", "")
         panel.axvline(1, color="grey", linewidth=0.8)
     if split:
         _parts(figure.add_subplot(grid[len(cases), :]), split)
@@ -214,18 +214,31 @@ def plot(about: Row, rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _bars(panel: Any, case: list[Row], value: Callable[[Row], float], label: str, title: str) -> None:
-    case = case[::-1]
-    values = [value(row) for row in case]
-    panel.barh(range(len(case)), values, height=0.7, color=[COLOURS[row["library"]] for row in case])
+def bars(
+    panel: Any, rows: list[Row], value: Callable[[Row], float], name: Callable[[Row], str], label: str, title: str
+) -> None:
+    """A bar for each row, from the top down, in the colour of its library."""
+    rows = rows[::-1]
+    values = [value(row) for row in rows]
+    panel.barh(range(len(rows)), values, height=0.7, color=[COLOURS.get(row["library"], "#8a8a8a") for row in rows])
     for i, reached in enumerate(values):
         panel.text(reached, i, f" {reached:.3g}", va="center", fontsize=6)
-    panel.set_yticks(range(len(case)), [f"{row['library']}: {row['setting']}" for row in case], fontsize=6)
+    panel.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=6)
     panel.set_xlim(0, 1.12 * max(values, default=1))
     panel.tick_params(axis="x", labelsize=6)
     panel.set_xlabel(label, fontsize=7)
     panel.set_title(title, fontsize=8, loc="left")
     panel.margins(y=0.01)
+
+
+def setting_of(row: Row) -> str:
+    """The contestant of a row."""
+    return f"{row['library']}: {row['setting']}"
+
+
+def step_to_floor(row: Row) -> float:
+    """1 is the floor."""
+    return float(row["seconds"] / row["floor"])
 
 
 def _parts(panel: Any, rows: list[Row]) -> None:

@@ -124,15 +124,16 @@ int64_t cache(const Device& d) {
     return megabytes << 20;
 }
 
-// Slabs of runs of 128 bytes or, of what the cache cannot hold so, half of it; in NCHW order of as many channels as a block takes
-// at once. What is too large as well is left to two reads.
+// Slabs of runs of 128 bytes or, of what the cache cannot hold so, half of it; in NCHW order of as many channels as a
+// block takes at once. What is too large as well is left to two reads.
 bool cooperative(const GroupNorm& a, const Device& d, int slabs, GroupNormPlan& best) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width, of_group = channels / a.groups;
     const int64_t size = element_size(a.x.dtype), unit = best.nhwc ? std::lcm(of_group, 16 / size) : of_group;
-    if (pixels == 0 || pixels >= int64_t(1) << 30) return false;
+    const int64_t units = channels / unit;  // none where there are no samples, whose channels suit whatever they are
+    if (pixels == 0 || units == 0 || pixels >= int64_t(1) << 30) return false;
     for (const int64_t run : {2 * LEAST_RUN, LEAST_RUN}) {
         const int64_t least = wanted_slab ? wanted_slab : best.nhwc ? run / size : MOST_THREADS / 32;
-        const int64_t units = channels / unit, count = std::max<int64_t>(1, units / ceil_div(least, unit));
+        const int64_t count = std::max<int64_t>(1, units / ceil_div(least, unit));
         GroupNormPlan p = best;
         p.cooperative = true;
         p.slab = static_cast<int>(std::min<int64_t>(ceil_div(units, count) * unit, MOST_CHANNELS + 1));
