@@ -59,25 +59,30 @@ def test_tiles_are_large_in_half_precision_alone() -> None:
         assert tiles(8, 1, 32, 32, x=x, output=output) == [2, 2]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_of_a_float32_weight_is_one_of_float32(dtype: torch.dtype) -> None:
-    """As under autocast: x is in half precision, and its gradient, too."""
+def test_the_gradient_of_a_float32_weight(dtype: torch.dtype, autocast: bool) -> None:
+    """It has the precision of float32; under autocast that of x, which the weight is rounded to there."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 33, 4, 7, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 33, 14, 15, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(64, 33, 3, 3, generator=g), torch.randn(64, generator=g)
-    dy = torch.randn(1, 64, 4, 7, generator=g).to(dtype)
+    dy = torch.randn(2, 64, 14, 15, generator=g).to(dtype)
 
-    def gradients(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = [p.clone().requires_grad_() for p in (x, weight, bias)]
-        return torch.autograd.grad(fastddpm.conv3x3(*given), given, dy.to(x.dtype))
+    def gradients(wide: torch.dtype | None = None, autocast: bool = False) -> tuple[torch.Tensor, ...]:
+        given = [p.clone() if wide is None else p.to(wide) for p in (x, weight, bias)]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = fastddpm.conv3x3(*(p.requires_grad_() for p in given))
+        return torch.autograd.grad(y, given, dy.to(y.dtype))
 
     with fastddpm.use_backend("native"):
-        found = gradients(x, weight, bias)
+        found, other = gradients(autocast=autocast), gradients(autocast=not autocast)
     with fastddpm.use_backend("reference"):
-        in64, in32 = (gradients(*(p.to(wide) for p in (x, weight, bias))) for wide in (torch.float64, torch.float32))
+        in64, in32 = gradients(torch.float64), gradients(torch.float32)
     assert [p.dtype for p in found] == [dtype, torch.float32, torch.float32]
-    for name, one, exact, single in zip(("x", "weight", "bias"), found, in64, in32, strict=True):
+    rounded = (found[0], found[1].to(dtype) if autocast else found[1], found[2])
+    for name, one, exact, single in zip(("x", "weight", "bias"), rounded, in64, in32, strict=True):
         assert_within(one, exact, single, name)
+    assert [torch.equal(one, two) for one, two in zip(found, other, strict=True)] == [True, False, True]
 
 
 def test_threads_change_no_bit() -> None:

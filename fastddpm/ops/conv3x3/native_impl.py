@@ -35,15 +35,21 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Sav
 
 
 def backward(
-    dy: Tensor, saved: Saved, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+    dy: Tensor,
+    saved: Saved,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+    precision: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, as far as wanted, from that of y."""
+    """Gradients of x, weight and bias, as far as wanted, from that of y; that of weight as exact as in ``precision``."""
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
         dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
-        tile = _tile(x, weight.dtype, READ)
+        tile = _tile(x, precision, READ)
         found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, tile)
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         dweight = found[0].contiguous(memory_format=layout)

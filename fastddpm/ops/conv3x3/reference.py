@@ -18,7 +18,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Sav
 
 
 def backward(
-    dy: Tensor, saved: Saved, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+    dy: Tensor,
+    saved: Saved,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+    precision: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, as far as wanted, from that of y.
 
