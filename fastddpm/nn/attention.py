@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear, attention
+from .layers import Linear, attention, in_float32
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -60,12 +60,17 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         z = x if self.norm is None else self.norm(x)
         tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
-        heads = (b, h * w, self.num_heads, c // self.num_heads)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
-        y = attention(q, k, v)  # [B, heads, H*W, d]
-        y = self.proj(y.transpose(1, 2).reshape(b, h * w, c))
+        y = in_float32(self._attend, tokens)
         out: Tensor = x + y.view(b, h, w, c).permute(0, 3, 1, 2)
         return out if self.output_scale == 1 else out / self.output_scale
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        """[B, H*W, C] to the same."""
+        b, n, c = tokens.shape
+        heads = (b, n, self.num_heads, c // self.num_heads)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
+        y: Tensor = self.proj(attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+        return y
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

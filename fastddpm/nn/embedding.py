@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Linear
+
 Embedding = Literal["ddpm", "adm", "ddpm_cos_first", "adm_sin_first"]
 EMBEDDINGS: tuple[str, ...] = get_args(Embedding)
 
@@ -75,8 +77,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, channels: int, width: int, kind: Embedding = "ddpm", scale: float = 1.0) -> None:
         super().__init__()
         self.channels, self.kind, self.scale = channels, kind, scale
-        self.linear1 = nn.Linear(channels, width)
-        self.linear2 = nn.Linear(width, width)
+        self.linear1 = Linear(channels, width)
+        self.linear2 = Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps.

@@ -135,11 +135,20 @@ def _is_transformed(x: Tensor, weight: Tensor) -> bool:
 def _in_float32(
     function: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """What a function of float32 or float64 gives for half precision, too."""
+    """A function of weights in float32 or float64, which takes x in half precision, too."""
     if x.dtype not in HALF:
         return function(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        return function(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return function(x, weight.float(), None if bias is None else bias.float())
+
+
+def in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, a function made of layers: where they compute in float32, nothing is rounded between them."""
+    x = _autocast(x)
+    if not computes_in_float32(x):
+        return function(x)
+    with torch.autocast("cpu", enabled=False):
+        return function(x.float()).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -148,6 +157,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if computes_in_float32(x):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
+    if x.dtype == torch.float32 and weight.dtype in HALF:  # within `in_float32`
+        weight, bias = weight.float(), None if bias is None else bias.float()
     return F.linear(x, weight, bias)
 
 

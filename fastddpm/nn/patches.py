@@ -26,27 +26,23 @@ def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1) as three matrix products.
 
     Args:
-        x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
+        x: [B, I, H, W], in half precision, too. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
 
-    Returns: [B, O, H, W], channels_last.
+    Returns: [B, O, H, W], channels_last, in the dtype of x.
     """
-    b, c, h, w = x.shape
-    taps = weight.permute(0, 2, 3, 1).reshape(len(weight), 1, 3, 3 * c)
-    return _products(x, taps, bias).view(h, b, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
+    return _products(x, weight.permute(0, 2, 3, 1).reshape(len(weight), 1, 3, -1), bias)
 
 
 def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1) as eight matrix products on x as it is.
 
     Args:
-        x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
+        x: [B, I, H, W], in half precision, too. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
 
-    Returns: [B, O, 2H, 2W], channels_last.
+    Returns: [B, O, 2H, 2W], channels_last, in the dtype of x.
     """
-    b, c, h, w = x.shape
-    sums = _sums_of_taps(weight.device, weight.dtype) @ weight.permute(0, 2, 3, 1).reshape(len(weight), 9, c)
-    y = _products(x, sums.view(len(weight), 4, 2, 2 * c), bias).view(2, 2, h, b, w, -1)
-    return y.permute(3, 2, 0, 4, 1, 5).reshape(b, 2 * h, 2 * w, -1).contiguous().permute(0, 3, 1, 2)
+    sums = _sums_of_taps(weight.device, weight.dtype) @ weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1)
+    return _products(x, sums.view(len(weight), 4, 2, -1), bias)
 
 
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -59,7 +55,7 @@ def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _products(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """Sums of products of rows of x with taps [O, phases, rows, K], [phases, H, B W, O].
+    """Sums of products of rows of x with taps [O, phases, rows, K], in the dtype of the taps; rounded to that of x.
 
     One phase has three rows of 3 I taps. Of four phases (a, b), phase (a, b) has two rows of 2 I taps: rows p + a - 1
     and p + a, pixels b - 1 and b.
@@ -82,8 +78,8 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, taps = ctx.saved_tensors
-        dy = dy.contiguous()
-        beside = _beside(x)
+        dy = _apart(dy, taps)
+        beside = _beside(x, taps.dtype)
         dbeside, dtaps = torch.zeros_like(beside), torch.empty_like(taps)
         for phase, row, to, of, columns in _terms(x, taps):
             theirs = dy[phase, to].flatten(0, 1)
@@ -93,12 +89,12 @@ class _Products(torch.autograd.Function):
 
 
 def _forward(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    beside = _beside(x)
+    beside = _beside(x, taps.dtype)
     start = taps.new_zeros(len(taps)) if bias is None else bias
     y = start.expand(taps.shape[1], *beside.shape[:2], -1).contiguous()
     for phase, row, to, of, columns in _terms(x, taps):
         y[phase, to].flatten(0, 1).addmm_(beside[of, :, columns].flatten(0, 1), taps[:, phase, row].T)
-    return y
+    return _together(y, x)
 
 
 def _terms(x: Tensor, taps: Tensor) -> list[tuple[int, int, slice, slice, slice]]:
@@ -114,18 +110,39 @@ def _terms(x: Tensor, taps: Tensor) -> list[tuple[int, int, slice, slice, slice]
     return terms
 
 
-def _beside(x: Tensor) -> Tensor:
+def _together(y: Tensor, x: Tensor) -> Tensor:
+    """Phases of rows, [phases, H, B W, O], as an image in the dtype of x: each pixel of four phases is one of 2x2."""
+    b, _, h, w = x.shape
+    side = 2 if len(y) == 4 else 1
+    pixels = _copied(y.view(side, side, h, b, w, -1).permute(3, 2, 0, 4, 1, 5), x.dtype)
+    return pixels.view(b, side * h, side * w, -1).permute(0, 3, 1, 2)
+
+
+def _apart(y: Tensor, taps: Tensor) -> Tensor:
+    """The inverse of `_together`, in the dtype of the taps."""
+    side = 2 if taps.shape[1] == 4 else 1
+    b, _, h, w = y.shape
+    pixels = y.permute(0, 2, 3, 1).reshape(b, h // side, side, w // side, side, -1)
+    return _copied(pixels.permute(2, 4, 1, 0, 3, 5), taps.dtype).view(side * side, h // side, b * w // side, -1)
+
+
+def _beside(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Each pixel with its neighbours to the left and right, 0 outside: [H, B W, 3 I]."""
     b, c, h, w = x.shape
     padded = F.pad(x.permute(2, 0, 3, 1), (0, 0, 1, 1))
-    return padded.unfold(2, 3, 1).permute(0, 1, 2, 4, 3).reshape(h, b * w, 3 * c)
+    return _copied(padded.unfold(2, 3, 1).permute(0, 1, 2, 4, 3), dtype).view(h, b * w, 3 * c)
 
 
-def _spread(beside: Tensor, like: Tensor) -> Tensor:
-    """The transposed of `_beside`: what each pixel has in the three rows of the matrix that it is in, summed."""
-    b, c, h, w = like.shape
+def _copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype and in the order of its dimensions, in one pass."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def _spread(beside: Tensor, x: Tensor) -> Tensor:
+    """The transposed of `_beside`, in the dtype of x: the sum of what each pixel has in the three rows that it is in."""
+    b, c, h, w = x.shape
     left, total, right = beside.view(h, b, w, 3, c).permute(3, 1, 0, 2, 4)
     dx: Tensor = total.contiguous()
     dx[:, :, :-1] += left[:, :, 1:]
     dx[:, :, 1:] += right[:, :, :-1]
-    return dx.permute(0, 3, 1, 2)
+    return dx.permute(0, 3, 1, 2).to(x.dtype)

@@ -35,7 +35,7 @@ from .._checks import check_device, check_dtype, check_shape
 from .attention import SelfAttention
 from .blocks import PADDINGS, Downsample, DropoutKey, Padding, ResBlock, Upsample
 from .embedding import EMBEDDINGS, Embedding, TimeEmbedding
-from .layers import Conv2d
+from .layers import Conv2d, Linear
 from .norm import GroupNormSiLU
 
 Resample = Literal["conv", "resblock"]
@@ -386,7 +386,7 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNormSiLU(c, groups, eps)
         self.conv_out = Conv2d(c, config.out_channels, 3, padding=1)
-        self.time_projection = nn.Linear(width, sum(self.projected))  # of all residual blocks, in order of their number
+        self.time_projection = Linear(width, sum(self.projected))  # of all residual blocks, in order of their number
         self._initialise()
 
     def forward(

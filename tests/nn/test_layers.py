@@ -27,6 +27,16 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
         dict(x=(2, 16, 4, 4), w=(24, 16, 3, 3), b=(24,)),
     ),
+    "3x3, a small map": (
+        lambda x, w, b: layers.conv2d(x, w, b, padding=1),
+        lambda x, w, b: F.conv2d(x, w, b, padding=1),
+        dict(x=(8, 16, 4, 4), w=(24, 16, 3, 3), b=(24,)),
+    ),
+    "3x3, upsampled": (
+        layers.upsampled_conv2d,
+        lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
+        dict(x=(8, 16, 4, 4), w=(24, 16, 3, 3), b=(24,)),
+    ),
     "stride 2": (
         lambda x, w, b: layers.conv2d(x, w, b, stride=2),
         lambda x, w, b: F.conv2d(x, w, b, stride=2),
@@ -72,6 +82,24 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     for value, exact, single in zip(found, in64, in32, strict=True):
         assert value.dtype == dtype
         assert_within(value, exact, single, name)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_rounded_between_layers_in_float32(autocast: bool) -> None:
+    q, k, v = numbers(dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)), torch.float32)
+    x, w, b = numbers(CALLS["linear"][2], torch.float32 if autocast else torch.bfloat16)
+
+    def function(x: Tensor) -> Tensor:
+        return layers.attention(q, k, v).sum() + layers.linear(layers.linear(x, w, b), w.t())
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, apart = layers.in_float32(function, x), function(x)
+    rounded = x.bfloat16()
+    wide = F.scaled_dot_product_attention(q, k, v).sum() + F.linear(
+        F.linear(rounded.float(), w.float(), b.float()), w.t().float()
+    )
+    assert torch.equal(found, wide.bfloat16()) and not torch.equal(found, apart.bfloat16())
 
 
 @pytest.mark.usefixtures("slow_half")

@@ -71,7 +71,7 @@ def test_small_maps_of_enough_images_are_products(
     shape: tuple[int, ...], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(patches, "_products", lambda x, taps, bias: calls.append(x) or real(x, taps, bias))
+    monkeypatch.setattr(patches, "_products", lambda x, taps, bias: calls.append(taps) or real(x, taps, bias))
     conv, x = Conv2d(8, 6, 3, padding=1), torch.randn(shape).to(memory_format=torch.channels_last)
     assert_within(
         conv(x), plain(x.double(), conv.weight.double(), conv.bias.double()), plain(x, conv.weight, conv.bias)

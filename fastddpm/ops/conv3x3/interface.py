@@ -66,9 +66,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rounding of the output and of each gradient; deterministic, whatever the number of threads. The rounding error of
     F(2x2, 3x3) is at most 1.6 times that of the direct sum in the mean; that of F(4x4, 3x3), 6 times, 1.6e-6 of the
     result, stays below the rounding to half precision, and whatever is returned in float32, the gradient of a float32
-    weight too, is computed without it; but for that gradient under torch.autocast, which has the precision of x, as of
-    torch's own layers, that round the weight. A pixel that is infinite or NaN spoils all of the 4x4 pixels (float32: 2x2) of y
-    that it has a part in. For backward only the inputs are kept.
+    weight too, is computed without it; but for that gradient under torch.autocast, which has the precision of x, like
+    that of torch's own layers, which round the weight. A pixel that is infinite or NaN spoils all of the 4x4 pixels
+    (float32: 2x2) of y that it has a part in. For backward only the inputs are kept.
     """
     check_image("conv3x3", "x", x)
     check_dtype("conv3x3", "weight", weight, *FLOATS)

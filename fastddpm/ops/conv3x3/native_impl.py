@@ -43,7 +43,11 @@ def backward(
     wanted: tuple[bool, bool, bool],
     precision: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, as far as wanted, from that of y; that of weight as exact as in ``precision``."""
+    """Gradients of x, weight and bias, as far as wanted, from that of y.
+
+    Args:
+        precision: the dtype whose rounding the gradient of weight may show, as far as x does.
+    """
     dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
