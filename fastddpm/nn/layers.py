@@ -3,8 +3,8 @@
 On a GPU, and in float32 where nothing better is known, these are torch's. On a CPU
 
 - a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
-  times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and behind an
-  upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
+  times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
+  behind an upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -103,7 +103,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
 def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Repeat each pixel of x [B, K, H, W] 2x2, then convolve with weight [N, K, 3, 3] within a border of zeros."""
     x = _autocast(x)
-    if _is_own(x) and _pixels(x) >= LEAST_PIXELS:
+    # in half precision conv3x3 multiplies less than the products, and in float32 as often
+    if _is_own(x) and _pixels(x) >= LEAST_PIXELS and not (x.dtype in HALF and _can_be_transformed(x, weight)):
         return _in_float32(upsampled_conv3x3_products, x, weight, bias)
     return conv2d(repeat_pixels(x), weight, bias, padding=1)
 
@@ -123,10 +124,14 @@ def _is_small(x: Tensor) -> bool:
     return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS
 
 
-def _is_transformed(x: Tensor, weight: Tensor) -> bool:
+def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:
     if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype == torch.float64 or not _has_kernels():
         return False
-    if _dispatch._forced == "triton":  # which has no kernel of it
+    return _dispatch._forced != "triton"  # which has no kernel of it
+
+
+def _is_transformed(x: Tensor, weight: Tensor) -> bool:
+    if not _can_be_transformed(x, weight):
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     return tiles >= (LEAST_KEPT if is_kept() else LEAST_TRAINED if torch.is_grad_enabled() else LEAST_TILES)

@@ -139,7 +139,7 @@ def _copied(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _spread(beside: Tensor, x: Tensor) -> Tensor:
-    """The transposed of `_beside`, in the dtype of x: the sum of what each pixel has in the three rows that it is in."""
+    """The transposed of `_beside`, in the dtype of x: what each pixel has in the three rows that it is in, summed."""
     b, c, h, w = x.shape
     left, total, right = beside.view(h, b, w, 3, c).permute(3, 1, 0, 2, 4)
     dx: Tensor = total.contiguous()

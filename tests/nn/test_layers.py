@@ -35,7 +35,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
     "3x3, upsampled": (
         layers.upsampled_conv2d,
         lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1),
-        dict(x=(8, 16, 4, 4), w=(24, 16, 3, 3), b=(24,)),
+        dict(x=(8, 8, 4, 4), w=(24, 8, 3, 3), b=(24,)),  # of too few channels for conv3x3
     ),
     "stride 2": (
         lambda x, w, b: layers.conv2d(x, w, b, stride=2),

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm.nn import patches
+import fastddpm
+from fastddpm.nn import layers, patches
 from fastddpm.nn.layers import Conv2d, UpsampledConv2d
 from fastddpm.nn.patches import conv3x3_products, upsampled_conv3x3_products
 from tests.tolerance import assert_within
@@ -99,6 +100,19 @@ def test_upsampling_of_few_and_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -
         r = upsampled(x.double(), conv.weight.double(), conv.bias.double())
         assert_within(conv(x), r, upsampled(x, conv.weight, conv.bias))
     assert [len(x[0, 0]) for x in calls] == [16]
+
+
+@pytest.mark.skipif(not layers._has_kernels(), reason="no kernels of conv3x3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_in_half_precision_is_transformed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: True)
+    calls: list[Any] = []
+    monkeypatch.setattr(layers, "conv3x3", lambda *given: calls.append(given) or fastddpm.conv3x3(*given))
+    conv = UpsampledConv2d(16, 16).to(dtype)
+    x = torch.randn(2, 16, 8, 8).to(dtype, memory_format=torch.channels_last)
+    single = [p.float() for p in (x, conv.weight, conv.bias)]
+    assert_within(conv(x), upsampled(*(p.double() for p in single)), upsampled(*single))
+    assert len(calls) == (dtype == torch.bfloat16)
 
 
 def test_one_graph_under_torch_compile() -> None:
