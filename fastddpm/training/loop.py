@@ -152,13 +152,13 @@ class Trainer:
         self._resume(resume, allow_changes)
         if isinstance(diffusion.model, UNet):
             diffusion.model.recompute(c.recompute)
-            if c.recompute and self.device.type == "cpu":
-                _give_back_freed_memory()
         elif c.recompute:
             raise ValueError(
                 f"Trainer: expected a fastddpm.UNet with recompute, got {type(diffusion.model).__name__}; leave "
                 "recompute out, and let the network recompute by itself"
             )
+        if self.device.type == "cpu":
+            _keep_freed_memory(not c.recompute)
         if c.compile:
             compile_network(diffusion.model, c.compile_mode)
         self._compiles = c.compile  # at the first step
@@ -565,16 +565,16 @@ class Trainer:
             tqdm.write(text)
 
 
-def _give_back_freed_memory() -> None:
-    """Have the allocator of glibc give every block from 1 MiB on back to the system when it is freed, from now on.
+def _keep_freed_memory(keep: bool) -> None:
+    """Have the allocator of glibc keep what is freed, from now on, or give all blocks from 1 MiB on back to the system.
 
-    What it keeps otherwise cannot be used again, since blocks of the same size, aligned, do not fit where one was
-    (docs/memory.md). Other allocators stay as they are.
+    To get memory from the system again at every step takes time. But of what is kept some cannot be used again, since
+    blocks of the same size, aligned, do not fit where one was (docs/memory.md). Other allocators stay as they are.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(setting, 1 << 20)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 20)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 20)
 
 
 @contextmanager

@@ -314,13 +314,13 @@ def test_the_time_of_the_first_step_is_told_where_it_compiles(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_freed_memory_is_given_back_where_memory_is_asked_for(
+def test_freed_memory_is_kept_but_where_memory_is_what_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
 ) -> None:
-    calls: list[None] = []
-    monkeypatch.setattr("fastddpm.training.loop._give_back_freed_memory", lambda: calls.append(None))
+    calls: list[bool] = []
+    monkeypatch.setattr("fastddpm.training.loop._keep_freed_memory", calls.append)
     toy_trainer(tmp_path, recompute=recompute).step()
-    assert len(calls) == recompute
+    assert calls == [not recompute]
 
 
 def test_without_an_average_samples_are_of_the_weights(tmp_path: Path) -> None:
