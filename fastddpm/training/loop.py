@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._calls import forget
 from .._graph import Replayed
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
@@ -139,7 +140,7 @@ class Trainer:
         self._batch: Batch | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=self.device)
         recorded = c.cuda_graph == "on" or (c.cuda_graph == "auto" and isinstance(diffusion.model, UNet))
-        self._run = Replayed(self._compute, self.device, "training") if recorded else self._compute
+        self._run = Replayed(self.device, "training", recorded)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._stopping = False
@@ -233,7 +234,7 @@ class Trainer:
             self._step.fill_(self.steps)
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
-            self._run()
+            self._run(self._compute)
         self.images_seen, self.steps = seen, self.steps + 1
 
     def _first_step(self) -> None:
@@ -308,7 +309,8 @@ class Trainer:
         labels = None
         if diffusion.num_classes is not None:
             labels = torch.arange(c.num_grid_samples, device=self.device) % diffusion.num_classes
-        with self.ema_weights(), self._autocast(), self._products():
+        with self.ema_weights(), self._autocast(), self._products(), ExitStack() as stack:
+            stack.callback(forget, diffusion.model)  # a recording would keep its memory until the next grid
             return diffusion.sample(
                 c.num_grid_samples,
                 seed=c.seed,
