@@ -732,6 +732,7 @@ class GaussianDiffusion(nn.Module):
         seed: int = 0,
         num_steps: int | None = None,
         labels: Tensor | int | None = None,
+        callback: sampling.Callback | None = None,
     ) -> Tensor:
         """Images between two images: both are noised to t with the same noise, mixed there, and denoised (Ho et al.
         2020, section 4.4).
@@ -742,7 +743,7 @@ class GaussianDiffusion(nn.Module):
             t: how far to noise, in [0, T); None is the middle, T // 2. The larger, the coarser what is mixed.
             seed: of the noise.
             num_steps: steps of ddpm from t down; None visits every one.
-            labels: as in `sample`.
+            labels, callback: as in `sample`.
 
         Returns: float32 [B, C, H, W] in [0, 1].
 
@@ -774,7 +775,7 @@ class GaussianDiffusion(nn.Module):
             x = sampling.sample_loop(
                 self._network, sampling.lerp(noised(a), noised(b), weight), coefficients, steps,
                 labels=self._sampling_labels(labels, batch, 1.0),
-                clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample,
+                clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample, callback=callback,
             )  # fmt: skip
         return (x / 2 + 0.5).clamp(0, 1)
 
