@@ -8,10 +8,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import _dispatch, _graph, _tape
@@ -19,6 +21,8 @@ from .ops.conv3x3 import Transformed, keep_transformed
 
 KINDS = 8
 """Kinds of calls of one function that are recorded: on a GPU each keeps its activations."""
+LOOPS = 4
+"""Kinds of loops over one network whose recordings are kept, those of the last ones: each keeps its activations."""
 
 
 class Calls:
@@ -56,9 +60,7 @@ class Calls:
             self._forget(state)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        kinds = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
-        modes = _dispatch._forced, torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
-        call = (*modes, torch.get_autocast_dtype(device.type), str(structure), tuple(kinds))
+        call = (*modes(device), str(structure), tuple(map(_kind, leaves)))
         try:
             recording = self.recorded.get(call)
         except TypeError:  # an argument that cannot be compared
@@ -87,6 +89,108 @@ class Calls:
         return function(*args, **kwargs)
 
 
+class Loops:
+    """The recordings of the loops over one network, each with the tensors it works on, for the next of its kind.
+
+    A loop takes what is kept, and gives it back when it is done: two at a time, one within the other or in another
+    thread, share nothing.
+    """
+
+    def __init__(self) -> None:
+        self.forget(None)
+
+    def forget(self, state: Hashable) -> None:
+        """Drop all that was kept, and keep from now on what depends on this state."""
+        self.state = state
+        self.kept: dict[Hashable, Loop] = {}
+
+    def take(self, given: dict[str, Any], device: torch.device) -> Loop:
+        """A loop that starts with these values, by their names: tensors may have other numbers in another loop of its
+        kind, all else is the same."""
+        kind = (*modes(device), *((name, _kind(value)) for name, value in given.items()))
+        loop = self.kept.pop(kind, None)
+        if loop is None:
+            held = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+            return Loop(SimpleNamespace(**held), _graph.Replayed(device, "sampling"), (self.state, kind))
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                getattr(loop.at, name).copy_(value)
+        return loop
+
+    def run(self, loop: Loop, step: Callable[[], None]) -> None:
+        """Do a step; where memory does not suffice, what other loops keep is given up for it."""
+        try:
+            loop.run(step)
+        except torch.OutOfMemoryError:
+            if not self.kept:
+                raise
+            self.kept.clear()
+            loop.run(step)
+
+    def give_back(self, loop: Loop) -> None:
+        """Keep it for the next of its kind, and the last ones of other kinds."""
+        state, kind = loop.kind
+        if state == self.state:
+            self.kept[kind] = loop
+            while len(self.kept) > LOOPS:
+                self.kept.pop(next(iter(self.kept)), None)
+
+
+class Loop:
+    """Steps on tensors that stay where they are.
+
+    Attributes:
+        at: the tensors, and other values, by name. run: does a step, see `Replayed`. kind: where it is kept.
+    """
+
+    def __init__(
+        self, at: SimpleNamespace, run: _graph.Replayed, kind: tuple[Hashable, Hashable] = (None, None)
+    ) -> None:
+        self.at, self.run, self.kind = at, run, kind
+
+
+_loops: WeakKeyDictionary[nn.Module, Loops] = WeakKeyDictionary()
+
+
+def loops_of(network: nn.Module) -> Loops:
+    """What is kept of the loops over a network, as long as its weights lie where they lie and nothing is hung on it.
+
+    What is in the weights may change: a recording reads it anew. It is dropped with the network, and by `forget`.
+    """
+    weights = tuple((x.data_ptr(), *_kind(x)) for part in (network.parameters(), network.buffers()) for x in part)
+    modules = tuple(
+        (id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks, id(m._compiled_call_impl)) for m in network.modules()
+    )
+    found = _loops.setdefault(network, Loops())
+    if found.state != (weights, modules):
+        found.forget((weights, modules))
+    return found
+
+
+def forget(network: nn.Module) -> None:
+    """Drop what is kept of the loops over a network, and its memory."""
+    _loops.pop(network, None)
+
+
+def modes(device: torch.device) -> tuple[Hashable, ...]:
+    """What decides, beside its arguments, how a call is computed."""
+    found: tuple[Hashable, ...] = (
+        _dispatch._forced,
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+    )
+    if device.type != "cuda":  # operators in a list ask for the rest themselves
+        return found
+    cudnn = torch.backends.cudnn
+    precisions = torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return (*found, *precisions, cudnn.enabled, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
+
+
 class _Graph:
     """One call as a CUDA graph, on tensors that stay where they are."""
 
@@ -104,7 +208,7 @@ class _Graph:
         def call() -> None:
             self.output = function(*args, **kwargs)
 
-        self.replay = _graph.record(call)
+        self.replay = _graph.record(call, device)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """The result, in tensors of its own."""

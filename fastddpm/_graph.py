@@ -12,28 +12,28 @@ WARM_UP = 3
 
 
 class Replayed:
-    """A function that is called again and again: as it is for the first calls, then from a CUDA graph.
+    """Work that is done again and again: called as it is for the first times, then from a CUDA graph.
 
-    It works in place on tensors that stay where they are, does the same work at each call, and waits for nothing.
-    Recording runs nothing, so no call is made twice and no state needs to be put back. Where the function cannot be
-    recorded, it goes on being called as it is, and a warning gives the reason.
+    It happens in place on tensors that stay where they are, is the same at each call, and waits for nothing. Recording
+    runs nothing, so no call is made twice and no state needs to be put back. Where the work cannot be recorded, it goes
+    on being called as it is, and a warning gives the reason.
 
     Args:
-        function: what to call. device: where it works; only on a CUDA device is anything recorded.
-        what: names the function in the warning.
+        device: where it is done; only on a CUDA device is anything recorded.
+        what: names the work in the warning. wanted: False never records.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, what: str) -> None:
-        self.function, self.device, self.what = function, device, what
+    def __init__(self, device: torch.device, what: str, wanted: bool = True) -> None:
+        self.device, self.what = device, what
         self.calls = 0
         self.replay: Callable[[], None] | None = None
-        self.records = device.type == "cuda"
+        self.records = wanted and can_record(device)
 
-    def __call__(self) -> None:
-        """Do it once."""
+    def __call__(self, function: Callable[[], None]) -> None:
+        """Do it once. The function is not kept, so it may refer to what holds the recording."""
         if self.replay is None and self.records and self.calls >= WARM_UP:
             try:
-                self.replay = record(self.function)
+                self.replay = record(function, self.device)
             except RuntimeError as error:  # a wait for the device, or a copy from the host
                 self.records = False
                 warnings.warn(
@@ -44,10 +44,15 @@ class Replayed:
         if self.replay is not None:
             self.replay()
         elif self.records:
-            beside(self.function, self.device)
+            beside(function, self.device)
         else:
-            self.function()
+            function()
         self.calls += 1
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether there are CUDA graphs on a device."""
+    return device.type == "cuda"
 
 
 def beside(function: Callable[[], None], device: torch.device) -> None:
@@ -59,10 +64,22 @@ def beside(function: Callable[[], None], device: torch.device) -> None:
     current.wait_stream(stream)
 
 
-def record(function: Callable[[], None]) -> Callable[[], None]:
+def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record one call, without running it; returns what runs it."""
+
+    def call() -> None:
+        # Weights that autocast cast before are gone when its block ends, and then a graph would read anything.
+        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
+            function()
+
+    return capture(call, device)
+
+
+def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A CUDA graph of one call. What other threads do meanwhile, such as taking pinned memory, does not end it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         function()
     replay: Callable[[], None] = graph.replay
     return replay

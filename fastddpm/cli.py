@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -127,18 +128,20 @@ def sample(args: argparse.Namespace) -> None:
     """fastddpm sample RUN --out grid.png."""
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     labels = _labels(args.labels, args.num_images, model)
-    if args.compile is not None:
-        compile_network(model.model, args.compile)
     if args.dry_run:
         print(f"would write {args.num_images} images of {args.checkpoint} to {args.out}")
         return
+    first = None
+    if args.compile is not None:
+        compile_network(model.model, args.compile)
+        first = _telling_first(model.device)
     if args.interpolate:
         a, b = (_open_image(path, model) for path in args.interpolate)
         weight = torch.linspace(0, 1, args.num_images)
         shape = (args.num_images, -1, -1, -1)
         images = model.interpolate(
             a.expand(shape).contiguous(), b.expand(shape).contiguous(), weight, t=args.interpolate_at, seed=args.seed,
-            num_steps=args.num_steps, labels=labels,
+            num_steps=args.num_steps, labels=labels, callback=first,
         )  # fmt: skip
     else:
         frames: list[Tensor] = []
@@ -152,7 +155,7 @@ def sample(args: argparse.Namespace) -> None:
             args.num_images, sampler=args.sampler, num_steps=args.num_steps, eta=args.eta, spacing=args.spacing,
             seed=args.seed, first_image=args.first_image, batch_size=args.batch_size, labels=labels,
             guidance_scale=args.guidance_scale, dynamic_threshold_ratio=args.dynamic_threshold, known=known, mask=mask,
-            callback=_filming(frames, min(args.num_images, args.batch_size or 64)) if args.film else None,
+            callback=_both(first, _filming(frames, min(args.num_images, args.batch_size or 64)) if args.film else None),
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         if args.film:
@@ -165,6 +168,31 @@ def sample(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{n:06d}.png")
         print(f"made {args.num_images} images in {folder}")
+
+
+def _telling_first(device: torch.device) -> Callback:
+    """Says once, after the first step, how long it took: the network is compiled in it."""
+    begin, told = time.perf_counter(), False
+
+    def tell(*_: Any) -> None:
+        nonlocal told
+        if not told:
+            bench.timing.wait(device)
+            print(f"compiled the network in {time.perf_counter() - begin:.1f} s, in the first step", flush=True)
+        told = True
+
+    return tell
+
+
+def _both(first: Callback | None, second: Callback | None) -> Callback | None:
+    """One callback for two, where there are two."""
+    if first is None or second is None:
+        return first or second
+
+    def call(*step: Any) -> bool:
+        return bool(first(*step)) | bool(second(*step))
+
+    return call
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -330,7 +358,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--compile", choices=tuple(COMPILE_MODES),
-        help="compile the network with torch.compile at the first step (default: no)",
+        help="compile the network with torch.compile at the first step, and say how long it took; the next process finds "
+        "what was compiled (default: no)",
     )  # fmt: skip
     p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
     p.add_argument(

@@ -10,13 +10,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, sampling, weighting
-from ._calls import Calls
+from . import _graph, ops, sampling, weighting
+from ._calls import Calls, forget, loops_of
 from .nn import UNet
 from .ops import philox
 from .ops.normal import normal
@@ -24,6 +24,9 @@ from .prediction import PREDICTIONS, check_prediction, x0_from
 from .sampling import VARIANCES
 from .sampling.memory import fitting_batch, free_memory
 from .schedule import SCHEDULES, Schedule, extract, make_schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LOSSES = ("simple", "vlb", "hybrid", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "stratified", "importance")
@@ -665,10 +668,11 @@ class GaussianDiffusion(nn.Module):
                 guidance.
             known, mask: inpainting: keep the image ``known`` [num_images or 1, C, H, W] (in [0, 1], or uint8) where
                 mask is 1. mask: float, broadcasts to it.
-            cuda_graph: on a GPU, record a step of each batch and launch it as a whole, see `sampling.sample_loop`; on a
+            cuda_graph: on a GPU, record a step and launch it as a whole, see `sampling.sample_loop`; the recording is
+                kept, for each of the last four kinds of call, until the network is moved or cast. On a
                 CPU, list the operators of the network at its second call, and run the list from the fourth on, which
-                costs one call more. "auto" does so for a `fastddpm.UNet` where it pays: on a GPU for ten steps and
-                more, on a CPU for 50 calls of the network and more, or within `frozen`.
+                costs one call more. "auto" does so for a `fastddpm.UNet` where it pays: on a GPU for ten calls of the
+                network and more, on a CPU for 50, or within `frozen`.
             callback: (i, num_steps, x, pred) after each step of each batch, with the state and the predicted image in
                 [-1, 1] [B, C, H, W]; True ends there.
             progress: show a bar.
@@ -685,7 +689,7 @@ class GaussianDiffusion(nn.Module):
         device = self.device
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
             calls = len(steps) * -(-num_images // max(1, batch_size))
-            pays = len(steps) >= 10 if device.type == "cuda" else self._calls is not None or calls >= 50
+            pays = self._calls is not None or calls >= (10 if _graph.can_record(device) else 50)
             cuda_graph = isinstance(self.model, UNet) and pays
         elif not isinstance(cuda_graph, bool):
             raise ValueError(f"sample: expected cuda_graph to be 'auto', True or False, got {cuda_graph!r}; choose one")
@@ -707,10 +711,11 @@ class GaussianDiffusion(nn.Module):
                 null_label=self.null_class,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
                 dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index,
-                cuda_graph=cuda_graph, callback=callback, progress=progress, **options,
+                cuda_graph=loops_of(self.model) if recorded else False, callback=callback, progress=progress, **options,
             )  # fmt: skip
 
-        listed = cuda_graph and device.type == "cpu" and self.model._compiled_call_impl is None
+        recorded = cuda_graph and _graph.can_record(device)
+        listed = cuda_graph and device.type == "cpu" and not recorded and self.model._compiled_call_impl is None
         network = self._listed_network if listed else self._network
         with self.evaluating(), self.frozen():
             images = sampling.sample_in_chunks(sample_chunk, num_images, batch_size=batch_size, first_image=first_image)
@@ -727,6 +732,7 @@ class GaussianDiffusion(nn.Module):
         seed: int = 0,
         num_steps: int | None = None,
         labels: Tensor | int | None = None,
+        callback: sampling.Callback | None = None,
     ) -> Tensor:
         """Images between two images: both are noised to t with the same noise, mixed there, and denoised (Ho et al.
         2020, section 4.4).
@@ -737,7 +743,7 @@ class GaussianDiffusion(nn.Module):
             t: how far to noise, in [0, T); None is the middle, T // 2. The larger, the coarser what is mixed.
             seed: of the noise.
             num_steps: steps of ddpm from t down; None visits every one.
-            labels: as in `sample`.
+            labels, callback: as in `sample`.
 
         Returns: float32 [B, C, H, W] in [0, 1].
 
@@ -769,7 +775,7 @@ class GaussianDiffusion(nn.Module):
             x = sampling.sample_loop(
                 self._network, sampling.lerp(noised(a), noised(b), weight), coefficients, steps,
                 labels=self._sampling_labels(labels, batch, 1.0),
-                clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample,
+                clamp=1.0 if self.config.clip_denoised else None, seed=seed, sample=sample, callback=callback,
             )  # fmt: skip
         return (x / 2 + 0.5).clamp(0, 1)
 
@@ -781,6 +787,11 @@ class GaussianDiffusion(nn.Module):
         size = next(self.model.parameters()).element_size()
         cost = (1 + guided) * size * self.model.config.live_elements
         return fitting_batch(num_images, most, cost, free_memory(self.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget(self.model)  # before the network is moved or cast: what is kept for it takes memory
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _network(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return self.predict(x, t, labels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import re
 import subprocess
 import sys
 import typing
@@ -116,6 +118,39 @@ def test_film_images_inpainting_and_interpolation(run: Path, photos: Path, tmp_p
     assert (kept[:, :4] == made[:, :4]).all()
     assert (kept[:, 4:] != made[:, 4:]).any()
     assert cli.main([*call, "--interpolate", picture, other, "--interpolate-at", "4"]) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--film", "film.gif"], ["--interpolate"]], ids=str)
+def test_the_time_of_the_first_step_is_told_where_it_compiles(
+    run: Path, photos: Path, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    compiled: list[str] = []
+    monkeypatch.setattr(cli, "compile_network", lambda network, mode: compiled.append(mode))
+    monkeypatch.chdir(tmp_path)
+    pictures = [str(photos / "cat" / "0.png"), str(photos / "dog" / "0.png")] if "--interpolate" in more else []
+    call = ["sample", str(run), "--num-images", "4", "--batch-size", "2", *more, *pictures]
+    assert cli.main(call) == 0
+    assert "compiled" not in capsys.readouterr().out
+    assert cli.main([*call, "--compile", "max-autotune"]) == 0
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"compiled the network in \d+\.\d s, in the first step", printed.splitlines()[0])
+    assert printed.count("compiled") == 1 and compiled == ["max-autotune"]
+    assert Path("film.gif").exists() == ("--film" in more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_second_process_samples_with_what_the_first_compiled(run: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    call = [sys.executable, "-m", "fastddpm", "sample", str(run), "--num-images", "2", "--compile", "default"]
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        told = re.search(r"compiled the network in ([\d.]+) s", done.stdout)
+        assert told is not None, done.stdout
+        seconds.append(float(told[1]))
+    assert seconds[1] < seconds[0] / 1.5, seconds
 
 
 def test_evaluate_prints_and_writes_the_breakdown(

@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("beside")
         function()
 
-    def record(function: Callable[[], None]) -> Callable[[], None]:
+    def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
         done.append("record")
         return lambda: done.append("replay")
 
@@ -33,30 +33,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_first_calls_run_then_one_recording_is_replayed(calls: list[str]) -> None:
-    run = Replayed(lambda: calls.append("function"), CUDA, "sampling")
+    run = Replayed(CUDA, "sampling")
     for _ in range(WARM_UP + 2):
-        run()
+        run(lambda: calls.append("function"))
     assert calls == ["beside", "function"] * WARM_UP + ["record", "replay", "replay"]
 
 
 def test_on_a_cpu_nothing_is_recorded(calls: list[str]) -> None:
-    run = Replayed(lambda: calls.append("function"), torch.device("cpu"), "sampling")
+    run = Replayed(torch.device("cpu"), "sampling")
     for _ in range(WARM_UP + 2):
-        run()
+        run(lambda: calls.append("function"))
     assert calls == ["function"] * (WARM_UP + 2)
 
 
 def test_what_cannot_be_recorded_goes_on_with_a_warning(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(function: Callable[[], None]) -> Callable[[], None]:
+    def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(_graph, "record", record)
-    run = Replayed(lambda: calls.append("function"), CUDA, "training")
+    run = Replayed(CUDA, "training")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(WARM_UP):
-            run()
+            run(lambda: calls.append("function"))
     with pytest.warns(UserWarning, match="training goes on without a CUDA graph.*not permitted.*turn cuda_graph off"):
-        run()
-    run()
+        run(lambda: calls.append("function"))
+    run(lambda: calls.append("function"))
     assert calls.count("function") == WARM_UP + 2

@@ -22,21 +22,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._calls import forget
 from .._checks import check_device, check_dtype, check_shape
 from .attention import SelfAttention
 from .blocks import PADDINGS, Downsample, DropoutKey, Padding, ResBlock, Upsample
 from .embedding import EMBEDDINGS, Embedding, TimeEmbedding
 from .layers import Conv2d, Linear
 from .norm import GroupNormSiLU
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Resample = Literal["conv", "resblock"]
 RESAMPLES: tuple[str, ...] = get_args(Resample)
@@ -571,6 +575,11 @@ class UNet(nn.Module):
                 )
             check_shape("UNet", "labels", labels, (x.shape[0],))
             check_dtype("UNet", "labels", labels, torch.int64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget(self)  # before weights are moved or cast: what samplings keep of them takes memory
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def _initialise(self) -> None:

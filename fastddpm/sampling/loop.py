@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypedDict
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from .._calls import Loop, Loops
 from .._checks import check_dtype, check_shape
 from .._graph import Replayed
 from ..ops import philox
@@ -36,7 +38,7 @@ class LoopOptions(TypedDict, total=False):
     dynamic_threshold_ratio: float | None
     mask: Tensor | None
     known: Tensor | None
-    cuda_graph: bool
+    cuda_graph: bool | Loops
     callback: Callback | None
     progress: bool
 
@@ -75,7 +77,7 @@ def sample_loop(
     mask: Tensor | None = None,
     known: Tensor | None = None,
     known_table: Tensor | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool | Loops = False,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -97,7 +99,8 @@ def sample_loop(
             and `blend_table`.
         cuda_graph: on a GPU, record one step and launch it as a whole N times, which leaves nothing to do for Python.
             The network must do the same work each time, without waiting for the device; where it cannot be recorded
-            the loop runs as without, and warns. The first steps run without; worth it from some ten on.
+            the loop runs as without, and warns. The first steps run without; worth it from some ten on. A `Loops` of
+            this network keeps the recording for the next call of the same kind, whose first step is recorded already.
         callback: (i, num_steps, x, pred) after step i, with the state and the predicted image; True ends the sampling.
             Both tensors are written over later: copy what you keep.
         progress: show a bar.
@@ -133,51 +136,61 @@ def sample_loop(
         )
 
     num_steps, batch, device = len(steps), len(x), x.device
-    table, steps = table.to(device, x.dtype), steps.to(device)
-    known_table = None if known_table is None else known_table.to(device, x.dtype)
     sample = torch.arange(batch, device=device) if sample is None else sample
     null_labels = None
     if guided and labels is not None and null_label is not None:
         null_labels = torch.full_like(labels, null_label)
-    row = torch.zeros((), dtype=torch.int64, device=device)
-    x = x.clone()
-    pred = torch.zeros_like(x) if has_previous else None  # what the first row multiplies by k4 = 0
+    given: dict[str, Any] = dict(
+        x=x, table=table.to(device, x.dtype), steps=steps.to(device), labels=labels, null_labels=null_labels,
+        row=torch.zeros((), dtype=torch.int64, device=device), sample=sample, seed=seed if draws else None,
+        pred=torch.zeros_like(x) if has_previous else None,  # what the first row multiplies by k4 = 0
+        guidance_scale=guidance_scale, clamp=clamp, ratio=dynamic_threshold_ratio, learned=learned, mask=mask,
+        known=known, known_table=None if known_table is None else known_table.to(device, x.dtype),
+    )  # fmt: skip
+    loops = cuda_graph if isinstance(cuda_graph, Loops) else None
+    if loops is None:
+        loop = Loop(SimpleNamespace(**{**given, "x": x.clone()}), Replayed(device, "sampling", cuda_graph is True))
+    else:
+        loop = loops.take({**given, "seed": _as_tensor(given["seed"], device)}, device)
+    at = loop.at
 
     def step() -> None:
         """One row of the table, in place: x, pred and row are where they were."""
-        nonlocal pred
-        t = steps.index_select(0, row.reshape(1)).repeat(batch)
-        out, out_uncond = guided_output(network, x, t, labels, null_labels)
+        t = at.steps.index_select(0, at.row.reshape(1)).repeat(batch)
+        out, out_uncond = guided_output(network, at.x, t, at.labels, at.null_labels)
         if learned and out.shape[1] != 2 * x.shape[1]:
             raise ValueError(
                 f"sample_loop: expected a network with {2 * x.shape[1]} output channels for a learned variance, "
                 f"got {out.shape[1]}; use such a network, or a table with a fixed variance"
             )
-        bound = clamp
+        bound = at.clamp
         if dynamic_threshold_ratio is not None:
-            thresholds = dynamic_threshold(
-                x, out, table, row, dynamic_threshold_ratio, out_uncond=out_uncond, guidance_scale=guidance_scale
-            )
-            out = thresholded_output(
-                x, out, table, row, thresholds, out_uncond=out_uncond, guidance_scale=guidance_scale
-            )
+            guidance: dict[str, Any] = dict(out_uncond=out_uncond, guidance_scale=at.guidance_scale)
+            thresholds = dynamic_threshold(at.x, out, at.table, at.row, dynamic_threshold_ratio, **guidance)
+            out = thresholded_output(at.x, out, at.table, at.row, thresholds, **guidance)
             out_uncond, bound = None, 1.0  # where the division leaves the prediction, rounding aside
         if not has_previous:
-            pred = None  # free it before its successor is made
-        _, pred = solver_step(
-            x, out, table, row, pred_prev=pred, out_uncond=out_uncond, guidance_scale=guidance_scale,
-            clamp=bound, seed=seed if draws else None, sample=sample, mask=mask, known=known,
-            known_table=known_table, inplace=True,
+            at.pred = None  # free it before its successor is made
+        _, at.pred = solver_step(
+            at.x, out, at.table, at.row, pred_prev=at.pred, out_uncond=out_uncond, guidance_scale=at.guidance_scale,
+            clamp=bound, seed=at.seed, sample=at.sample, mask=at.mask, known=at.known, known_table=at.known_table,
+            inplace=True,
         )  # fmt: skip
-        row.add_(1)
+        at.row.add_(1)
 
     with torch.no_grad(), keep_transformed():
-        run = Replayed(step, device, "sampling") if cuda_graph else step
         for i in _counted(num_steps, progress):
-            run()
-            if callback is not None and pred is not None and callback(i, num_steps, x, pred):
+            if loops is None:
+                loop.run(step)
+            else:
+                loops.run(loop, step)
+            if callback is not None and callback(i, num_steps, at.x, at.pred):
                 break
-    return x
+    images: Tensor = at.x
+    if loops is not None:
+        images = images.clone()  # the next loop writes over it
+        loops.give_back(loop)
+    return images
 
 
 def sample_ddpm(
@@ -289,6 +302,13 @@ def sample_in_chunks(
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"sample_in_chunks: expected {name} >= {least}, got {value}; images are counted from 0")
+
+
+def _as_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor | int | None:
+    """A seed that another may take the place of; what is none is left to `solver_step` to refuse."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        return seed
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
 
 
 def _visited(schedule: Schedule, num_steps: int | None, spacing: str) -> Tensor:

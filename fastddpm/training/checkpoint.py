@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,18 +79,19 @@ class Checkpoint:
             ) from error
 
     @torch.no_grad()
-    def copy_into(self, group: str, targets: Mapping[str, Tensor]) -> None:
+    def copy_into(self, group: str, targets: Mapping[str, Tensor], optional: Collection[str] = ()) -> None:
         """Copy one group into existing tensors, which keep their device and their strides (such as channels_last).
 
         Args:
             targets: a tensor for each name in the group, of the saved shape and dtype.
+            optional: names that either side may lack; what is not saved stays as it is.
 
         Raises:
             CheckpointError: names, shapes or dtypes differ; nothing has been copied then.
         """
         saved = self.tensors(group)
-        problems = [f"{name}: not in the checkpoint" for name in targets if name not in saved]
-        problems += [f"{name}: in the checkpoint alone" for name in saved if name not in targets]
+        problems = [f"{name}: not in the checkpoint" for name in targets if name not in {*saved, *optional}]
+        problems += [f"{name}: in the checkpoint alone" for name in saved if name not in {*targets, *optional}]
         for name, target in targets.items():
             if name in saved and (saved[name].shape, saved[name].dtype) != (target.shape, target.dtype):
                 problems.append(f"{name}: saved {_describe(saved[name])}, wanted {_describe(target)}")
@@ -100,7 +101,8 @@ class Checkpoint:
                 f"build the model from the configuration in {self.path / 'config.json'}"
             )
         for name, target in targets.items():
-            target.copy_(saved[name])
+            if name in saved:
+                target.copy_(saved[name])
 
 
 def save_checkpoint(
@@ -278,12 +280,18 @@ def latest_checkpoint(directory: str | Path) -> Checkpoint | None:
     return None
 
 
-def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], allowed_to_differ: Iterable[str] = ()) -> None:
+def check_config(
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    allowed_to_differ: Iterable[str] = (),
+    remedy: str = "take the saved values, or start a new run in another directory",
+) -> None:
     """Expect two configurations to be the same, as JSON sees them; a missing key is the same as null.
 
     Args:
         saved, wanted: nested mappings; keys are joined by dots in messages and in ``allowed_to_differ``.
         allowed_to_differ: keys that may differ, each with all that is below it.
+        remedy: what the message says to do.
 
     Raises:
         CheckpointError: with every key that differs and both its values.
@@ -301,7 +309,7 @@ def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], allowed_to
     if differences:
         raise CheckpointError(
             "check_config: expected the configuration that the checkpoint was written with, "
-            f"got {'; '.join(differences)}; take the saved values, or start a new run in another directory"
+            f"got {'; '.join(differences)}; {remedy}"
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._calls import forget
 from .._graph import Replayed
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
@@ -32,6 +33,7 @@ from .checkpoint import (
     environment,
     environment_differences,
     latest_checkpoint,
+    pin_checkpoint,
     save_checkpoint,
 )
 from .config import TrainConfig, choose_device, choose_precision, compile_network, free_on_resume
@@ -39,6 +41,7 @@ from .data import ImageDataset, load_images
 from .ema import halflife_decay, warmed_decay, weights_of
 from .metrics import Totals, append_metrics, set_aside, truncate_metrics
 from .optimizer import AdamEMA, learning_rate
+from .scale import FIRST
 
 SECONDS_BETWEEN_LINES = 10.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -63,7 +66,10 @@ class Trainer:
         config: a `TrainConfig`; None is the default one.
         resume: "auto" goes on from the newest checkpoint in output_dir, if there is one; True expects one; False
             expects none.
-        allow_changes: resume although training options differ that change the weights, and warn which.
+        allow_changes: resume although training options differ that change the weights, and warn which. With another
+            precision weights, moments and order of the images go on as they were, and a loss scale starts anew; an
+            average that there was none of starts as the weights; one that is no longer wanted stays in the checkpoint,
+            which is then kept for good.
         progress: show a bar, or a line now and then where output is no terminal.
         callbacks: called as callback(trainer) after every step; `stop` ends the training from there.
         **options: fields of the configuration to change, for example num_images=1_000_000.
@@ -139,7 +145,7 @@ class Trainer:
         self._batch: Batch | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=self.device)
         recorded = c.cuda_graph == "on" or (c.cuda_graph == "auto" and isinstance(diffusion.model, UNet))
-        self._run = Replayed(self._compute, self.device, "training") if recorded else self._compute
+        self._run = Replayed(self.device, "training", recorded)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._stopping = False
@@ -233,7 +239,7 @@ class Trainer:
             self._step.fill_(self.steps)
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
-            self._run()
+            self._run(self._compute)
         self.images_seen, self.steps = seen, self.steps + 1
 
     def _first_step(self) -> None:
@@ -308,7 +314,8 @@ class Trainer:
         labels = None
         if diffusion.num_classes is not None:
             labels = torch.arange(c.num_grid_samples, device=self.device) % diffusion.num_classes
-        with self.ema_weights(), self._autocast(), self._products():
+        with self.ema_weights(), self._autocast(), self._products(), ExitStack() as stack:
+            stack.callback(forget, diffusion.model)  # a recording would keep its memory until the next grid
             return diffusion.sample(
                 c.num_grid_samples,
                 seed=c.seed,
@@ -479,8 +486,7 @@ class Trainer:
                     "check output_dir, or start with resume='auto'"
                 )
             return
-        wanted = self.to_dict()
-        self._compare(checkpoint, wanted, allow_changes)
+        changed = self._compare(checkpoint, self.to_dict(), allow_changes)
         differences = environment_differences(checkpoint.environment, environment(self.device))
         if differences:
             warnings.warn(
@@ -488,32 +494,53 @@ class Trainer:
                 "the bits of an uninterrupted run",
                 stacklevel=3,
             )
-        self._restore(checkpoint)
+        done = self._restore(checkpoint)
+        if changed:
+            told = "; ".join(changed + done)
+            warnings.warn(f"Trainer: options changed on resuming {checkpoint.path}: {told}", stacklevel=3)
         self._say(f"going on from {checkpoint.path}, {self.images_seen:,} images seen")
 
-    def _compare(self, checkpoint: Checkpoint, wanted: dict[str, Any], allow_changes: bool) -> None:
+    def _compare(self, checkpoint: Checkpoint, wanted: dict[str, Any], allow_changes: bool) -> list[str]:
+        """The options that change the weights and differ, in words; where they may."""
         free = [f"train.{name}" for name in free_on_resume(self.config)]
-        check_config(checkpoint.config, wanted, ["train"] if allow_changes else free)
+        check_config(checkpoint.config, wanted, ["train"])
+        if not allow_changes:
+            remedy = "take the saved values, pass allow_changes=True to go on with others, or start a new run elsewhere"
+            check_config(checkpoint.config, wanted, free, remedy)
         saved = checkpoint.config["train"]
-        changed = [
+        return [
             f"{name}: {saved.get(name)!r}, now {value!r}"
             for name, value in wanted["train"].items()
             if f"train.{name}" not in free and saved.get(name) != value
         ]
-        if changed:
-            warnings.warn(f"Trainer: options changed on resuming {checkpoint.path}: {'; '.join(changed)}", stacklevel=4)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Take over what the checkpoint holds; returns, in words, what another precision or average made of it."""
+        done = []
+        optimizer = self.optimizer
         checkpoint.copy_into("model", self.diffusion.model.state_dict())
-        for group, targets in self.optimizer.groups().items():
-            checkpoint.copy_into(group, targets)
-        checkpoint.copy_into("progress", self._totals.tensors)
+        groups = optimizer.groups()
+        if optimizer.ema and "ema" not in checkpoint.groups:
+            for name, average in groups.pop("ema").items():
+                average.copy_(optimizer.parameters[name].detach())
+            done.append("the average starts as the weights")
+        elif not optimizer.ema and "ema" in checkpoint.groups:
+            pin_checkpoint(checkpoint.path)
+            done.append(f"the average ends; it stays in {checkpoint.path}, which is kept for good")
+        scaled, optional = checkpoint.config["train"]["precision"] == "float16", tuple[str, ...]()
+        if scaled != (optimizer.scale is not None):
+            optional = ("scale", "good_steps")
+            done.append("the loss scale ends" if scaled else f"the loss scale starts at {FIRST:g}")
+        for group, targets in groups.items():
+            checkpoint.copy_into(group, targets, optional if group == "optimizer" else ())
+        checkpoint.copy_into("progress", self._totals.tensors, optional=("skipped",))
         if self.diffusion.timestep_sampler is not None:
             checkpoint.copy_into("timesteps", self.diffusion.timestep_sampler.state_dict())
         state = checkpoint.state
         self.images_seen, self.steps, self._seconds = state["images_seen"], state["steps"], state["seconds"]
         self._logged = (state["logged"][0], state["logged"][1])
         self.last_checkpoint, self._saved = checkpoint.path, self.images_seen
+        return done
 
     @contextmanager
     def _clock_stopped(self) -> Iterator[None]:

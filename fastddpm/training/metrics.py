@@ -71,16 +71,18 @@ class Totals:
 
     Args:
         num_timesteps: T. device: where. scaled: count the steps that are left out since a gradient is not finite.
+
+    Attributes:
+        tensors: the sums by name. skipped: that count.
     """
 
     def __init__(self, num_timesteps: int, device: torch.device, scaled: bool = False) -> None:
         self.num_timesteps, self.groups = num_timesteps, min(GROUPS_OF_T, num_timesteps)
         self.number = torch.arange(self.groups, device=device)
-        shapes = {"steps": (), "loss": (), "grad_norm": (), "loss_by_t": (self.groups,), "count_by_t": (self.groups,)}
+        groups = (self.groups,)
+        shapes = {"steps": (), "loss": (), "grad_norm": (), "loss_by_t": groups, "count_by_t": groups, "skipped": ()}
         self.tensors = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
-        self.skipped = torch.zeros((), device=device) if scaled else None
-        if self.skipped is not None:
-            self.tensors["skipped"] = self.skipped
+        self.scaled = scaled
 
     def add_samples(self, t: Tensor, per_sample: Tensor) -> None:
         """t int64 [B], per_sample [B]. Without atomics, so that the order of the additions is always the same."""
@@ -92,9 +94,9 @@ class Totals:
         """Both []."""
         self.tensors["steps"] += 1
         self.tensors["loss"] += loss
-        if self.skipped is not None:
+        if self.scaled:
             made = grad_norm.isfinite()
-            self.skipped += ~made
+            self.tensors["skipped"] += ~made
             grad_norm = torch.where(made, grad_norm, 0.0)
         self.tensors["grad_norm"] += grad_norm
 
@@ -109,13 +111,13 @@ class Totals:
         values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
         steps, loss, norm = values[:3]
         sums, counts = values[3 : 3 + self.groups], values[3 + self.groups : 3 + 2 * self.groups]
-        skipped = 0 if self.skipped is None else int(values[-1])
+        skipped = int(values[-1])
         for value in self.tensors.values():
             value.zero_()
         return {
             "loss": loss / steps,
             "grad_norm": norm / (steps - skipped) if steps > skipped else None,
-            **({} if self.skipped is None else {"skipped": skipped}),
+            **({"skipped": skipped} if self.scaled or skipped else {}),
             "timesteps": [math.ceil(k * self.num_timesteps / self.groups) for k in range(self.groups)],
             "loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
         }

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+FIRST = 65536.0
+"""Factor of the first step."""
+
 
 class LossScale:
     """The factor of the loss in float16: halved where gradients are not finite, doubled after 2,000 good steps.
@@ -18,7 +21,7 @@ class LossScale:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), 65536.0, device=device)
+        self.scale = torch.full((), FIRST, device=device)
         self.found_inf = torch.zeros((), device=device)
         self.good = torch.zeros((), dtype=torch.int32, device=device)
         self.growth_factor, self.backoff_factor, self.growth_interval = 2.0, 0.5, 2000

@@ -423,7 +423,7 @@ def test_wide_convolutions_take_the_faster_way(monkeypatch: pytest.MonkeyPatch) 
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
-    def record(function: Any) -> Any:
+    def record(function: Any, device: Any) -> Any:
         made.append(function)
         return function
 
@@ -466,7 +466,7 @@ def test_what_cannot_be_recorded_goes_on(recordings: list[Any], monkeypatch: pyt
     fastddpm.optimize(network, cuda_graph=True)
     x = torch.randn(1, 3, 8, 8)
 
-    def refuse(function: Any) -> Any:
+    def refuse(function: Any, device: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(_graph, "record", refuse)

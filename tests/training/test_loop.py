@@ -28,6 +28,7 @@ from fastddpm.training import (
     read_metrics,
 )
 from fastddpm.training.metrics import Totals
+from tests.recorded import record_on_cpu
 from tests.tolerance import assert_equal_to_rounding
 from tests.training.toy import stripes, toy_diffusion, toy_trainer
 
@@ -535,6 +536,35 @@ def test_a_step_reads_the_same_memory_each_time(tmp_path: Path) -> None:
     half = len(rows) // 2
     assert all(map(torch.equal, rows[:half], rows[half:]))  # and finds another batch there each time
     assert not torch.equal(rows[0], rows[1])
+
+
+RECORDED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "host": dict(data_on="host", horizontal_flip=False),
+    "bfloat16": dict(precision="bfloat16", micro_batch_size=4, ema_decay=None),
+    "float16": dict(precision="float16"),
+    "recompute": dict(recompute=True, learning_rate=2e-3),
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_a_step_recorded_on_a_cpu_has_the_bits_of_one_that_is_not(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded from the fourth step on: batches, rates, counters and scales are read anew, and so are the weights."""
+    monkeypatch.setattr("fastddpm.training.loop._give_back_freed_memory", lambda: None)
+    happened = record_on_cpu(monkeypatch)
+    found = []
+    for cuda_graph in ("on", "off"):
+        options = dict(log_every_images=24, warmup_images=48, cuda_graph=cuda_graph) | RECORDED[case]
+        diffusion = toy_diffusion(dropout=0.1, num_classes=2, timestep_sampling="importance")
+        trainer = toy_trainer(tmp_path / cuda_graph, diffusion, stripes(True), num_images=64, **options)
+        trainer.train()
+        lines = read_metrics(tmp_path / cuda_graph / "metrics.jsonl")
+        found.append((weights(trainer), [line["loss"] for line in lines], [line["grad_norm"] for line in lines]))
+    assert happened == ["record", *["replay"] * 5]
+    assert_same_bits(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
 
 
 @pytest.mark.gpu

@@ -157,6 +157,64 @@ def test_options_that_change_the_weights_must_be_those_of_the_checkpoint(tmp_pat
         toy_trainer(tmp_path, data=other, allow_changes=True)
 
 
+@pytest.mark.parametrize("before, after", [("float16", "bfloat16"), ("bfloat16", "float16"), ("float32", "bfloat16")])
+def test_a_run_goes_on_in_another_precision(tmp_path: Path, before: str, after: str) -> None:
+    """With the weights, moments, average and order of the images that it had."""
+    toy_trainer(tmp_path, num_images=40, precision=before).train()
+    saved = contents(tmp_path / "checkpoint-0000000040")
+    with pytest.raises(CheckpointError, match=rf"train.precision: saved '{before}', wanted '{after}'; .*allow_changes"):
+        toy_trainer(tmp_path, precision=after)
+    told = {"float16": "; the loss scale ends", "bfloat16": "; the loss scale starts at 65536", "float32": ""}[before]
+    with pytest.warns(UserWarning, match=rf"resuming .*40: precision: '{before}', now '{after}'{told}$"):
+        trainer = toy_trainer(tmp_path, num_images=64, precision=after, allow_changes=True)
+    assert trainer.images_seen == 40 and int(trainer.optimizer.step) == 5
+    for group, tensors in {**trainer.optimizer.groups(), "model": trainer.diffusion.model.state_dict()}.items():
+        for name, value in tensors.items():
+            if group != "optimizer":
+                assert torch.equal(value, saved[f"{group}.{name}"]), name
+    scale = trainer.optimizer.scale
+    assert (scale is None) == (after != "float16") and (scale is None or float(scale.scale) == 65536)
+    trainer.train()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["images"] == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert toy_trainer(tmp_path, precision=after).images_seen == 64
+
+
+def test_an_average_may_begin_later(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, num_images=32, ema_decay=None).train()
+    with pytest.warns(UserWarning, match=r"ema_decay: None, now 0.9; the average starts as the weights$"):
+        trainer = toy_trainer(tmp_path, num_images=48, allow_changes=True)
+    assert trainer.optimizer.ema
+    for name, p in trainer.optimizer.parameters.items():
+        assert torch.equal(trainer.optimizer.ema[name], p)
+    trainer.train()
+    assert not torch.equal(*(outputs(load_diffusion(tmp_path, ema=ema, device="cpu")) for ema in (True, False)))
+
+
+def test_an_average_that_ends_is_not_lost(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, num_images=32).train()
+    old = tmp_path / "checkpoint-0000000032"
+    averaged = outputs(load_diffusion(old, device="cpu"))
+    with pytest.warns(UserWarning, match=r"now None; the average ends; it stays in .*032, which is kept for good$"):
+        trainer = toy_trainer(tmp_path, num_images=160, ema_decay=None, allow_changes=True, keep_checkpoints=1)
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-0000000032", "checkpoint-0000000160"]
+    assert torch.equal(outputs(load_diffusion(old, device="cpu")), averaged)
+    assert torch.equal(outputs(load_diffusion(tmp_path, device="cpu")), outputs(trainer.diffusion))
+
+
+def test_steps_left_out_in_float16_are_counted_after_a_change_too(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, precision="float16", num_images=40)
+    trainer.optimizer.scale.scale.fill_(2.0**100)  # type: ignore[union-attr]
+    trainer.callbacks = (lambda t: t.stop(),)
+    trainer.train()
+    with pytest.warns(UserWarning, match="the loss scale ends"):
+        toy_trainer(tmp_path, num_images=16, allow_changes=True).train()
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert line["skipped"] == 1 and 0.01 < line["grad_norm"] < 100
+
+
 def test_run_that_depends_on_its_length_cannot_be_made_longer_in_silence(tmp_path: Path) -> None:
     toy_trainer(tmp_path, num_images=32, lr_decay="linear").train()
     with pytest.raises(CheckpointError, match=r"train.num_images: saved 32, wanted 64"):

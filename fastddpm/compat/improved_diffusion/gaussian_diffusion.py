@@ -677,10 +677,10 @@ class GaussianDiffusion:
             row.add_(1)
 
         recorded = isinstance(model, UNetModel) and self.num_timesteps >= LEAST_RECORDED
-        run = Replayed(step, x.device, "sampling") if recorded else step
+        run = Replayed(x.device, "sampling", recorded)
         with torch.no_grad():
             for _ in _bar(range(self.num_timesteps), progress):
-                run()
+                run(step)
         return x
 
     def _timesteps_at_once(self, model: Model, x_start: Tensor, model_kwargs: Kwargs | None) -> int:
