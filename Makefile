@@ -8,7 +8,7 @@
 #   SYSTEM_SITE_PACKAGES=1       use the torch that PYTHON has already (on a machine set up for CUDA)
 #   PEERS=--peers-settings=all   options of make bench-peers
 #   JOBS=2                       test processes; every core otherwise
-#   CUDA_ARCHS=90                the GPUs that the tests compile the CUDA kernels for
+#   CUDA_ARCHS=90                the GPUs that the tests compile the CUDA kernels for; make test-all: all that are shipped
 
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -18,7 +18,7 @@ PYTHON ?= python3
 SYSTEM_SITE_PACKAGES ?= 0
 TORCH ?= $(if $(filter 1,$(SYSTEM_SITE_PACKAGES)),torch>=2.11,torch==2.13.0)
 JOBS ?= auto
-CUDA_ARCHS ?= $(or $(FASTDDPM_CUDA_ARCHS),90)
+CUDA_ARCHS ?= $(or $(FASTDDPM_CUDA_ARCHS),$(if $(filter test-all,$(MAKECMDGOALS)),,90))
 
 DEMO := .venv/demo
 TEST := .venv/test
@@ -74,12 +74,11 @@ clean:
 # The package, editable. The tests need the native module, and the CUDA kernels wherever there is nvcc; the demo takes
 # the module where it can be built, and does not wait for nvcc. Both lie in this checkout: what the demo's build leaves
 # is a reason for the tests to build again.
-.venv/test/installed: $(wildcard fastddpm/_cuda_build.json)
+.venv/test/installed: $(wildcard fastddpm/_cuda_build.json) .venv/test.archs
 .venv/test/installed: export FASTDDPM_REQUIRE_NATIVE := 1
-.venv/test/installed: export FASTDDPM_CUDA_ARCHS := $(CUDA_ARCHS)
 .venv/demo/installed: export FASTDDPM_NO_CUDA := 1
 .venv/%/installed: .venv/%/ready $(NATIVE)
-	.venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
+	$(if $(filter test,$*),FASTDDPM_CUDA_ARCHS="$$(sed s/all// .venv/test.archs)") .venv/$*/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS_$*)]' '$(TORCH)'
 	$(if $(filter test,$*),.venv/$*/bin/python -m pip install --quiet --no-deps '$(PEER)')
 	touch $@
 
@@ -92,6 +91,11 @@ clean:
 	.venv/$*/bin/python -m pip install --quiet '$(TORCH)' 'setuptools>=77' wheel ninja pybind11
 	$(if $(filter test,$*),@$(FIND_NVCC) || .venv/$*/bin/python -m pip install --quiet '$(NVCC)' || echo 'no nvcc: the tests of the CUDA kernels will be skipped')
 	touch $@
+
+# The architectures that the tests' kernels are compiled for, at least; in setup.py none named are all.
+.venv/test.archs: FORCE
+	@mkdir -p .venv
+	@wanted='$(or $(CUDA_ARCHS),all)'; wanted=$${wanted//[;,]/ }; grep -qsx all $@ || for arch in $$wanted; do grep -qsw "$$arch" $@ || echo "$$wanted" >$@; done
 
 .venv/%.wanted: FORCE
 	@mkdir -p .venv

@@ -104,13 +104,18 @@ class BuildNative(build_ext):
                 raise CannotBuildError(f"FASTDDPM_NO_{library.switch} is set", expected=True)
             if self.missing:
                 raise CannotBuildError("there is no native code at all", expected=True)
-            record = library.build(target, Path(self.build_temp, name))
+            record = library.build(target, self.objects() / name)
         except CannotBuildError as reason:
             self.give_up(library, reason)
             record = {"reason": str(reason)}
         for home in homes if record else []:
             home.mkdir(parents=True, exist_ok=True)
             (home / f"{name}_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    def objects(self) -> Path:
+        """Where objects are kept: in this checkout, by an editable installation, too, so that what is built next, a
+        wheel or the same again, compiles what has changed alone."""
+        return Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def give_up(self, library: Library, reason: CannotBuildError) -> None:
         """Stop where the library is required; else say that it is not there."""
@@ -147,7 +152,7 @@ def build_module(target: Path, temp: Path) -> dict[str, Any]:
             objects.append(Object(source))
     compiler = [*cxx, *flags, *include_flags([CSRC, temp], includes)]
     link = [*LINK_FLAGS, f"-L{torch_include.parent / 'lib'}", "-ltorch_cpu", *words("LDFLAGS")]
-    run_ninja(temp, target, {"cxx": compiler}, objects, cxx, link)
+    run_ninja(temp, target, {"cxx": compiler}, objects, cxx, link, [version_of(torch_include)])
     return {}
 
 
@@ -176,7 +181,8 @@ def build_cuda(target: Path, temp: Path) -> dict[str, Any]:
     # the library must name libtorch_cuda.so, so that its symbols are found; a torch without CUDA has no such file
     run([*cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-xc++", os.devnull, "-o", str(temp / "libtorch_cuda.so")])
     torch = ["-Wl,--no-as-needed", f"-L{torch_include.parent / 'lib'}", "-ltorch_cpu", f"-L{temp}", "-ltorch_cuda"]
-    run_ninja(temp, target, compilers, objects, cxx, [*LINK_FLAGS, *torch, *cudart, *words("LDFLAGS")])
+    link = [*LINK_FLAGS, *torch, *cudart, *words("LDFLAGS")]
+    run_ninja(temp, target, compilers, objects, cxx, link, [version_of(torch_include), Path(nvcc)])
     return {"nvcc": version, "architectures": [*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"],
             "flags": shlex.join(NVCC_FLAGS)}  # fmt: skip
 
@@ -196,9 +202,11 @@ def host_sources() -> list[Path]:
 
 
 def run_ninja(
-    temp: Path, target: Path, compilers: dict[str, list[str]], objects: list[Object], linker: list[str], link: list[str]
-) -> None:
-    """Write a build.ninja, run it and leave the library at ``target``."""
+    temp: Path, target: Path, compilers: dict[str, list[str]], objects: list[Object], linker: list[str],
+    link: list[str], others: list[Path],
+) -> None:  # fmt: skip
+    """Write a build.ninja, run it and leave the library at ``target``. ``others``: what objects are older than is not
+    what they were made with, beside their sources and our headers."""
     temp, target = temp.resolve(), target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -211,9 +219,11 @@ def run_ninja(
         ]
     lines += ["rule link", f"  command = {shlex.join(linker)} $in {shlex.join(link)} -o $out"]
     made = []
+    beside = " ".join(escape(str(path)) for path in others)
     for source, compiler, own, variant in objects:
         made.append(escape(f"{source.relative_to(CSRC)}{variant}.o"))
-        lines += [f"build {made[-1]}: {compiler} {escape(str(source.resolve()))}", f"  own = {shlex.join(own)}"]
+        lines.append(f"build {made[-1]}: {compiler} {escape(str(source.resolve()))} | {beside}")
+        lines.append(f"  own = {shlex.join(own)}")
     lines.append(f"build {escape(str(target))}: link {' '.join(made)}")
     write_if_changed(temp / "build.ninja", "\n".join(lines) + "\n")
     print(run([find_ninja(), "-C", str(temp)], " and ".join(command[0] for command in compilers.values())), flush=True)
@@ -288,11 +298,16 @@ def find_torch_include() -> Path:
     """The headers of the torch in the target environment, found without importing it."""
     homes = package_homes("torch")
     for home in homes:
-        if (home / "include" / "torch" / "headeronly" / "version.h").exists():
+        if version_of(home / "include").exists():
             return home / "include"
     if any((home / "include").exists() for home in homes):
         raise CannotBuildError("the headers of torch are older than 2.11; pip install --upgrade torch")
     raise CannotBuildError("no torch headers; pip install torch, then pip install --no-build-isolation .")
+
+
+def version_of(torch_include: Path) -> Path:
+    """The header that says which torch the others belong to."""
+    return torch_include / "torch" / "headeronly" / "version.h"
 
 
 def find_pybind11_include(torch_include: Path) -> Path:

@@ -25,6 +25,6 @@ struct AdamEma {
 };
 
 int64_t workspace_size(const AdamTensor* tensors, int64_t count);
-cudaError_t adam_ema(const AdamEma& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t adam_ema(const AdamEma& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

@@ -214,7 +214,7 @@ INLINE void interleave(const float* const* rows, int64_t pixels, float* out, int
 template <class Kind>
 INLINE const float* draw(const Draw& d, const Shape& s, const Tile& t, float* out, float* scratch) {
     const Stream noise = stream(d, t.sample);
-    if (!s.nhwc) {
+    if (!s.nhwc || s.height * s.width == 1) {
         Kind::fill(noise, static_cast<uint32_t>(t.begin / 4), t.size, out);
         return out;
     }

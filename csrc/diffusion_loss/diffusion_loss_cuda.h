@@ -25,6 +25,6 @@ struct DiffusionLoss {
 // Blocks along a sample.
 int64_t diffusion_loss_blocks(const DiffusionLoss& a);
 
-cudaError_t diffusion_loss(const DiffusionLoss& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t diffusion_loss(const DiffusionLoss& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

@@ -118,6 +118,7 @@ GroupNorm arguments(const Tensor& x, const Tensor& weight, const Tensor& bias, i
         a.drop_below = static_cast<uint64_t>(std::nearbyint(dropout * 4294967296.0));
         a.keep_scale = static_cast<float>(1 / (1 - dropout));
     }
+    if (a.shape.height * a.shape.width == 1) a.shape.nhwc = true;  // of one pixel the channels lie side by side
     plan(a);
     return a;
 }
@@ -130,10 +131,12 @@ std::vector<Tensor> group_norm_silu(
     int64_t layer, bool activation) {
     GroupNorm a = arguments(x, weight, bias, groups, eps, channel_bias, scale, shift, residual, x2, dropout, seed,
                             seed_tensor, sample, step, step_tensor, layer, activation);
-    std::vector<Tensor> outputs{new_image(a.shape, x.scalar_type())};
+    Shape of_y = shape(x);
+    of_y.channels = a.shape.channels;
+    std::vector<Tensor> outputs{new_image(of_y, x.scalar_type())};
     outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Double));
     outputs.push_back(new_tensor({a.shape.batch, groups}, ScalarType::Float));
-    if (residual) outputs.push_back(new_image(a.shape, x.scalar_type()));
+    if (residual) outputs.push_back(new_image(of_y, x.scalar_type()));
     a.y = image(outputs[0], a.shape);
     a.mean = static_cast<double*>(outputs[1].data_ptr()), a.rstd = static_cast<float*>(outputs[2].data_ptr());
     if (residual) a.h = image(outputs[3], a.shape);

@@ -478,7 +478,7 @@ __device__ __forceinline__ void in_teams(const GroupNorm& a, First first, Merge 
 // Runs such a kernel. Two teams at least where there are two slabs: one moves data while the other waits. A block takes
 // several parts where the device has no room for as many blocks.
 template <class Kernel>
-cudaError_t launch_teams(Kernel kernel, GroupNorm a, Launch l) {
+[[nodiscard]] cudaError_t launch_teams(Kernel kernel, GroupNorm a, Launch l) {
     const int64_t slabs = a.shape.batch * a.plan.slabs;
     if (slabs == 0) return cudaSuccess;
     l.cooperative = true, l.dependent = false;

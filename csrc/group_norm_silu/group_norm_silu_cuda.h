@@ -52,8 +52,8 @@ struct GroupNorm {
 // ``slabs``: images as large as y that stay on the chip in one_read: x, the residual and, in backward, dy.
 GroupNormPlan plan(const GroupNorm& a, int slabs);
 
-cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream);
-cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda
 

@@ -36,7 +36,7 @@ bool suits(const Image& t, int64_t channels, int64_t pixels, DType dtype, bool n
     if (!t.data) return true;
     const int64_t n = 16 / element_size(dtype);
     if (t.dtype != dtype || dtype == DType::f64 || alignment(t, element_size(dtype)) < 16) return false;
-    return nhwc ? t.channel_stride == 1 && channels % n == 0 && t.pixel_stride % n == 0
+    return nhwc ? t.channel_stride == 1 && channels % n == 0 && (pixels == 1 || t.pixel_stride % n == 0)
                 : t.pixel_stride == 1 && pixels % n == 0 && t.channel_stride % n == 0;
 }
 

@@ -16,7 +16,7 @@ struct PhiloxWords {
     int64_t* out;  // [batch, size]
 };
 
-cudaError_t normal(const Normal& a, cudaStream_t stream);
-cudaError_t philox_words(const PhiloxWords& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t normal(const Normal& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t philox_words(const PhiloxWords& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

@@ -17,6 +17,6 @@ struct QSample {
     QSampleReturns returns;
 };
 
-cudaError_t q_sample(const QSample& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t q_sample(const QSample& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

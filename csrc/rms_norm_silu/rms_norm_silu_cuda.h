@@ -23,7 +23,7 @@ struct RmsNorm {
 // Rows of partial sums that backward needs room for.
 int64_t rms_norm_sums(const RmsNorm& a);
 
-cudaError_t rms_norm_forward(const RmsNorm& a, cudaStream_t stream);
-cudaError_t rms_norm_backward(const RmsNorm& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t rms_norm_forward(const RmsNorm& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t rms_norm_backward(const RmsNorm& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

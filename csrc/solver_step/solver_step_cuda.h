@@ -17,6 +17,6 @@ struct SolverStep {
     Source source, known_source;  // without a step: it is the row
 };
 
-cudaError_t solver_step(const SolverStep& a, cudaStream_t stream);
+[[nodiscard]] cudaError_t solver_step(const SolverStep& a, cudaStream_t stream);
 
 }  // namespace fastddpm::cuda

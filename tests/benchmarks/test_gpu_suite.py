@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -230,6 +231,17 @@ def test_what_pytest_prints_is_understood() -> None:
 
 
 # without a GPU
+
+
+def test_it_fits_on_a_machine_that_has_little() -> None:
+    """No module that it collects or runs imports more than the package needs, beside torch, Triton and pytest."""
+    enough = {"torch", "triton", "pytest", "numpy", "PIL", "safetensors", "tqdm", "fastddpm", "tests", "benchmarks"}
+    for path in (path for folder in ("tests", "benchmarks") for path in (gpu_record.ROOT / folder).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else modules
+            names = {name.partition(".")[0] for name in modules}
+            assert names <= enough | sys.stdlib_module_names, path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")

@@ -22,7 +22,7 @@ from pathlib import Path
 from fastddpm import _native
 
 LIBRARY = Path(_native.__file__).with_name("_cuda.so")
-TABLE_OF = ("sm_80", "sm_90", "sm_100")
+TABLE_OF = ("sm_80", "sm_90", "sm_100")  # whose hot kernels have a line each
 
 
 @dataclass(frozen=True)
@@ -178,20 +178,23 @@ def table(found: dict[str, list[Binary]], nvcc: str) -> str:
         "a speed. `local` counts the instructions that touch local memory, spills among them; `16 bytes` and `less`",
         "the loads and stores of device memory by width: what belongs to a sample, a channel or a group is narrow.",
         "",
-        "| architecture | kernels | most registers | with local memory |",
-        "| --- | --- | --- | --- |",
+        "| architecture | kernels | most registers | with local memory | hot ones | not as planned |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for arch, every in found.items():
-        local = sum(b.stack + b.local > 0 for b in every)
-        lines.append(f"| {arch} | {len(every)} | {max(b.registers for b in every)} | {local} |")
+        local, rows = sum(b.stack + b.local > 0 for b in every), hot(every)
+        wrong = sum(bool(complaints(rule, b)) for rule, b in rows)
+        most = max(b.registers for b in every)
+        lines.append(f"| {arch} | {len(every)} | {most} | {local} | {len(rows)} | {wrong} |")
     lines += [
         "",
-        "The hot ones:",
+        f"The hot ones, for {', '.join(arch for arch in found if arch in TABLE_OF or len(found) == 1)}:",
         "",
         "| kernel | architecture | registers | shared bytes | local | 16 bytes | less |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for _, b in sorted((row for every in found.values() for row in hot(every)), key=lambda row: HOT.index(row[0])):
+    rows = [row for arch, every in found.items() if arch in TABLE_OF or len(found) == 1 for row in hot(every)]
+    for _, b in sorted(rows, key=lambda row: HOT.index(row[0])):
         wide = b.wide(b.loads) + b.wide(b.stores)
         lines.append(f"| `{b.kernel}` | {b.arch} | {b.registers} | {b.shared} | {b.local} | {wide} | {b.narrow} |")
     return "\n".join(lines)
@@ -200,11 +203,10 @@ def table(found: dict[str, list[Binary]], nvcc: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, default=LIBRARY, help="or a cubin; by default that of this package")
-    parser.add_argument("--arch", action="append", help="such as sm_90; by default all, with --table those of the page")
+    parser.add_argument("--arch", action="append", help="such as sm_90; by default all")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    archs = options.arch or (TABLE_OF if options.table else architectures(options.library))
-    found = {arch: binaries(arch, options.library) for arch in archs}
+    found = {arch: binaries(arch, options.library) for arch in options.arch or architectures(options.library)}
     if options.table:
         print(table(found, _native.build_info()["cuda"]["nvcc"]))
     else:

@@ -27,8 +27,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
+TORCH = Path(torch.__file__).parent
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-FLAGS = ["-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O0", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror=unused-result"]
+FLAGS += ["-Wno-unknown-pragmas"]
 DEFINES = ["-DFASTDDPM_EMULATED=1", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
@@ -51,45 +53,40 @@ def ops(csrc: Path = ROOT / "csrc") -> list[str]:
 
 def library(names: list[str] | None = None, csrc: Path = ROOT / "csrc") -> Path:
     """Build the library of these ops (all), unless it lies there built from the same sources; return its path."""
-    cxx = compiler() or "g++"
-    torch_home = Path(torch.__file__).parent
-    includes = [f"-I{csrc}", f"-I{EMULATION}", f"-isystem{torch_home / 'include'}"]
-    headers = headers_of(csrc)
-    options = [cxx, *FLAGS, *SANITIZE, *DEFINES, torch.__version__]
-
-    def compiled(source: Path) -> Path:
-        used = [source, *headers, *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
-        key = digest(options, used)
-        target = BUILD / f"{source.name}.{key}.o"
-        if not target.exists():
-            command = [cxx, *FLAGS, *SANITIZE, *DEFINES, *includes, "-x", "c++", "-c", str(source)]
-            made(target, command)
-        return target
-
     wanted = ops(csrc) if names is None else names
     sources = [EMULATION / "emulator.cpp"]
     sources += [path for op in wanted for end in ("cu", "cpp") for path in csrc.glob(f"{op}/*_cuda.{end}")]
+    return linked("emulated-", sources, ["-shared"], [f"-L{TORCH / 'lib'}", "-ltorch_cpu"], csrc)
+
+
+def program(source: Path, *kernels: str) -> Path:
+    """Build a program of one source, linked with the kernels of these ops; return its path."""
+    sources = [source, EMULATION / "emulator.cpp"]
+    sources += [path for op in kernels for path in (ROOT / "csrc").glob(f"{op}/*_cuda.cu")]
+    return linked(f"{source.stem}-", sources, [], [], ROOT / "csrc")
+
+
+def linked(name: str, sources: list[Path], options: list[str], libraries: list[str], csrc: Path) -> Path:
+    """What is made of these sources, of which objects are made where there are none."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with locked(BUILD / "lock"):
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            objects = sorted(pool.map(compiled, sources))
-        target = BUILD / f"emulated-{digest(options, objects)}.so"
+            objects = sorted(pool.map(lambda source: compiled(source, csrc), sources))
+        target = BUILD / f"{name}{digest([*options, *SANITIZE], objects)}{'.so' if '-shared' in options else ''}"
         if not target.exists():
-            libraries = [f"-L{torch_home / 'lib'}", "-ltorch_cpu"]
-            made(target, [cxx, "-shared", *SANITIZE, *map(str, objects), *libraries])
+            made(target, [compiler() or "g++", *options, *SANITIZE, *map(str, objects), *libraries])
     return target
 
 
-def program(source: Path, *included: Path) -> Path:
-    """Build a program of one source, which includes some of csrc beside headers; return its path."""
-    cxx, csrc = compiler() or "g++", ROOT / "csrc"
-    sources = [source, EMULATION / "emulator.cpp"]
-    target = BUILD / f"{source.stem}-{digest([cxx, *FLAGS, *SANITIZE], [*sources, *included, *headers_of(csrc)])}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with locked(BUILD / "lock"):
-        if not target.exists():
-            includes = [f"-I{csrc}", f"-I{EMULATION}"]
-            made(target, [cxx, *FLAGS, *SANITIZE, *includes, "-x", "c++", *map(str, sources)])
+def compiled(source: Path, csrc: Path) -> Path:
+    """The object of a source."""
+    options = [compiler() or "g++", *FLAGS, *SANITIZE, *DEFINES]
+    used = [source, *headers_of(csrc), *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
+    used += csrc.glob("*/*_cuda.h") if source.parent == EMULATION else []  # a program may call any kernel
+    target = BUILD / f"{source.name}.{digest([*options, torch.__version__], used)}.o"
+    if not target.exists():
+        includes = [f"-I{csrc}", f"-I{EMULATION}", f"-isystem{TORCH / 'include'}"]
+        made(target, [*options, *includes, "-x", "c++", "-c", str(source)])
     return target
 
 

@@ -92,6 +92,24 @@ def test_a_wheel_has_the_kernels_for_the_architectures_asked_for(checkout: Path,
 
 
 @pytest.mark.nvcc
+@pytest.mark.timeout(300)  # where sources have changed since, it compiles them
+@pytest.mark.skipif(not any(ROOT.glob("build/temp.*/_cuda/*/*.o")), reason="was not installed from this checkout")
+def test_the_wheel_of_this_checkout(tmp_path: Path) -> None:
+    """Has both libraries, of the objects that the installation has left."""
+    archs = [name.removeprefix("sm_") for name in _native.build_info()["cuda"]["architectures"][:-1]]
+    commands = ["egg_info", "--egg-base", str(tmp_path), "build", "--build-lib", str(tmp_path / "lib")]
+    commands += ["bdist_wheel", "--bdist-dir", str(tmp_path / "wheel"), "--dist-dir", str(tmp_path)]
+    required = {"FASTDDPM_REQUIRE_NATIVE": "1", "FASTDDPM_REQUIRE_CUDA": "1"}
+    run = build(ROOT, *commands, FASTDDPM_CUDA_ARCHS=";".join(archs), **required)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        assert json.loads(files.read("fastddpm/_cuda_build.json")) == _native.build_info()["cuda"]
+        assert files.getinfo("fastddpm/_cuda.so").file_size == LIBRARY.stat().st_size
+        assert any(re.fullmatch(r"fastddpm/_C\..*\.so", name) for name in files.namelist())
+
+
+@pytest.mark.nvcc
 def test_no_library_outlives_a_build_without_it(checkout: Path) -> None:
     assert build(checkout).returncode == 0
     assert (checkout / "fastddpm" / "_cuda.so").exists()

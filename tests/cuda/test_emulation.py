@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -51,7 +52,23 @@ MISTAKES = {
     13: ("blocks of a cooperative launch that do not meet", "nan|-nan|wrong"),
     14: ("a meeting that a block does not come to", "deadlock"),
     15: ("more blocks at once than there is room for", "cannot launch"),
+    16: ("a kernel that may start early and does not wait", "does not wait for the one before it"),
 }
+
+
+def test_a_launch_that_nobody_checks_does_not_compile(tmp_path: Path) -> None:
+    """Of an error that is forgotten the compiler complains; no kernel is launched in another way."""
+    source = tmp_path / "unchecked.cu"
+    source.write_text(
+        '#include "common/cuda/platform.cuh"\n'
+        "__global__ void kernel() {}\n"
+        "void unchecked() { fastddpm::cuda::launch(kernel, {}); }\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RuntimeError, match="unused-result"):
+        emulated.program(source)
+    kernels = "".join(path.read_text(encoding="utf-8") for path in (emulated.ROOT / "csrc").glob("**/*.cu*"))
+    assert re.findall(r"<<<|cudaLaunch\w*Kernel\w*", kernels) == ["cudaLaunchKernelEx"]
 
 
 @pytest.mark.parametrize("number", MISTAKES, ids=lambda number: MISTAKES[number][0])

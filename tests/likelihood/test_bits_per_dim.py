@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fastddpm.diffusion import GaussianDiffusion, prior_kl
@@ -293,7 +292,8 @@ def test_histogram_by_hand() -> None:
 
 
 def test_histogram_of_the_digits() -> None:
-    digits = load_digits().images.astype(np.uint8)[:, None]
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra: pip install fastddpm[digits]")
+    digits = datasets.load_digits().images.astype(np.uint8)[:, None]
     order = np.random.Generator(np.random.Philox(0)).permutation(len(digits))
     value = histogram_bits_per_dim(digits[order[:1500]], digits[order[1500:]], levels=17)
     assert abs(value - 2.42) < 0.05

@@ -134,14 +134,14 @@ inline Device device() {
 }
 
 template <class... P>
-cudaError_t allow_shared_memory(void (*kernel)(P...), size_t bytes) {
+[[nodiscard]] cudaError_t allow_shared_memory(void (*kernel)(P...), size_t bytes) {
     if (bytes <= 48 * 1024) return cudaSuccess;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 // How many blocks of a kernel the device has room for at once.
 template <class... P>
-cudaError_t room_for(void (*kernel)(P...), const Launch& l, int& blocks) {
+[[nodiscard]] cudaError_t room_for(void (*kernel)(P...), const Launch& l, int& blocks) {
     const cudaError_t error = allow_shared_memory(kernel, l.shared);
     if (error != cudaSuccess) return error;
     int of_processor = 0;
@@ -151,9 +151,9 @@ cudaError_t room_for(void (*kernel)(P...), const Launch& l, int& blocks) {
     return found != cudaSuccess ? found : blocks ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-// Run a kernel; nothing where the grid is empty. Returns the error of the launch.
+// Run a kernel; nothing where the grid is empty. Returns the error of the launch, which nobody may forget.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments) {
+[[nodiscard]] cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments) {
     if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return cudaSuccess;
     cudaError_t error = allow_shared_memory(kernel, l.shared);
     if (error == cudaSuccess && l.cluster > 8)

@@ -59,13 +59,14 @@ void shown(void* value, size_t size, unsigned lane, unsigned mask);  // what a l
 void copy_later(void* to, const void* from, size_t size, size_t zeros);
 void commit_copies();
 void wait_copies(size_t still_under_way);
+void wait_for_kernel_before();
 [[noreturn]] void fail(const char* format, ...);  // ends the process, saying which thread did what
 
 struct Launch {
     dim3 grid, block;
     size_t shared;
     unsigned cluster;
-    bool cooperative;
+    bool cooperative, dependent;
 };
 int run(const Launch& launch, const std::function<void()>& kernel);  // a cudaError_t
 constexpr int PROCESSORS = 4, BLOCKS_OF_PROCESSOR = 2;  // at once, of any kernel: room for a cooperative launch
@@ -138,8 +139,8 @@ static inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
     return emulation::peer_shared_memory(own, rank);
 }
 
-// Programmatic dependent launch: kernels run one behind the other here.
-static inline void cudaGridDependencySynchronize() {}
+// Programmatic dependent launch: kernels run one behind the other here, but one that may start early must wait.
+static inline void cudaGridDependencySynchronize() { emulation::wait_for_kernel_before(); }
 static inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 // Asynchronous copies to shared memory (cuda_pipeline.h).
@@ -199,11 +200,13 @@ struct cudaLaunchConfig_t {
 };
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-    emulation::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false};
+    emulation::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false, false};
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = config->attrs[i];
         if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
         if (attribute.id == cudaLaunchAttributeCooperative) launch.cooperative = attribute.val.cooperative != 0;
+        if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+            launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
     }
     return emulation::run(launch, [&] { kernel(P(arguments)...); });
 }

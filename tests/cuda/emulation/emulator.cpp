@@ -77,6 +77,7 @@ struct Fiber {
     // two places to show values in: a lane may be one exchange ahead of those that still read
     std::vector<unsigned char> shown[2];
     unsigned exchanges = 0;
+    bool early = false;  // may have started before the kernel in front of its own has ended
 };
 
 struct Block {
@@ -106,6 +107,7 @@ void body() {
     SANITIZED(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size));
     (*kernel)();
     Fiber* fiber = current;
+    if (fiber->early) fail("a kernel that may start early does not wait for the one before it");
     fiber->state = Fiber::done;  // copies that were not waited for never take place
     if (--fiber->home->left == 0) {
         free(fiber->home->shared);  // whoever reads it from another block now is seen by AddressSanitizer
@@ -328,6 +330,8 @@ void wait_copies(size_t still_under_way) {
     }
 }
 
+void wait_for_kernel_before() { current->early = false; }
+
 int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     const uint64_t grid = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
@@ -373,6 +377,7 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
                                 static_cast<unsigned>(index / launch.grid.x / launch.grid.y)};
                 fiber.rank = i % cluster;
                 fiber.home = block.get();
+                fiber.early = launch.dependent;
                 fiber.lane = t % 32, fiber.warp = t / 32;
                 fiber.stack = new_stack();
                 begin(fiber);

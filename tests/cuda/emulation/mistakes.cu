@@ -27,6 +27,7 @@ enum Mistake {
     no_meeting,                // a block reads the sums of others that have not written them
     meeting_for_some,          // a block does not come
     too_many_blocks,           // more than the device has room for at once
+    no_wait_for_kernel,        // of the first kernel again, which may start early: does not wait for the one before it
 };
 
 constexpr int THREADS = 64, WARPS = THREADS / 32, BLOCKS = 2;
@@ -35,6 +36,7 @@ __global__ void sum_kernel(const float* x, float* out, const Mistake mistake) {
     float* tile = shared_memory<float>();  // [THREADS]
     float* sums = tile + THREADS;          // [WARPS + 1], the last that of the block
     const int t = threadIdx.x, at = blockIdx.x * THREADS + t;
+    if (mistake != no_wait_for_kernel) wait_for_previous_kernel();
     if (t % 4 == 0) copy_16_bytes(tile + t, x + at + (mistake == misaligned));
     commit_copies();
     if (mistake != no_wait_for_copies) wait_for_copies();
@@ -94,10 +96,10 @@ int main(int, char** arguments) {
     const auto mistake = static_cast<Mistake>(atoi(arguments[1]));
     std::vector<float> x(BLOCKS * THREADS);
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
-    if (mistake >= cooperative) return together(x, mistake);
+    if (mistake >= cooperative && mistake != no_wait_for_kernel) return together(x, mistake);
     float out = -1;
     Launch l;
-    l.grid = dim3(BLOCKS), l.block = dim3(THREADS), l.cluster = BLOCKS;
+    l.grid = dim3(BLOCKS), l.block = dim3(THREADS), l.cluster = BLOCKS, l.dependent = true;
     l.shared = (THREADS + WARPS + 1 + (mistake == nothing_written)) * sizeof(float);
     if (mistake == too_much_shared) l.shared = 1 << 20;
     const cudaError_t error = launch(sum_kernel, l, static_cast<const float*>(x.data()), &out, mistake);

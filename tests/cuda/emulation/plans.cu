@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "group_norm_silu/group_norm_silu_plan_cuda.cu"
+#include "group_norm_silu/group_norm_silu_cuda.h"
 
 using namespace fastddpm;
 using namespace fastddpm::cuda;
