@@ -9,6 +9,7 @@ enum : int64_t {
     PANEL = 32,              // output channels whose weights lie together
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
+    WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
     WIDE = 128, HIGH = 64,   // channels and output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
@@ -33,6 +34,16 @@ struct Conv3x3 {
     int64_t scratch;       // floats that a call needs
 };
 
+// Tiles whose input all threads transform; then they multiply, each its share of the frequencies and panels; then they
+// transform the output. Transformed weights are read once for all tiles, and by one thread.
+struct Conv3x3Wave {
+    Conv3x3 of;
+    int64_t first, count, rows;  // its tiles, and as many as the products take
+    int64_t v_apart, m_apart;    // floats between frequencies
+    float *v, *m;                // [frequencies, rows, channels], [frequencies, panels, rows, 32]
+    const float* zeros;          // [channels]
+};
+
 // Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], 0 in the panel's channels beyond the last. Strides
 // count elements; backward exchanges the first two, and turns the filter by 180 degrees.
 struct Conv3x3Weights {
@@ -54,6 +65,9 @@ struct Conv3x3Gradient {
 };
 
 FASTDDPM_DECLARE(conv3x3_forward, const Conv3x3& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(conv3x3_input, const Conv3x3Wave& w, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_products, const Conv3x3Wave& w, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_output, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_weights, const Conv3x3Weights& a, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_gradient, const Conv3x3Gradient& a, int64_t begin, int64_t end, float* scratch)
 FASTDDPM_DECLARE(conv3x3_sum, const Conv3x3Gradient& a, int64_t begin, int64_t end)

@@ -8,7 +8,8 @@
 //
 // The products of a block of tiles are a matrix product for each frequency (tiles x channels by channels x 32), from the
 // second cache: their registers hold ROWS tiles by 32 channels. What limits it is multiply-add, of which the transforms
-// are a tenth, and where there are few tiles, reading the transformed weights.
+// are a tenth, and where there are few tiles, reading the transformed weights. Where these are many, all of a wave of tiles
+// is transformed first, and a matrix product takes one frequency of all its tiles.
 
 #include "conv3x3/conv3x3.h"
 
@@ -210,6 +211,14 @@ INLINE void multiply(const float* v, int64_t channels, const float* u, float* ou
     } while (k < channels);
 }
 
+// The same of any number of rows, a multiple of REST. What is ``next`` is asked for in two halves.
+void multiply_rows(const float* v, int64_t rows, int64_t channels, const float* u, float* out, const float* next) {
+    int64_t t = 0;
+    for (; t + ROWS <= rows; t += ROWS)
+        multiply<ROWS>(v + t * channels, channels, u, out + t * PANEL, next + t / ROWS % 2 * (PANEL / 2));
+    for (; t < rows; t += REST) multiply<REST>(v + t * channels, channels, u, out + t * PANEL, next);
+}
+
 // out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], from 0 on if it is the ``first``. Rows of d are HIGH
 // floats, of v and out WIDE.
 INLINE void accumulate(const float* d, const float* v, int64_t count, bool first, float* out) {
@@ -302,17 +311,30 @@ void forward(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch)
         }
         last = block;
         for (int64_t i = 0; i < F; ++i) {
-            const float *u = a.weights + (panel * F + i) * channels * PANEL, *of_v = v + i * v_apart;
-            float* of_m = m + i * m_apart;
-            const float* next = u + channels * PANEL;  // asked for in two halves, by one product after the other
-            int64_t t = 0;
-            for (; t + ROWS <= rows; t += ROWS)
-                multiply<ROWS>(of_v + t * channels, channels, u, of_m + t * PANEL, next + t / ROWS % 2 * (PANEL / 2));
-            for (; t < rows; t += REST) multiply<REST>(of_v + t * channels, channels, u, of_m + t * PANEL, next);
+            const float* u = a.weights + (panel * F + i) * channels * PANEL;
+            multiply_rows(v + i * v_apart, rows, channels, u, m + i * m_apart, u + channels * PANEL);
         }
         const int64_t first = panel * PANEL;
         read_bias(a.bias, first, a.outputs - first < PANEL ? a.outputs - first : PANEL, bias);
         for (int64_t t = 0; t < count; ++t) write_tile<M>(a, y, tile + t, first, m + t * PANEL, m_apart, bias);
+    }
+}
+
+template <int M, class T>
+void wave_input(const Conv3x3Wave& w, const T* zeros, int64_t begin, int64_t end) {
+    const int64_t channels = w.of.shape.channels;
+    for (int64_t t = begin; t < end; ++t)
+        read_tile<M>(w.of, w.first + t, 0, channels, zeros, w.v + t * channels, w.v_apart);
+}
+
+template <int M, class T>
+void wave_output(const Conv3x3Wave& w, T* y, int64_t begin, int64_t end) {
+    float bias[PANEL];
+    for (int64_t first = 0; first < w.of.outputs; first += PANEL) {
+        read_bias(w.of.bias, first, w.of.outputs - first < PANEL ? w.of.outputs - first : PANEL, bias);
+        const float* m = w.m + first * w.rows;
+        for (int64_t t = begin; t < end; ++t)
+            write_tile<M>(w.of, y, w.first + t, first, m + t * PANEL, w.m_apart, bias);
     }
 }
 
@@ -399,6 +421,35 @@ void weights(const Conv3x3Weights& a, const T* from, int64_t begin, int64_t end)
 void conv3x3_forward(const Conv3x3& a, int64_t begin, int64_t end, float* scratch) {
     with_output_type(a.y.dtype, a.y.data, [&](auto* y) {
         a.tile == 4 ? forward<4>(a, y, begin, end, scratch) : forward<2>(a, y, begin, end, scratch);
+    });
+}
+
+// A work item is a tile ..
+void conv3x3_input(const Conv3x3Wave& w, int64_t begin, int64_t end) {
+    with_output_type(w.of.y.dtype, w.of.x.data, [&](auto* x) {
+        const auto* zeros = reinterpret_cast<decltype(x)>(const_cast<float*>(w.zeros));
+        w.of.tile == 4 ? wave_input<4>(w, zeros, begin, end) : wave_input<2>(w, zeros, begin, end);
+    });
+}
+
+// .. a panel of a frequency ..
+void conv3x3_products(const Conv3x3Wave& w, int64_t begin, int64_t end) {
+    const int64_t channels = w.of.shape.channels, panels = (w.of.outputs + PANEL - 1) / PANEL;
+    const int64_t frequencies = (w.of.tile + 2) * (w.of.tile + 2), rows = (w.count + REST - 1) / REST * REST;
+    const auto weights = [&](int64_t item) {
+        return w.of.weights + (item % panels * frequencies + item / panels) * channels * PANEL;
+    };
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t i = item / panels, panel = item % panels;
+        multiply_rows(w.v + i * w.v_apart, rows, channels, weights(item),
+                      w.m + i * w.m_apart + panel * w.rows * PANEL, weights(item + 1 < end ? item + 1 : item));
+    }
+}
+
+// .. and again a tile.
+void conv3x3_output(const Conv3x3Wave& w, int64_t begin, int64_t end) {
+    with_output_type(w.of.y.dtype, w.of.y.data, [&](auto* y) {
+        w.of.tile == 4 ? wave_output<4>(w, y, begin, end) : wave_output<2>(w, y, begin, end);
     });
 }
 
