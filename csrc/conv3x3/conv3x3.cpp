@@ -124,12 +124,12 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
     g.of.y = image(dy, shape(dy));
     Tensor dweight = new_image({outputs, channels, 3, 3, true}, weight.scalar_type());
     g.gradient = {dweight.data_ptr(), dtype(dweight), 9 * channels, 1, channels, true};
-    const int64_t items = parts(channels, WIDE) * parts(outputs, HIGH);
+    const int64_t wide = GRADIENT_WIDE(tile), items = parts(channels, wide) * parts(outputs, HIGH);
     g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
     std::vector<float> of_bias(bias ? g.slices * outputs : 0);
     g.sums = scratch<OF_SUMS>(g.slices * outputs * 9 * channels), g.bias = bias ? of_bias.data() : nullptr;
-    parallel(g.slices * items, WIDE * HIGH * g.of.tiles / g.slices, [&](int64_t begin, int64_t end) {
-        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch<OF_ITEM>(GRADIENT_SCRATCH(frequencies(tile))));
+    parallel(g.slices * items, wide * HIGH * g.of.tiles / g.slices, [&](int64_t begin, int64_t end) {
+        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch<OF_ITEM>(GRADIENT_SCRATCH(tile)));
     });
     parallel(outputs, 9 * channels * g.slices,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_sum)(g, begin, end); });

@@ -10,14 +10,18 @@ enum : int64_t {
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
-    WIDE = 128, HIGH = 64,   // channels and output channels of a work item of the gradient
+    HIGH = 64,               // output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
 };
 
-// Floats that the gradient needs, with so many frequencies.
-constexpr int64_t GRADIENT_SCRATCH(int64_t frequencies) {
-    return frequencies * (CHUNK * (WIDE + HIGH) + HIGH * WIDE + 3 * APART) + WIDE;
+// Channels of a work item of the gradient: its sums, of each frequency, shall lie in the second cache.
+constexpr int64_t GRADIENT_WIDE(int64_t tile) { return tile == 4 ? 64 : 128; }
+
+// Floats that it needs.
+constexpr int64_t GRADIENT_SCRATCH(int64_t tile) {
+    const int64_t wide = GRADIENT_WIDE(tile);
+    return (tile + 2) * (tile + 2) * (CHUNK * (wide + HIGH) + HIGH * wide + 3 * APART) + wide;
 }
 
 // What the convolution is cut into: tiles of 2x2 or 4x4 pixels of the output, each from two more of the input either way.
@@ -55,7 +59,7 @@ struct Conv3x3Weights {
     float* to;
 };
 
-// The gradient of the weights: a work item is WIDE channels by HIGH output channels of a slice of the tiles.
+// The gradient of the weights: a work item is GRADIENT_WIDE channels by HIGH output channels of a slice of the tiles.
 struct Conv3x3Gradient {
     Conv3x3 of;      // x, and y the gradient of the output
     int64_t slices;  // of the tiles: as many whatever the threads, for their sums come to the same then

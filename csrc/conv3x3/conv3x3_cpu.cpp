@@ -220,14 +220,15 @@ void multiply_rows(const float* v, int64_t rows, int64_t channels, const float* 
 }
 
 // out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], from 0 on if it is the ``first``. Rows of d are HIGH
-// floats, of v and out WIDE.
+// floats, of v WIDE.
+template <int64_t WIDE>
 INLINE void accumulate(const float* d, const float* v, int64_t count, bool first, float* out) {
     VF total[GRADIENT_ROWS][N]{};
     if (!first)
 #pragma GCC unroll 16
         for (int r = 0; r < GRADIENT_ROWS; ++r)
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) total[r][n] = load(out + r * WIDE + n * W);
+            for (int n = 0; n < N; ++n) total[r][n] = load(out + r * PANEL + n * W);
     for (int64_t t = 0; t < count; ++t, d += HIGH, v += WIDE) {
         VF b[N];
 #pragma GCC unroll 16
@@ -242,7 +243,7 @@ INLINE void accumulate(const float* d, const float* v, int64_t count, bool first
 #pragma GCC unroll 16
     for (int r = 0; r < GRADIENT_ROWS; ++r)
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) store(out + r * WIDE + n * W, total[r][n]);
+        for (int n = 0; n < N; ++n) store(out + r * PANEL + n * W, total[r][n]);
 }
 
 // A^T m A of the 32 channels of a panel, and the bias, to the pixels of a tile.
@@ -320,6 +321,14 @@ void forward(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch)
     }
 }
 
+// Where the sums of output channel r and channel c lie, of a work item: what registers hold at a time lies together, for
+// the sums are read and written for every CHUNK of tiles, from the second cache.
+template <int64_t WIDE>
+INLINE int64_t place_of_sum(int64_t r, int64_t c) {
+    const int64_t block = r / GRADIENT_ROWS * (WIDE / PANEL) + c / PANEL;
+    return (block * GRADIENT_ROWS + r % GRADIENT_ROWS) * PANEL + c % PANEL;
+}
+
 template <int M, class T>
 void wave_input(const Conv3x3Wave& w, const T* zeros, int64_t begin, int64_t end) {
     const int64_t channels = w.of.shape.channels;
@@ -341,11 +350,12 @@ void wave_output(const Conv3x3Wave& w, T* y, int64_t begin, int64_t end) {
 template <int M, class T>
 void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end, float* scratch) {
     constexpr int F = FREQUENCIES<M>, S = SIDE<M>;
+    constexpr int64_t WIDE = GRADIENT_WIDE(M);
     const Conv3x3& a = g.of;
     const int64_t channels = a.shape.channels;
     const int64_t wide = (channels + WIDE - 1) / WIDE, high = (a.outputs + HIGH - 1) / HIGH;
     constexpr int64_t V_APART = CHUNK * WIDE + APART, D_APART = CHUNK * HIGH + APART, U_APART = HIGH * WIDE + APART;
-    static_assert(F * (V_APART + D_APART + U_APART) + WIDE == GRADIENT_SCRATCH(F));
+    static_assert(F * (V_APART + D_APART + U_APART) + WIDE == GRADIENT_SCRATCH(M) && WIDE >= HIGH);
     float *v = scratch, *d = v + F * V_APART, *u = d + F * D_APART, *zeros = u + F * U_APART;
     memset(zeros, 0, 4 * WIDE);
     for (int64_t item = begin; item < end; ++item) {
@@ -355,8 +365,10 @@ void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end,
         const int64_t from = slice * a.tiles / g.slices, to = (slice + 1) * a.tiles / g.slices;
         if (from == to) memset(u, 0, 4 * F * U_APART);
         if (of_k < WIDE || of_n < HIGH) memset(v, 0, 4 * F * (V_APART + D_APART));  // channels beyond the last
-        for (int64_t tile = from; tile < to; tile += CHUNK) {
-            const int64_t count = to - tile < CHUNK ? to - tile : CHUNK;
+        const int64_t chunks = (to - from + CHUNK - 1) / CHUNK;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const int64_t tile = from + chunk * (to - from) / chunks;
+            const int64_t count = from + (chunk + 1) * (to - from) / chunks - tile;
             for (int64_t t = 0; t < count; ++t) {
                 read_tile<M>(a, tile + t, k, of_k, reinterpret_cast<const T*>(zeros), v + t * WIDE, V_APART);
                 read_gradient<M>(a, tile + t, n, of_n, reinterpret_cast<const T*>(zeros), d + t * HIGH, D_APART);
@@ -364,14 +376,14 @@ void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end,
             for (int64_t i = 0; i < F; ++i)
                 for (int64_t r = 0; r < of_n; r += GRADIENT_ROWS)
                     for (int64_t c = 0; c < of_k; c += PANEL)
-                        accumulate(d + i * D_APART + r, v + i * V_APART + c, count, tile == from,
-                                   u + i * U_APART + r * WIDE + c);
+                        accumulate<WIDE>(d + i * D_APART + r, v + i * V_APART + c, count, chunk == 0,
+                                         u + i * U_APART + place_of_sum<WIDE>(r, c));
         }
         for (int64_t r = 0; r < of_n; ++r)
             for_vectors(of_k, [&](int64_t c, int64_t lanes) {
                 float* sums = g.sums + (slice * a.outputs + n + r) * 9 * channels + k + c;
                 along_both<S, 3, filter_transposed>(
-                    [&](int i, int j) { return load(u + (S * i + j) * U_APART + r * WIDE + c); },
+                    [&](int i, int j) { return load(u + (S * i + j) * U_APART + place_of_sum<WIDE>(r, c)); },
                     [&](int i, int j, VF value) { store(sums + (3 * i + j) * channels, value, lanes); });
             });
         if (g.bias && k == 0) {
