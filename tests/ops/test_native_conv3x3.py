@@ -85,8 +85,23 @@ def test_the_gradient_of_a_float32_weight(dtype: torch.dtype, autocast: bool) ->
     assert [torch.equal(one, two) for one, two in zip(found, other, strict=True)] == [True, False, True]
 
 
-def test_threads_change_no_bit() -> None:
-    case = convolution(4, 40, 70, 32, 32)
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tile"), [(torch.float32, 2), (torch.bfloat16, 4)])
+def test_waves_come_to_what_blocks_come_to(dtype: torch.dtype, tile: int, layout: str) -> None:
+    """To many outputs tiles are taken in waves, of the larger maps in two or three; to few outputs in blocks."""
+    for batch, height, width in ((1, 5, 6), (4, 40, 39)):
+        inputs = convolution(batch, 161, 170, height, width).inputs(dtype, layout)
+        x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+        y = torch.ops.fastddpm.conv3x3(x, weight, bias, False, tile)
+        for some in (slice(0, 40), slice(140, 170)):
+            few = torch.ops.fastddpm.conv3x3(x, weight[some], bias[some], False, tile)
+            assert torch.equal(y[:, some], few)
+
+
+@pytest.mark.parametrize("channels", [(40, 70), (161, 170)], ids=["in blocks", "in waves"])
+def test_threads_change_no_bit(channels: tuple[int, int]) -> None:
+    case = convolution(4, *channels, 32, 32)
     inputs = case.inputs(torch.float32, "NHWC")
     found = []
     with fastddpm.use_backend("native"):
