@@ -58,7 +58,7 @@ def test_contract(passed: Passed, library: Path, ops: list[str]) -> None:
 
 
 CUT = {
-    "group_norm_silu": "slabs64x4 or teams16x5 and NHWC and 96 or for_the_cooperative",
+    "group_norm_silu": "slabs64x4 or teams16x5 and NHWC and 96 or for_the_cooperative or sanitizer",
     "rms_norm_silu": "2x8x or 1x24x or 1x192x or 2x33x or 5x1x",
 }
 
