@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastddpm
-from benchmarks import gpu_suite
+from benchmarks import gpu_cases, gpu_suite
 from fastddpm import _native
 from tests.ops.cases import DTYPES, LAYOUTS, Case, Inputs, drawn, norm_weights, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
@@ -94,6 +94,17 @@ def test_slabs_and_clusters(plan: Plan, case: Case, cut: tuple[int, int, int], l
         assert cooperative_launches() == before
     elif layout == "NHWC" or "(1, 1)" in case.name:  # 16-byte accesses suit it
         assert cooperative_launches() == before + 2  # forward and backward
+
+
+@pytest.mark.parametrize("channels", sorted({c for n in gpu_cases.NETWORKS.values() for c, _ in n.norms}))
+def test_widths_of_the_networks(channels: int) -> None:
+    """Those of published U-Nets, which fill no power of two; few pixels, and a group of up to 80 channels."""
+    for layout, dtype in zip(LAYOUTS, (torch.bfloat16, torch.float32), strict=True):
+        case = call(channels, 32, (2, 4), batch=1, rich=layout == "NCHW")
+        inputs = case.inputs(dtype, layout)
+        with fastddpm.use_backend("native"), poisoned_memory():
+            found = results(case, inputs, dtype)
+        check_values(case, found, inputs, dtype)
 
 
 def test_what_the_sanitizer_watches_on_a_gpu(plan: Plan) -> None:
