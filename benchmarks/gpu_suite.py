@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import fnmatch
+import itertools
 import os
 import platform
 import re
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,7 +263,7 @@ def tests(options: Options) -> None:
 
 
 def sanitizer(options: Options) -> None:
-    """compute-sanitizer over the CUDA kernels: one contract case of each op, forward and backward."""
+    """compute-sanitizer over the CUDA kernels: a contract case of each op, and each way that a norm is cut."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         check(options, "sanitizer", "compute-sanitizer", True, "not installed: not run")
@@ -281,16 +283,36 @@ def selection(options: Options) -> None:
     """What the sanitizer watches."""
     import torch
 
+    from benchmarks import gpu_timing
+
+    hook = gpu_timing.plan_hook()
+    assert hook is not None
+    watched("cuda", hook)
+    torch.cuda.synchronize()
+
+
+def watched(device: str, hook: Callable[[int, int, int], None]) -> None:
+    """A case of each op with CUDA kernels, forward and backward, in both orders; group_norm_silu by one block, by a
+    cluster, by two reads and by the cooperative kernel. ``hook``: see `gpu_timing.plan_hook`."""
+    import torch
+
     import fastddpm
-    from tests.ops.cases import CASES, LAYOUTS, OPS
+    from benchmarks import gpu_timing
+    from tests.ops.cases import CASES, LAYOUTS, Case, norm_weights, randn
     from tests.ops.test_contract import results
 
-    for op in OPS:
-        case = next(case for case in CASES if case.op == op)
-        for layout in LAYOUTS:
-            with fastddpm.use_backend("native"):
-                results(case, case.inputs(torch.bfloat16, layout, "cuda"), torch.bfloat16)
-    torch.cuda.synchronize()
+    norm = Case(
+        "group_norm_silu", "cut", lambda g: dict(x=randn(g, 1, 32, 16, 16), num_groups=8, **norm_weights(g, 32)),
+        gradients=("x", "weight", "bias"),
+    )  # fmt: skip
+    calls = [(next(c for c in CASES if c.op == op), (0, 0, gpu_timing.BY_PLAN)) for op in OPS if op != "normal"]
+    ways = ((0, 1, gpu_timing.BY_PLAN), (0, 4, gpu_timing.BY_PLAN), (0, 0, gpu_timing.TWO_READS))
+    calls += [(norm, cut) for cut in (*ways, (0, 3, gpu_timing.COOPERATIVE))]
+    with fastddpm.use_backend("native"):
+        fastddpm.ops.normal((2, 100), seed=0, sample=torch.arange(2, device=device), step=0, stream=1)
+        for (case, cut), layout in itertools.product(calls, LAYOUTS):
+            with gpu_timing.planned(hook, cut):
+                results(case, case.inputs(torch.bfloat16, layout, device), torch.bfloat16)
 
 
 def measure(options: Options, part: Part) -> None:

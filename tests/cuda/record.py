@@ -93,7 +93,8 @@ def run(jobs: str, tests: tuple[str, ...] = TESTS, archs: list[str] | None = Non
     """Run the tests, which may fail; the record says so."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", *tests, "--run-slow", "-n", jobs, "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *tests, "--run-slow", "-n", jobs, "--dist", "worksteal"]
+        command += ["-q", "-p", "no:cacheprovider"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(emulated.ROOT)}
         environment["PYTEST_ADDOPTS"] = f"-p {PLUGIN}"
         begin = time.perf_counter()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastddpm
+from benchmarks import gpu_cases, gpu_suite
 from fastddpm import _native
 from tests.ops.cases import DTYPES, LAYOUTS, Case, Inputs, drawn, norm_weights, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
@@ -93,6 +94,31 @@ def test_slabs_and_clusters(plan: Plan, case: Case, cut: tuple[int, int, int], l
         assert cooperative_launches() == before
     elif layout == "NHWC" or "(1, 1)" in case.name:  # 16-byte accesses suit it
         assert cooperative_launches() == before + 2  # forward and backward
+
+
+@pytest.mark.parametrize("channels", sorted({c for n in gpu_cases.NETWORKS.values() for c, _ in n.norms}))
+def test_widths_of_the_networks(channels: int) -> None:
+    """Those of published U-Nets, which fill no power of two; few pixels, and a group of up to 80 channels."""
+    for layout, dtype in zip(LAYOUTS, (torch.bfloat16, torch.float32), strict=True):
+        case = call(channels, 32, (2, 4), batch=1, rich=layout == "NCHW")
+        inputs = case.inputs(dtype, layout)
+        with fastddpm.use_backend("native"), poisoned_memory():
+            found = results(case, inputs, dtype)
+        check_values(case, found, inputs, dtype)
+
+
+def test_what_the_sanitizer_watches_on_a_gpu(plan: Plan) -> None:
+    """Runs here, too, and takes every way through the kernels of group_norm_silu."""
+    cuts = []
+
+    def noted(*cut: int) -> None:
+        cuts.append(cut)
+        plan(*cut)
+
+    before = cooperative_launches()
+    gpu_suite.watched("cpu", noted)
+    assert {(0, 1, 0), (0, 4, 0), (0, 0, TWO_READS), (0, 3, COOPERATIVE)} < set(cuts) and cuts[-1] == (0, 0, 0)
+    assert cooperative_launches() == before + 4  # forward and backward, in both orders
 
 
 @pytest.mark.parametrize(("backward", "launches"), [(0, 1), (88 * 88 * 32 + 1, 0)])
