@@ -173,8 +173,8 @@ def markdown(about: Row, rows: list[Row], record: Path, picture: Path | None) ->
         "copy; ours multiplies less than that in a 3x3 convolution on the CPU, and computes bfloat16 in float32 where",
         "that is faster, so its step can be shorter than the floor. Images per",
         f"second are those of {SAMPLER_STEPS:,} steps in sampling; what ours does once for them on the CPU, to list",
-        "the operators of the network and to transform its weights (about 0.3 s), is not in them. Memory is the peak "
-        "resident size of a process of its own, less",
+        "the operators of the network and to reorder or transform its weights (about 0.3 s), is not in them. Memory is "
+        "the peak resident size of a process of its own, less",
         "that after its imports; against diffusers in the same precision without EMA. What was not measured is left "
         "empty.",
         "",

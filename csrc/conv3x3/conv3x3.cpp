@@ -76,21 +76,45 @@ void run_waves(const Conv3x3& a) {
     }
 }
 
-Tensor convolution(const Tensor& x, const float* weights, const MaybeTensor& bias, int64_t outputs, int64_t tile) {
-    Conv3x3 a = arguments(x, outputs, tile);
+// Each block of tiles with so many output channels together is an item of the kernel.
+template <class Kernel>
+void run_blocks(const Conv3x3& a, int64_t together, const Kernel& kernel) {
+    parallel(a.blocks * parts(a.outputs, together), a.block * a.tile * a.tile / 4 * together * a.shape.channels,
+             [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch<OF_ITEM>(a.scratch)); });
+}
+
+template <class Run>
+Tensor convolution(Conv3x3& a, const Tensor& x, const MaybeTensor& bias, const Run& run) {
     Shape of_y = a.shape;
-    of_y.channels = outputs;
+    of_y.channels = a.outputs;
     Tensor y = new_image(of_y, x.scalar_type());
     a.y = image(y, of_y);
     a.bias = values(bias, 0);
-    a.weights = weights;
-    if (in_waves(a)) {
-        run_waves(a);
-        return y;
-    }
-    parallel(a.blocks * parts(outputs, PANEL), a.block * tile * tile / 4 * PANEL * a.shape.channels,
-             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_forward)(a, begin, end, scratch<OF_ITEM>(a.scratch)); });
+    run(a);
     return y;
+}
+
+Tensor convolution(const Tensor& x, const float* weights, const MaybeTensor& bias, int64_t outputs, int64_t tile) {
+    Conv3x3 a = arguments(x, outputs, tile);
+    a.weights = weights;
+    return convolution(a, x, bias, [](const Conv3x3& a) {
+        in_waves(a) ? run_waves(a) : run_blocks(a, PANEL, FASTDDPM_KERNEL(conv3x3_forward));
+    });
+}
+
+// With weights as they are, packed: [packs, channels, 9, PACK]. What a block of tiles is transformed to, and what a chunk
+// of filters is, stay in the second cache.
+Tensor conv3x3_packed(const Tensor x, const Tensor weights, const MaybeTensor bias, int64_t outputs, int64_t tile) {
+    Conv3x3 a = arguments(x, outputs, tile);
+    const int64_t chunks = parts(std::max<int64_t>(1, a.shape.channels), TERMS), of_tile = frequencies(tile);
+    const int64_t most = 300'000 / (of_tile * chunks * TERMS);
+    a.blocks = parts(a.tiles, most >= 64 ? 64 : most >= 32 ? 32 : 16);
+    a.block = a.blocks == 0 ? 0 : parts(parts(a.tiles, a.blocks), FEW) * FEW;
+    a.scratch = of_tile * (a.block * PACK + APART) + TERMS * (of_tile * PACK + APART) + PANEL + TERMS +
+                chunks * a.block * (of_tile * TERMS + APART);
+    a.packed = values(weights, 0);
+    return convolution(a, x, bias,
+                       [](const Conv3x3& a) { run_blocks(a, PACK, FASTDDPM_KERNEL(conv3x3_packed)); });
 }
 
 Tensor conv3x3_weights(const Tensor weight, bool turned, int64_t tile) {
@@ -145,12 +169,14 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
     m.def("conv3x3_weights(Tensor weight, bool turned, int tile) -> Tensor");
     m.def("conv3x3_transformed(Tensor x, Tensor weights, Tensor? bias, int outputs) -> Tensor");
+    m.def("conv3x3_packed(Tensor x, Tensor weights, Tensor? bias, int outputs, int tile) -> Tensor");
     m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool turned, int tile) -> Tensor");
     m.def("conv3x3_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int tile) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastddpm, CPU, m) {
     m.impl("conv3x3_weights", TORCH_BOX(&fastddpm::conv3x3_weights));
     m.impl("conv3x3_transformed", TORCH_BOX(&fastddpm::conv3x3_transformed));
+    m.impl("conv3x3_packed", TORCH_BOX(&fastddpm::conv3x3_packed));
     m.impl("conv3x3", TORCH_BOX(&fastddpm::conv3x3));
     m.impl("conv3x3_gradient", TORCH_BOX(&fastddpm::conv3x3_gradient));
 }

@@ -12,6 +12,10 @@ enum : int64_t {
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
     HIGH = 64,               // output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
+    PACK = 16,               // output channels whose weights lie together as they are
+    TERMS = 64,              // of a sum of products
+    FEW = 4,                 // tiles of a block are a multiple of this, with such weights
+    LINE = 64,               // bytes of the cache
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
 };
 
@@ -35,6 +39,7 @@ struct Conv3x3 {
     Image x, y;
     Values bias;           // [outputs], or none
     const float* weights;  // transformed: [panels, (tile + 2)^2, channels, 32]
+    Values packed;         // as they are: [packs, channels, 9, 16]
     int64_t scratch;       // floats that a call needs
 };
 
@@ -72,6 +77,7 @@ FASTDDPM_DECLARE(conv3x3_forward, const Conv3x3& a, int64_t begin, int64_t end, 
 FASTDDPM_DECLARE(conv3x3_input, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_products, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_output, const Conv3x3Wave& w, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_packed, const Conv3x3& a, int64_t begin, int64_t end, float* scratch)
 FASTDDPM_DECLARE(conv3x3_weights, const Conv3x3Weights& a, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_gradient, const Conv3x3Gradient& a, int64_t begin, int64_t end, float* scratch)
 FASTDDPM_DECLARE(conv3x3_sum, const Conv3x3Gradient& a, int64_t begin, int64_t end)

@@ -9,7 +9,8 @@
 // The products of a block of tiles are a matrix product for each frequency (tiles x channels by channels x 32), from the
 // second cache: their registers hold ROWS tiles by 32 channels. What limits it is multiply-add, of which the transforms
 // are a tenth, and where there are few tiles, reading the transformed weights. Where these are many, all of a wave of tiles
-// is transformed first, and a matrix product takes one frequency of all its tiles.
+// is transformed first, and a matrix product takes one frequency of all its tiles. Weights that are kept for many calls with
+// few tiles are read as they are, 9 numbers in place of 16 or 36, in their dtype, and transformed on the way to the product.
 
 #include "conv3x3/conv3x3.h"
 
@@ -19,7 +20,6 @@ namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
 constexpr int N = PANEL / W;                         // vectors of a panel
-constexpr int TERMS = 64;                            // of a sum of products
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // of a matrix product in registers; each divides BLOCK
 constexpr int REST = W == 16 ? 4 : 1;                // of those that are left
 constexpr int GRADIENT_ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
@@ -42,8 +42,8 @@ INLINE void output_transposed(const VF (&y)[2], VF (&m)[4]) {  // A y
     m[0] = y[0], m[1] = y[0] + y[1], m[2] = y[0] - y[1], m[3] = -y[1];
 }
 INLINE void filter(const VF (&g)[3], VF (&u)[4]) {  // G g
-    const VF ends = g[0] + g[2];
-    u[0] = g[0], u[1] = 0.5f * (ends + g[1]), u[2] = 0.5f * (ends - g[1]), u[3] = g[2];
+    const VF ends = 0.5f * (g[0] + g[2]);
+    u[0] = g[0], u[1] = ends + 0.5f * g[1], u[2] = ends - 0.5f * g[1], u[3] = g[2];
 }
 INLINE void filter_transposed(const VF (&u)[4], VF (&g)[3]) {  // G^T u
     const VF both = 0.5f * (u[1] + u[2]);
@@ -75,10 +75,9 @@ INLINE void output_transposed(const VF (&y)[4], VF (&m)[6]) {
     m[0] = y[0], m[1] = even_p + odd_p, m[2] = even_p - odd_p, m[3] = even_q + odd_q, m[4] = even_q - odd_q, m[5] = y[3];
 }
 INLINE void filter(const VF (&g)[3], VF (&u)[6]) {
-    const VF even_p = g[0] + float(P2) * g[2], odd_p = float(P) * g[1];
-    const VF even_q = g[0] + float(Q2) * g[2], odd_q = float(Q) * g[1];
-    u[0] = AT_0 * g[0], u[1] = AT_P * (even_p + odd_p), u[2] = AT_P * (even_p - odd_p);
-    u[3] = AT_Q * (even_q + odd_q), u[4] = AT_Q * (even_q - odd_q), u[5] = g[2];
+    const VF even_p = AT_P * g[0] + float(AT_P * P2) * g[2], even_q = AT_Q * g[0] + float(AT_Q * Q2) * g[2];
+    u[0] = AT_0 * g[0], u[1] = even_p + float(AT_P * P) * g[1], u[2] = even_p - float(AT_P * P) * g[1];
+    u[3] = even_q + float(AT_Q * Q) * g[1], u[4] = even_q - float(AT_Q * Q) * g[1], u[5] = g[2];
 }
 INLINE void filter_transposed(const VF (&u)[6], VF (&g)[3]) {
     const VF even_p = AT_P * (u[1] + u[2]), odd_p = AT_P * (u[1] - u[2]);
@@ -249,10 +248,10 @@ INLINE void accumulate(const float* d, const float* v, int64_t count, bool first
 // A^T m A of the 32 channels of a panel, and the bias, to the pixels of a tile.
 template <int M, class T>
 INLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, const float* m, int64_t apart,
-                       const float* bias) {
+                       const float* bias, int64_t most = PANEL) {
     constexpr int S = SIDE<M>;
     const Place p = place<M>(a, tile);
-    const int64_t count = a.outputs - first < PANEL ? a.outputs - first : PANEL;
+    const int64_t count = a.outputs - first < most ? a.outputs - first : most;
     const int64_t stride = a.y.channel_stride, pixel = p.row * a.shape.width + p.column;
     T* to = y + p.sample * a.y.sample_stride + pixel * a.y.pixel_stride + first * stride;
     for_vectors(count, [&](int64_t c, int64_t n) {
@@ -344,6 +343,110 @@ void wave_output(const Conv3x3Wave& w, T* y, int64_t begin, int64_t end) {
         const float* m = w.m + first * w.rows;
         for (int64_t t = begin; t < end; ++t)
             write_tile<M>(w.of, y, w.first + t, first, m + t * PANEL, w.m_apart, bias);
+    }
+}
+
+// Of packed filters: a row of u is all frequencies of a channel, a row of v those of TERMS channels of a tile. Whoever
+// writes a row stays on few pages of memory, of which processors know the addresses of few that are written to.
+template <int F>
+constexpr int64_t U_ROW = F * PACK + APART;
+template <int F>
+constexpr int64_t V_ROW = F * TERMS + APART;
+
+// G g G^T of ``count`` channels of a pack.
+template <int M, class T>
+void transform_packed(const T* filters, int64_t count, float* u) {
+    constexpr int S = SIDE<M>;
+    for (int64_t k = 0; k < count; ++k, filters += 9 * PACK, u += U_ROW<FREQUENCIES<M>>)
+        for (int64_t n = 0; n < PACK; n += W)
+            along_both<3, S, filter>([&](int i, int j) { return load(filters + (3 * i + j) * PACK + n); },
+                                     [&](int i, int j, VF value) { store(u + (S * i + j) * PACK + n, value); });
+}
+
+// out[R, PACK] = v[R, count] u[count, PACK] for D frequencies side by side, as one of few rows alone would wait for its
+// own sums; added to what was there but for the ``first``. Of what is ``next`` some lines are asked for on the way.
+template <int F, int R, int D>
+INLINE void multiply_packed(const float* v, int64_t count, const float* u, float* out, int64_t apart, bool first,
+                            const char* next, int64_t lines) {
+    constexpr int P = PACK / W;
+    VF total[D][R][P]{};
+    for (int64_t k = 0; k < count; ++k, u += U_ROW<F>) {
+        if (k < lines) __builtin_prefetch(next + LINE * k, 0, 2);
+#pragma GCC unroll 16
+        for (int d = 0; d < D; ++d) {
+            VF b[P];
+#pragma GCC unroll 16
+            for (int p = 0; p < P; ++p) b[p] = load(u + d * PACK + p * W);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const VF one = spread(v[r * V_ROW<F> + d * TERMS + k]);
+#pragma GCC unroll 16
+                for (int p = 0; p < P; ++p) total[d][r][p] += one * b[p];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int d = 0; d < D; ++d)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int p = 0; p < P; ++p) {
+                float* to = out + d * apart + r * PACK + p * W;
+                store(to, first ? total[d][r][p] : load(to) + total[d][r][p]);
+            }
+}
+
+// The same of all rows, a multiple of FEW, and all frequencies. What is ``next`` has so many lines.
+template <int F>
+INLINE void multiply_all(const float* v, int64_t rows, int64_t count, const float* u, float* out, int64_t apart,
+                         bool first, const char* next, int64_t lines) {
+    constexpr int R = W == 16 ? 16 : W == 8 ? 4 : 2;
+    const int64_t a_call = lines * R / (rows * F) + 1;
+    const auto multiply = [&]<int R, int D>(int64_t i, int64_t t) __attribute__((always_inline)) {
+        multiply_packed<F, R, D>(v + t * V_ROW<F> + i * TERMS, count, u + i * PACK, out + i * apart + t * PACK, apart,
+                                 first, next, a_call);
+        next += LINE * a_call;
+    };
+    for (int64_t i = 0; i < F; ++i)
+        for (int64_t t = 0; t + R <= rows; t += R) multiply.template operator()<R, 1>(i, t);
+    if constexpr (R == 16) {
+        if (rows % 16 >= 8)
+            for (int64_t i = 0; i < F; i += 2) multiply.template operator()<8, 2>(i, rows / 16 * 16);
+        if (rows % 8 >= 4)
+            for (int64_t i = 0; i < F; i += 4) multiply.template operator()<4, 4>(i, rows / 8 * 8);
+    }
+}
+
+template <int M, class T>
+void forward_packed(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch) {
+    constexpr int F = FREQUENCIES<M>;
+    const int64_t channels = a.shape.channels, packs = (a.outputs + PACK - 1) / PACK;
+    const int64_t v_apart = a.block * V_ROW<F>, m_apart = a.block * PACK + APART;
+    float *m = scratch, *u = m + F * m_apart, *bias = u + TERMS * U_ROW<F>, *zeros = bias + PANEL, *v = zeros + TERMS;
+    memset(zeros, 0, 4 * TERMS);
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        const int64_t block = item / packs, first = item % packs * PACK, tile = block * a.block;
+        const int64_t count = a.tiles - tile < a.block ? a.tiles - tile : a.block, rows = (count + FEW - 1) / FEW * FEW;
+        int64_t k = 0;
+        do {
+            const int64_t of_k = channels - k < TERMS ? channels - k : TERMS;
+            float* of_v = v + k / TERMS * v_apart;
+            if (block != last) {
+                for (int64_t t = 0; t < count; ++t)
+                    read_tile<M>(a, tile + t, k, of_k, reinterpret_cast<T*>(zeros), of_v + t * V_ROW<F>, TERMS);
+                memset(of_v + count * V_ROW<F>, 0, 4 * (rows - count) * V_ROW<F>);
+            }
+            with_output_type(a.packed.dtype, const_cast<void*>(a.packed.data), [&](const auto* filters) {
+                filters += (first * channels + k * PACK) * 9;
+                transform_packed<M>(filters, of_k, u);
+                const char* next = reinterpret_cast<const char*>(filters + of_k * 9 * PACK);
+                multiply_all<F>(of_v, rows, of_k, u, m, m_apart, k == 0, next, TERMS * 9 * PACK * sizeof *filters / LINE);
+            });
+            k += TERMS;
+        } while (k < channels);
+        last = block;
+        read_bias(a.bias, first, a.outputs - first < PACK ? a.outputs - first : PACK, bias);
+        for (int64_t t = 0; t < count; ++t) write_tile<M>(a, y, tile + t, first, m + t * PACK, m_apart, bias, PACK);
     }
 }
 
@@ -462,6 +565,14 @@ void conv3x3_products(const Conv3x3Wave& w, int64_t begin, int64_t end) {
 void conv3x3_output(const Conv3x3Wave& w, int64_t begin, int64_t end) {
     with_output_type(w.of.y.dtype, w.of.y.data, [&](auto* y) {
         w.of.tile == 4 ? wave_output<4>(w, y, begin, end) : wave_output<2>(w, y, begin, end);
+    });
+}
+
+// A work item is a pack of output channels of a block of tiles. Their filters are transformed TERMS channels at a time, to
+// memory in the second cache, and multiplied with all tiles of the block.
+void conv3x3_packed(const Conv3x3& a, int64_t begin, int64_t end, float* scratch) {
+    with_output_type(a.y.dtype, a.y.data, [&](auto* y) {
+        a.tile == 4 ? forward_packed<4>(a, y, begin, end, scratch) : forward_packed<2>(a, y, begin, end, scratch);
     });
 }
 

@@ -47,16 +47,17 @@ def test_sizes_around_the_edges(dtype: torch.dtype, tile: int, layout: str, monk
 def test_tiles_are_large_in_half_precision_alone() -> None:
     def tiles(*shape: int, x: torch.dtype, output: torch.dtype) -> list[int]:
         given = torch.empty(shape, dtype=x)
-        return [native_impl._tile(given, output, w) for w in (native_impl.READ, native_impl.TRANSFORMED)]
+        found = (native_impl.READ, native_impl.TRANSFORMED, native_impl.PACKED)
+        return [native_impl._tile(given, output, w) for w in found]
 
     half, single = torch.bfloat16, torch.float32
-    assert tiles(8, 1, 32, 32, x=half, output=half) == tiles(8, 1, 31, 30, x=half, output=half) == [4, 4]
-    assert tiles(1, 1, 16, 16, x=half, output=half) == [4, 2]  # 16 tiles of 4x4
-    assert tiles(1, 1, 8, 8, x=half, output=half) == [2, 2]
-    assert tiles(64, 1, 2, 2, x=half, output=half) == [2, 2]  # a map that is smaller than a tile
+    assert tiles(8, 1, 32, 32, x=half, output=half) == tiles(8, 1, 31, 30, x=half, output=half) == [4, 4, 4]
+    assert tiles(1, 1, 16, 16, x=half, output=half) == [4, 2, 4]  # 16 tiles of 4x4
+    assert tiles(1, 1, 8, 8, x=half, output=half) == [2, 2, 2]
+    assert tiles(64, 1, 2, 2, x=half, output=half) == [2, 2, 2]  # a map that is smaller than a tile
     # the second is the gradient of a float32 weight
     for x, output in ((single, single), (half, single), (single, half)):
-        assert tiles(8, 1, 32, 32, x=x, output=output) == [2, 2]
+        assert tiles(8, 1, 32, 32, x=x, output=output) == [2, 2, 2]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -149,9 +150,36 @@ def test_weights_are_kept_within_the_block_alone() -> None:
         assert torch.equal(fastddpm.conv3x3(x, weight), 2 * first)
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "tile"), [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 4), (torch.float16, 4)]
+)
+def test_packed_weights_give_the_bits_of_transformed_ones(
+    dtype: torch.dtype, tile: int, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_impl, "_tile", lambda *_: tile)
+    for size in [*SIZES, (1, 70, 20, 20, 20), (2, 0, 3, 4, 4), (0, 4, 3, 4, 4)]:
+        inputs = convolution(*size).inputs(dtype, layout)
+        with fastddpm.use_backend("native"), torch.no_grad():
+            first = fastddpm.conv3x3(**inputs)
+            with keep_transformed():
+                assert torch.equal(fastddpm.conv3x3(**inputs), first), size
+
+
+@pytest.mark.parametrize("of_weight", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_packed_weights_of_any_dtype(of_weight: torch.dtype) -> None:
+    x = torch.randn(2, 20, 8, 8)
+    weight = torch.randn(18, 20, 3, 3).to(of_weight)
+    with fastddpm.use_backend("native"), torch.no_grad():
+        first = fastddpm.conv3x3(x, weight)
+        with keep_transformed():
+            assert torch.equal(fastddpm.conv3x3(x, weight), first)
+
+
 def test_weights_are_kept_for_each_size_of_tiles() -> None:
     weight = torch.randn(40, 17, 3, 3)
-    maps = [torch.randn(1, 17, n, n, dtype=torch.bfloat16) for n in (64, 4)] + [torch.randn(1, 17, 64, 64)]
+    maps = [torch.randn(1, 17, n, n, dtype=torch.bfloat16) for n in (72, 64, 4)] + [torch.randn(1, 17, n, n) for n in (72, 64)]
     with fastddpm.use_backend("native"), torch.no_grad():
         anew = [fastddpm.conv3x3(x, weight) for x in maps]
         with keep_transformed():

@@ -13,8 +13,11 @@ from .kept import is_kept, kept
 
 Saved = tuple[Tensor, ...]
 HALF = (torch.bfloat16, torch.float16)
-READ, TRANSFORMED = 12, 32
-"""Tiles, see `_tile`, of weights that are read alone, and that are transformed, too: measured with AVX-512."""
+READ, TRANSFORMED, PACKED = 12, 32, 6
+"""Tiles, see `_tile`, of weights that are read transformed, that are transformed before, too, and that are transformed
+on the way to the product: measured with AVX-512."""
+MOST_PIXELS = 4096
+"""Of all maps of the batch, for which kept weights are read as they are: reading them transformed takes longer."""
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -29,6 +32,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Sav
     bias = bias if bias is None else bias.contiguous()
     if not is_kept():
         return torch.ops.fastddpm.conv3x3(x, weight, bias, False, _tile(x, x.dtype, TRANSFORMED)), ()
+    if x.shape[0] * x.shape[2] * x.shape[3] <= MOST_PIXELS:
+        packed = kept(weight, 0, lambda: _packed(weight))
+        return torch.ops.fastddpm.conv3x3_packed(x, packed, bias, weight.shape[0], _tile(x, x.dtype, PACKED)), ()
     tile = _tile(x, x.dtype, READ)
     weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
     return torch.ops.fastddpm.conv3x3_transformed(x, weights, bias, weight.shape[0]), ()
@@ -61,6 +67,13 @@ def backward(
     return dx, dweight if wanted[1] else None, dbias
 
 
+def _packed(weight: Tensor) -> Tensor:
+    """[N, K, 3, 3] to [ceil(N / 16), K, 9, 16], in half precision or float32: 0 in place of outputs beyond the last."""
+    weight = weight.float() if weight.dtype == torch.float64 else weight
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 16))
+    return padded.unflatten(0, (-1, 16)).permute(0, 2, 3, 4, 1).flatten(2, 3).contiguous()
+
+
 def _tile(x: Tensor, output: torch.dtype, weights: int) -> int:
     """Of how many pixels a side tiles are: 4 where input and output are in half precision, and the map is large enough.
 
@@ -82,6 +95,11 @@ def _(weight: Tensor, turned: bool, tile: int) -> Tensor:
 
 @register_fake("conv3x3_transformed")
 def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return like_in_order(x, (x.shape[0], outputs, *x.shape[2:]))
+
+
+@register_fake("conv3x3_packed")
+def _(x: Tensor, weights: Tensor, bias: Tensor | None, outputs: int, tile: int) -> Tensor:
     return like_in_order(x, (x.shape[0], outputs, *x.shape[2:]))
 
 
