@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._calls import forget
-from .._graph import Replayed
+from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
 from ..ops import philox
@@ -154,6 +154,11 @@ class Trainer:
         self._batch: Batch | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=self.device)
         recorded = c.cuda_graph == "on" or (c.cuda_graph == "auto" and isinstance(diffusion.model, UNet))
+        if c.cuda_graph == "auto" and not recorded and can_record(self.device):
+            self._say(
+                f"training goes on without a CUDA graph: nobody knows whether {type(diffusion.model).__name__} does "
+                "the same work at each call; cuda_graph='on' tries it"
+            )
         self._run = Replayed(self.device, "training", recorded)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics

@@ -706,16 +706,32 @@ def test_recomputing_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     assert_same_bits(*found)
 
 
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_why_another_network_is_not_recorded_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    happened = record_on_cpu(monkeypatch)
+    monkeypatch.setattr("fastddpm.training.loop.can_record", lambda device: True)
+    for cuda_graph in ("off", "auto", "on"):
+        diffusion = GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
+        trainer = toy_trainer(tmp_path / cuda_graph, diffusion, cuda_graph=cuda_graph, progress=True)
+        told = capsys.readouterr().out
+        assert ("without a CUDA graph: nobody knows whether Other does the same" in told) == (cuda_graph == "auto")
+        for _ in range(5):
+            trainer.step()
+        assert happened == (["record", "replay", "replay"] if cuda_graph == "on" else [])
+
+
 def test_recomputing_another_network_is_refused(tmp_path: Path) -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3, padding=1)
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            y: Tensor = self.conv(x)
-            return y
-
     diffusion = GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
     with pytest.raises(ValueError, match=r"expected a fastddpm\.UNet with recompute, got Other"):
         toy_trainer(tmp_path, diffusion, recompute=True)
