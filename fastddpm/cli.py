@@ -358,8 +358,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument(
         "--compile", choices=tuple(COMPILE_MODES),
-        help="compile the network with torch.compile at the first step, and say how long it took; the next process finds "
-        "what was compiled (default: no)",
+        help="compile the network with torch.compile at the first step, and say how long it took; the next process "
+        "finds what was compiled (default: no)",
     )  # fmt: skip
     p.add_argument("--labels", help="classes to draw: numbers such as 0,3,7 in turn, or all")
     p.add_argument(

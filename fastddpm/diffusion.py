@@ -395,9 +395,13 @@ class GaussianDiffusion(nn.Module):
         """A float32 table on a device, copied there once. Not a buffer: a module cast to bfloat16 keeps exact
         tables."""
         if (name, device) not in self._tables:
+            s = self.schedule
             make: dict[str, Callable[[], Tensor]] = {
                 "signal_sigma": lambda: self.schedule.signal_sigma,
                 "loss_weight": self.loss_weight,
+                "posterior": lambda: torch.stack(
+                    [s.posterior_mean_coef1, s.posterior_mean_coef2, s.posterior_variance.sqrt()], 1
+                ),
                 "vlb": lambda: weighting.vlb_table(self.config.prediction, self.schedule, self.config.variance),
             }
             self._tables[name, device] = make[name]().to(device, torch.float32)
@@ -570,11 +574,12 @@ class GaussianDiffusion(nn.Module):
         return sampler(self.num_timesteps, **draw), None
 
     def _mu_target(self, x0: Tensor, x_t: Tensor, t: Tensor, draw: dict[str, Any]) -> Tensor:
-        mean, variance, _ = q_posterior(x0, x_t, t, self.schedule)
+        """Mean of the posterior, or a sample of it: `q_posterior`, from tables that lie on the device."""
+        of_x0, of_x_t, sigma = self.table("posterior", x_t.device)[t].reshape(-1, 3, 1, 1, 1).unbind(1)
+        mean = of_x0 * x0 + of_x_t * x_t
         if self.config.mu_target == "mean":
             return mean
-        z = normal(tuple(x_t.shape), stream=philox.SAMPLER_NOISE, **draw)
-        return mean + variance.sqrt() * z
+        return mean + sigma * normal(tuple(x_t.shape), stream=philox.SAMPLER_NOISE, **draw)
 
     def _training_labels(
         self, labels: Tensor | None, index: Tensor | None, count: int, draw: dict[str, Any]

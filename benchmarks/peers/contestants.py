@@ -57,8 +57,9 @@ class Contestant:
 
     ``default`` is the library as its example uses it: eager, float32, NCHW, torch's default AdamW, its own pipeline.
     ``compiled`` is the mode of torch.compile, or "" for eager. ``own`` is the network of denoising-diffusion-pytorch.
-    ``recompute``, ``graph`` and ``deterministic`` are options of ours: whether blocks are computed again in backward,
-    whether a step is recorded as a CUDA graph ("auto", "on", "off"), whether training gives the same bits each time.
+    ``recompute``, ``gradients``, ``graph`` and ``deterministic`` are options of ours: whether blocks are computed again
+    in backward, in which dtype gradients wait for the update, whether a step is recorded as a CUDA graph ("auto", "on",
+    "off"), whether training gives the same bits each time.
     """
 
     library: str
@@ -69,6 +70,7 @@ class Contestant:
     default: bool = False
     own: bool = False
     recompute: bool = False
+    gradients: str | None = None
     graph: str = "auto"
     deterministic: bool = True
 
@@ -81,6 +83,7 @@ class Contestant:
         words += ["own Unet"] if self.own else []
         words += [self.dtype, *(["channels_last"] if self.channels_last else []), *(["EMA"] if self.ema else [])]
         words += ["recompute"] if self.recompute else []
+        words += [f"{self.gradients} gradients"] if self.gradients else []
         words += [] if self.deterministic else ["not deterministic"]
         return ", ".join(words)
 
@@ -147,6 +150,7 @@ def memory_contestants() -> list[Contestant]:
     diffusers as its example uses it, with EMA, and in bfloat16; the other library by default."""
     ours = [Contestant(OURS, dtype, True, ema=ema, recompute=recompute) for dtype in ("float32", "bfloat16")
             for ema in (True, False) for recompute in (False, True)]  # fmt: skip
+    ours += [Contestant(OURS, "bfloat16", True, ema=ema, recompute=True, gradients="bfloat16") for ema in (True, False)]
     theirs = [Contestant(DIFFUSERS, default=True), Contestant(DIFFUSERS, default=True, ema=True)]
     return [*ours, *theirs, Contestant(DIFFUSERS, "bfloat16"), Contestant(LUCIDRAINS, default=True)]
 
@@ -202,7 +206,7 @@ class Workshop:
     def _our_training(self, who: Contestant, batch: int) -> Call:
         train: dict[str, Any] = dict(
             batch_size=batch, precision=who.dtype, compile=bool(who.compiled), cuda_graph=who.graph,
-            deterministic=who.deterministic, recompute=who.recompute,
+            deterministic=who.deterministic, recompute=who.recompute, gradient_dtype=who.gradients,
         )  # fmt: skip
         return Work("train", self.network.unet, {}, train if who.ema else train | {"ema_decay": None}).prepare()
 

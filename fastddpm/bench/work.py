@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Work:
     Args:
         kind: "train", an optimiser step of ``train.batch_size`` images; or "sample", that many images by a few steps.
         unet, diffusion, train: fields of `UNetConfig`, `DiffusionConfig` and `TrainConfig`; of the last, a sampling
-            takes batch_size, precision (the dtype of the weights), compile, compile_mode, device and seed.
+            takes batch_size, precision (the dtype of the weights), compile, compile_mode, cuda_graph, device and seed.
         sampler: of a sampling: "ddpm", "ddim" or "dpmpp_2m".
         num_steps: calls of the network that draw an image, >= 1; None is all timesteps for ddpm, at most 50 for ddim
             and 20 for dpmpp_2m.
@@ -103,6 +103,10 @@ class Work:
         diffusion = GaussianDiffusion(network, config=DiffusionConfig(**self.diffusion))
         return self._training(diffusion) if self.kind == "train" else self._sampling(diffusion)
 
+    def unrecorded(self) -> Work:
+        """The same work, launched op by op."""
+        return replace(self, train={**self.train, "cuda_graph": "off"})
+
     def layers(self) -> Counter[Layer]:
         """The layers that multiply matrices in one step, see `fastddpm.bench.floor.record`."""
         network = UNet(UNetConfig(**self.unet)).to(self.device)
@@ -128,7 +132,8 @@ class Work:
         if self.config.compile:
             compile_network(diffusion.model, self.config.compile_mode)
         batch, classes = self.config.batch_size, diffusion.num_classes
-        options: dict[str, Any] = dict(sampler=self.sampler, num_steps=self.steps)
+        graph = {"auto": "auto", "on": True, "off": False}[self.config.cuda_graph]
+        options: dict[str, Any] = dict(sampler=self.sampler, num_steps=self.steps, cuda_graph=graph)
         labels = None if classes is None else torch.arange(batch) % classes
         frozen = diffusion.frozen()  # a short sampling stands for a long one
 

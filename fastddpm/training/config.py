@@ -85,6 +85,10 @@ class TrainConfig:
         "it, else float32",
         choices=PRECISIONS,
     )  # fmt: skip
+    gradient_dtype: str | None = _option(
+        None, "bfloat16 keeps gradients in half of their memory until the update, rounded to 8 bits, sums over "
+        "micro-batches likewise (none: float32)", choices=("bfloat16",),
+    )  # fmt: skip
     recompute: bool = _option(
         False, "keep less in memory: residual blocks and attention of the U-Net are computed again for their "
         "gradients, and on a CPU the process gives freed memory back at once, which takes time, too",

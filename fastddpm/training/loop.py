@@ -14,14 +14,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .._calls import forget
-from .._graph import Replayed
+from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
 from ..nn.unet import UNet
 from ..ops import philox
@@ -39,13 +39,21 @@ from .checkpoint import (
 from .config import TrainConfig, choose_device, choose_precision, compile_network, free_on_resume
 from .data import ImageDataset, load_images
 from .ema import halflife_decay, warmed_decay, weights_of
-from .metrics import Totals, append_metrics, set_aside, truncate_metrics
+from .metrics import Reading, Totals, append_metrics, set_aside, truncate_metrics
 from .optimizer import AdamEMA, learning_rate
 from .scale import FIRST
 
 SECONDS_BETWEEN_LINES = 10.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HALF = 2**31  # of the 32-bit words of the noise
+
+
+class _Line(NamedTuple):
+    """A line of metrics whose numbers are on their way: of the steps up to these images and steps."""
+
+    images: int
+    steps: int
+    reading: Reading
 
 
 class DivergenceError(RuntimeError):
@@ -87,8 +95,8 @@ class Trainer:
     Numerics: noise, timesteps, flips and dropout belong to (seed, step, slot in the batch): splitting the batch into
         micro-batches leaves them as they are (t with "stratified" or "importance" sampling is drawn per micro-batch).
         bfloat16 and float16 are for the network alone; in float16 a step whose gradients are not finite is left out,
-        the average included, and counted as a step. No step waits for the device; metrics are read once per log
-        interval.
+        the average included, and counted as a step. No step waits for the device; metrics are copied to the host
+        once per log interval, and written when they have come.
     """
 
     def __init__(
@@ -124,6 +132,7 @@ class Trainer:
             eps=c.adam_eps,
             weight_decay=c.weight_decay,
             max_grad_norm=c.max_grad_norm,
+            gradients=getattr(torch, c.gradient_dtype or "float32"),
             average=c.ema_decay is not None,
             scaled=self.dtype == torch.float16,
         )
@@ -145,9 +154,16 @@ class Trainer:
         self._batch: Batch | None = None
         self._step = torch.zeros((), dtype=torch.int64, device=self.device)
         recorded = c.cuda_graph == "on" or (c.cuda_graph == "auto" and isinstance(diffusion.model, UNet))
+        if c.cuda_graph == "auto" and not recorded and can_record(self.device):
+            self._say(
+                f"training goes on without a CUDA graph: nobody knows whether {type(diffusion.model).__name__} does "
+                "the same work at each call; cuda_graph='on' tries it"
+            )
         self._run = Replayed(self.device, "training", recorded)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
+        self._line: _Line | None = None  # the one that is under way
+        self._shown: tuple[tqdm[Any], Any] | None = None  # the bar, and what writes for TensorBoard
         self._stopping = False
         self._signal: int | None = None
         self._clock = self._said = 0.0  # when training went on, when a line was last written
@@ -193,6 +209,7 @@ class Trainer:
             stack.callback(self._batches.close)
             writer = stack.enter_context(_tensorboard(self.directory, self.images_seen)) if c.tensorboard else None
             bar = stack.enter_context(self._bar())
+            self._shown = bar, writer
             self._said = time.monotonic()
             if self._due(c.sample_every_images, self.images_seen - c.batch_size) and not self._grid_path().exists():
                 self._sample(writer)  # the run was killed between a checkpoint and its grid
@@ -205,17 +222,20 @@ class Trainer:
                 bar.update(min(c.batch_size, c.num_images - before))
                 done = self.images_seen >= c.num_images
                 if done or self._due(c.log_every_images, before):
-                    self._totals.wait()
-                    with self._clock_stopped():
-                        self._log(bar, writer, done)
-                if done or self._due(c.checkpoint_every_images, before):
+                    self._tell()  # where the device is a whole interval behind, here it is waited for
+                    self._line = _Line(self.images_seen, self.steps, self._totals.take(*self._asked()))
+                checkpoint = done or self._due(c.checkpoint_every_images, before)
+                grid = c.sample_every_images > 0 and (done or self._due(c.sample_every_images, before))
+                if checkpoint or grid or (self._line is not None and self._line.reading.is_there()):
+                    self._tell()
+                if checkpoint:
                     with self._clock_stopped():
                         self.save()
-                grid = c.sample_every_images > 0 and (done or self._due(c.sample_every_images, before))
                 if grid and not self._stopping:
                     with self._clock_stopped():
                         self._sample(writer)
             if self._stopping:
+                self._tell()
                 with self._clock_stopped():
                     self.save()
         if self._signal is not None:
@@ -260,7 +280,8 @@ class Trainer:
             DivergenceError: a loss or gradient was not finite; nothing is written.
             OSError: the disk is full, or not writable.
         """
-        self._check_finite()
+        self._tell()
+        self._check_finite(int(self.optimizer.skipped), self.images_seen)
         if self.last_checkpoint is not None and self._saved == self.images_seen:
             return self.last_checkpoint
         tensors: dict[str, dict[str, Tensor]] = {
@@ -353,7 +374,8 @@ class Trainer:
                 )
             scale = self.optimizer.scale
             loss = losses.loss * share
-            (loss if scale is None else loss * scale.scale).backward()
+            with self.optimizer.keeping():
+                (loss if scale is None else loss * scale.scale).backward()
             total += losses.loss.detach() * share
             self._totals.add_samples(losses.t, losses.per_sample)
         return total
@@ -388,13 +410,12 @@ class Trainer:
         """Whether the images seen have come to, or past, a multiple of ``every`` since ``before``."""
         return every > 0 and before >= 0 and self.images_seen // every > before // every
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, skipped: int, images: int) -> None:
         """Stop where a loss or gradient was not finite. From that step on nothing was updated."""
-        skipped = int(self.optimizer.skipped)
         if not skipped:
             return
         c = self.config
-        first = self.images_seen - (skipped - 1) * c.batch_size
+        first = images - (skipped - 1) * c.batch_size
         kept = (
             f"the last good checkpoint is {self.last_checkpoint}"
             if self.last_checkpoint
@@ -413,34 +434,49 @@ class Trainer:
             f"{', or '.join(limits)}"
         )
 
-    def _log(self, bar: tqdm[Any], writer: Any, done: bool) -> None:
-        """Read the totals of the interval, in one copy from the device, and write them."""
-        self._check_finite()
-        means = self._totals.read_and_clear()
-        images, seconds = self.images_seen - self._logged[0], self._seconds - self._logged[1]
+    def _asked(self) -> list[Tensor]:
+        """Numbers beside the totals that a line of metrics needs from the device."""
+        scale = self.optimizer.scale
+        return [self.optimizer.skipped, *([] if scale is None else [scale.scale])]
+
+    def _tell(self) -> None:
+        """Write the line of metrics that is under way, if there is one; waits where its numbers have not come."""
+        line, self._line = self._line, None
+        if line is None:
+            return
+        values = line.reading.wait()
+        with self._clock_stopped():
+            self._write(line, values)
+
+    def _write(self, line: _Line, values: list[float]) -> None:
+        assert self._shown is not None
+        bar, writer = self._shown
+        asked = values[len(values) - len(self._asked()) :]
+        self._check_finite(int(asked[0]), line.images)
+        images, seconds = line.images - self._logged[0], self._seconds - self._logged[1]
         record = {
-            "images": self.images_seen,
-            "step": self.steps,
-            **means,
-            "learning_rate": learning_rate(self.images_seen, self.config),
-            "ema_decay": self._ema_decay(self.steps - 1),
+            "images": line.images,
+            "step": line.steps,
+            **self._totals.means(values),
+            "learning_rate": learning_rate(line.images, self.config),
+            "ema_decay": self._ema_decay(line.steps - 1),
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": self._seconds,
-            **({} if self.optimizer.scale is None else {"loss_scale": float(self.optimizer.scale.scale)}),
+            **({} if self.optimizer.scale is None else {"loss_scale": asked[1]}),
         }
-        self._logged = self.images_seen, self._seconds
+        self._logged = line.images, self._seconds
         append_metrics(self.directory / "metrics.jsonl", record)
         if writer is not None:
             for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "loss_scale"):
                 if record.get(name) is not None:
-                    writer.add_scalar(name, record[name], self.images_seen)
+                    writer.add_scalar(name, record[name], line.images)
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['learning_rate']:.2g}", refresh=False)
         now = time.monotonic()
-        if bar.disable and (done or now - self._said >= SECONDS_BETWEEN_LINES):
+        if bar.disable and (line.images >= self.config.num_images or now - self._said >= SECONDS_BETWEEN_LINES):
             self._said = now
-            left = (self.config.num_images - self.images_seen) / max(record["images_per_second"], 1e-9)
+            left = (self.config.num_images - line.images) / max(record["images_per_second"], 1e-9)
             self._say(
-                f"{self.images_seen:,} of {self.config.num_images:,} images, loss {record['loss']:.4f}, "
+                f"{line.images:,} of {self.config.num_images:,} images, loss {record['loss']:.4f}, "
                 f"lr {record['learning_rate']:.2g}, {record['images_per_second']:,.0f} images/s, "
                 f"{tqdm.format_interval(max(0, left))} left"
             )
@@ -593,15 +629,15 @@ class Trainer:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Have the allocator of glibc keep what is freed, from now on, or give all blocks from 1 MiB on back to the system.
+    """Have the allocator of glibc keep what is freed, from now on, or give all blocks from 128 KiB on back to the system.
 
     To get memory from the system again at every step takes time. But of what is kept some cannot be used again, since
     blocks of the same size, aligned, do not fit where one was (docs/memory.md). Other allocators stay as they are.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 20)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 20)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 17)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 17)
 
 
 @contextmanager

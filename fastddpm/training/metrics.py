@@ -66,6 +66,32 @@ def set_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.name}.{number}"))
 
 
+class Reading:
+    """Numbers on their way from the device, which goes on meanwhile.
+
+    Args:
+        numbers: float32 [N]; written over later by nobody.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.event = numbers, None
+        if numbers.device.type == "cuda":
+            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers, self.event = pinned.copy_(numbers, non_blocking=True), torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(numbers.device))
+
+    def is_there(self) -> bool:
+        """Whether they have come; asking does not wait."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> list[float]:
+        """The numbers, and the host waits for them."""
+        if self.event is not None:
+            self.event.synchronize()
+        found: list[float] = self.numbers.tolist()
+        return found
+
+
 class Totals:
     """Sums of an interval, on the device: nothing is read before the interval ends. float32.
 
@@ -105,15 +131,19 @@ class Totals:
         if self.number.device.type == "cuda":
             torch.cuda.synchronize(self.number.device)
 
-    def read_and_clear(self) -> dict[str, Any]:
-        """Means of the interval: loss, grad_norm (None where no step was made), and the loss for groups of t, each with
-        its first t; and, where they are counted, the steps that were left out."""
-        values = torch.cat([value.reshape(-1) for value in self.tensors.values()]).tolist()
-        steps, loss, norm = values[:3]
-        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups : 3 + 2 * self.groups]
-        skipped = int(values[-1])
+    def take(self, *others: Tensor) -> Reading:
+        """The sums of the interval, and other numbers [] behind them; a new interval begins."""
+        reading = Reading(torch.cat([value.reshape(-1).float() for value in (*self.tensors.values(), *others)]))
         for value in self.tensors.values():
             value.zero_()
+        return reading
+
+    def means(self, values: list[float]) -> dict[str, Any]:
+        """Means of an interval from its sums: loss, grad_norm (None where no step was made), and the loss for groups of
+        t, each with its first t; and, where they are counted, the steps that were left out."""
+        steps, loss, norm = values[:3]
+        sums, counts = values[3 : 3 + self.groups], values[3 + self.groups : 3 + 2 * self.groups]
+        skipped = int(values[3 + 2 * self.groups])
         return {
             "loss": loss / steps,
             "grad_norm": norm / (steps - skipped) if steps > skipped else None,

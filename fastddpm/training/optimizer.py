@@ -6,6 +6,9 @@ The state is named tensors and device scalars, so a checkpoint is a copy of it, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ class AdamEMA:
     Args:
         model: on its device, in its memory format.
         betas, eps, weight_decay, max_grad_norm: see `fastddpm.ops.adam_ema`.
+        gradients: dtype in which gradients wait for the update, see `keeping`.
         average: keep the moving average of the weights; without, ``ema`` is empty.
         scaled: gradients are those of the loss times ``scale.scale``; a step whose gradients are not finite is left
             out, and the scale chosen anew.
@@ -62,6 +66,7 @@ class AdamEMA:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        gradients: torch.dtype = torch.float32,
         average: bool = True,
         scaled: bool = False,
     ) -> None:
@@ -76,6 +81,7 @@ class AdamEMA:
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items() if average}
+        self.gradients, self._kept = gradients, dict[str, Tensor]()
         device = next(iter(self.parameters.values())).device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.learning_rate, self.ema_decay = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
@@ -83,6 +89,26 @@ class AdamEMA:
         self.scale = LossScale(device) if scaled else None
         if self.scale is not None:
             self.options["grad_scale"] = self.scale.scale
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Around backward: each gradient is rounded to ``gradients`` as soon as it is whole."""
+        if self.gradients == torch.float32:
+            yield
+            return
+        hooks = [p.register_post_accumulate_grad_hook(partial(self._keep, n)) for n, p in self.parameters.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _keep(self, name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        before = self._kept.get(name)
+        self._kept[name] = (p.grad if before is None else p.grad + before).to(self.gradients)
+        p.grad = None
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
@@ -94,7 +120,10 @@ class AdamEMA:
 
         Returns: the norm of all gradients before clipping, unscaled, float32 [].
         """
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        gradients = []
+        for name, p in self.parameters.items():
+            gradient = self._kept.pop(name, p.grad)
+            gradients.append(torch.zeros_like(p) if gradient is None else gradient)
         scale, broken = self.scale, ~loss.isfinite()
         if scale is not None:
             broken = broken | (scale.scale < LEAST_SCALE)

@@ -15,6 +15,7 @@ from fastddpm.bench.memory import peak_of_child, peak_of_work, resident
 from fastddpm.bench.parts import part_of
 from fastddpm.bench.work import fill_zeros
 from fastddpm.nn import UNet
+from tests.recorded import record_on_cpu
 
 UNET = dict(
     image_size=(8, 8), base_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4
@@ -94,6 +95,21 @@ def test_ops_are_measured_at_the_shapes_of_the_network() -> None:
     assert sum(row.calls for row in found if row.op == "group_norm") == 4  # before attention
     assert all(row.seconds > 0 and row.floor > 0 for row in found)
     assert {row.op for row in measure_ops(work, repeat=1, only="solver_step")} == {"solver_step"}
+
+
+def test_on_a_gpu_a_work_is_recorded_and_profiled_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = record_on_cpu(monkeypatch)
+    for kind in ("train", "sample"):
+        work = Work(kind, UNET, {}, TRAIN, measured_steps=5)
+        call = work.prepare()
+        for _ in range(5):
+            call()
+        assert happened == ["record", *["replay"] * (2 if kind == "train" else 22)]
+        happened.clear()
+        call = work.unrecorded().prepare()
+        for _ in range(5):
+            call()
+        assert not happened
 
 
 def test_parts_add_up_and_know_the_ops() -> None:

@@ -344,6 +344,20 @@ def test_levels(tmp_path: Path) -> None:
     assert load(grey[None], levels=17).fingerprint != load(grey[None]).fingerprint
 
 
+def test_a_terminal_shows_how_far_decoding_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    images = write(tmp_path / "images", FILES)
+    load_images(images, progress=True)
+    assert "decoding: 100%" in terminal.getvalue() and f"{len(FILES)}/{len(FILES)}" in terminal.getvalue()
+    load_images(images, progress=True)
+    assert terminal.getvalue().count("100%") == 1, "the second time nothing is decoded"
+
+
 def test_nothing_is_shown_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_images(write(tmp_path / "images", FILES), progress=True)
     load_images(EXPECTED, image_size=4, progress=True)

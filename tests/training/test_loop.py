@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm.diffusion import GaussianDiffusion
@@ -27,8 +29,8 @@ from fastddpm.training import (
     load_images,
     read_metrics,
 )
-from fastddpm.training.metrics import Totals
-from tests.recorded import record_on_cpu
+from fastddpm.training.metrics import Reading, Totals
+from tests.recorded import record_on_cpu, waits
 from tests.tolerance import assert_equal_to_rounding
 from tests.training.toy import stripes, toy_diffusion, toy_trainer
 
@@ -101,22 +103,67 @@ def test_half_of_the_images_is_mirrored_and_none_without_the_option(tmp_path: Pa
 
 
 class _NoSync(TorchDispatchMode):
-    """Refuses to read a value from the device."""
+    """Refuses to read a value from the device, or to count elements there: by any operator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read from the device"
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        assert not waits(func, given), f"a value was read from the device by {func}"
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "stratified", "importance"])
-def test_step_reads_nothing_from_the_device(tmp_path: Path, sampling: str) -> None:
-    diffusion = toy_diffusion(dropout=0.1, num_classes=2, timestep_sampling=sampling)
-    precision = "float16" if sampling == "uniform" else "bfloat16"
-    trainer = toy_trainer(tmp_path, diffusion, stripes(True), micro_batch_size=4, precision=precision)
-    with _NoSync():
+STEPS: dict[str, dict[str, Any]] = {
+    "float16": dict(train=dict(precision="float16", micro_batch_size=4)),
+    "bfloat16": dict(diffusion=dict(timestep_sampling="stratified"), train=dict(precision="bfloat16", recompute=True)),
+    "importance": dict(diffusion=dict(timestep_sampling="importance"), train=dict(max_grad_norm=None, ema_decay=None)),
+    "min-SNR, v": dict(diffusion=dict(loss="min_snr", prediction="v"), train=dict(data_on="host")),
+    "learned variance": dict(
+        diffusion=dict(learned_variance=True, loss="hybrid", variance="learned_range"),
+        train=dict(lr_decay="cosine", weight_decay=0.1),
+    ),
+    "mu": dict(diffusion=dict(prediction="mu", mu_target="sample"), train=dict(ema_halflife_images=64)),
+}
+
+
+def stepping(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A training with dropout, classes that are left out, flips and all that a case asks for."""
+    monkeypatch.setattr("fastddpm.training.loop._give_back_freed_memory", lambda: None)
+    diffusion = toy_diffusion(dropout=0.1, num_classes=2, **STEPS[case].get("diffusion", {}))
+    return toy_trainer(tmp_path, diffusion, stripes(True), **STEPS[case]["train"])
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_step_reads_nothing_from_the_device(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an operator nor Python asks for a number; on a CPU these look the same as anything else."""
+    trainer = stepping(tmp_path, case, monkeypatch)
+    trainer.step()  # which makes tables on the host
+
+    def ask(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a value was read from the device by Python")
+
+    with _NoSync(), monkeypatch.context() as patched:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+            patched.setattr(Tensor, name, ask)
         trainer.step()
         trainer.step()
+        with pytest.raises(AssertionError, match="by Python"):
+            trainer.save()
     with pytest.raises(AssertionError, match="a value was read"), _NoSync():
+        trainer.save()
+
+
+@pytest.mark.parametrize("case", [case for case in STEPS if "float16" not in case])  # autocast knows no such device
+def test_step_runs_where_there_are_no_values(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors a copy to the host, or a choice by a value, cannot be made: data, noise, forward, loss, backward,
+    clip, AdamW and EMA need none."""
+    meta = torch.device("meta")
+    monkeypatch.setattr("fastddpm.training.loop.choose_device", lambda name: meta)
+    monkeypatch.setattr(Trainer, "_autocast", lambda self: nullcontext())
+    trainer = stepping(tmp_path, case, monkeypatch)
+    trainer.step()
+    trainer.step()
+    assert trainer.steps == 2
+    assert {x.device for x in (*trainer.diffusion.parameters(), *trainer.optimizer.exp_avg.values())} == {meta}
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         trainer.save()
 
 
@@ -159,12 +206,44 @@ def test_metrics_are_means_over_their_interval(tmp_path: Path) -> None:
     assert 0 < first["seconds"] < second["seconds"]
 
 
+@pytest.mark.parametrize("late", [2, 1000])
+def test_metrics_are_written_when_they_have_come(tmp_path: Path, late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the host asks now and then, and waits at the next line, a checkpoint or the end alone."""
+    happened: list[str] = []
+
+    class Late(Reading):
+        def __init__(self, numbers: Tensor) -> None:
+            super().__init__(numbers)
+            self.asked = 0
+
+        def is_there(self) -> bool:
+            self.asked += 1
+            return self.asked > late
+
+        def wait(self) -> list[float]:
+            happened.append("there" if self.asked > late else "wait")
+            return super().wait()
+
+    options: dict[str, Any] = dict(num_images=160, log_every_images=32, checkpoint_every_images=80)
+    toy_trainer(tmp_path / "at once", **options).train()
+    monkeypatch.setattr("fastddpm.training.metrics.Reading", Late)
+    toy_trainer(tmp_path / "late", callbacks=[lambda t: happened.append(str(t.images_seen))], **options).train()
+    waits = [(happened[i - 1], what) for i, what in enumerate(happened) if not what.isdigit()]
+    if late == 2:  # 32 comes with the third step, 160 with the checkpoint at the end
+        assert waits == [("48", "there"), ("80", "wait"), ("112", "there"), ("144", "there"), ("160", "wait")]
+    else:
+        assert waits == [("64", "wait"), ("80", "wait"), ("128", "wait"), ("160", "wait"), ("wait", "wait")]
+    found = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("at once", "late")]
+    lines = [[{k: v for k, v in line.items() if "second" not in k} for line in of_run] for of_run in found]
+    assert lines[0] == lines[1] and [line["images"] for line in lines[0]] == [32, 64, 96, 128, 160]
+
+
 def test_loss_by_timestep_is_the_mean_of_each_group() -> None:
     totals = Totals(30, torch.device("cpu"))
     t = torch.tensor([0, 1, 29, 29, 28])
     totals.add_samples(t, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]))
     totals.add_step(torch.tensor(5.0), torch.tensor(0.5))
-    means = totals.read_and_clear()
+    means = totals.means(totals.take().wait())
     assert means["timesteps"] == [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29]
     assert means["loss_by_t"] == [2.0, *[None] * 17, 9.0, 6.0]
     assert not any(value.any() for value in totals.tensors.values())
@@ -250,6 +329,31 @@ def test_divergence_between_two_log_lines_is_found_before_a_checkpoint(tmp_path:
     assert latest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("micro", [8, 4])
+def test_gradients_wait_in_bfloat16_where_they_are_to(tmp_path: Path, micro: int) -> None:
+    found = {}
+    for dtype in (None, "bfloat16"):
+        trainer = toy_trainer(
+            tmp_path / str(dtype), toy_diffusion(), gradient_dtype=dtype, micro_batch_size=micro, max_grad_norm=None
+        )
+        nn.init.normal_(trainer.diffusion.model.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+        seen: list[Tensor | None] = []
+        update = trainer.optimizer.update
+        trainer.optimizer.update = lambda loss, o=trainer.optimizer, s=seen, u=update: (  # type: ignore[method-assign]
+            s.extend(p.grad for p in o.parameters.values()) or u(loss)
+        )
+        trainer.step()
+        assert all((g is None) == (dtype is not None) for g in seen)
+        assert all(not p._post_accumulate_grad_hooks for p in trainer.optimizer.parameters.values())
+        found[dtype] = trainer.optimizer
+    whole, half = (found[dtype].exp_avg for dtype in (None, "bfloat16"))
+    largest = max(float(moment.abs().max()) for moment in whole.values())
+    for name, moment in whole.items():
+        assert_equal_to_rounding(half[name].bfloat16(), moment.bfloat16(), ulps=8 // micro, scale=largest)
+    assert not all(torch.equal(half[name], moment) for name, moment in whole.items())
+    assert not found["bfloat16"]._kept
+
+
 def test_float16_leaves_out_a_step_whose_gradients_overflow_and_scales_less(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, precision="float16", micro_batch_size=4)
     optimizer, model = trainer.optimizer, trainer.diffusion.model
@@ -269,7 +373,7 @@ def test_float16_leaves_out_a_step_whose_gradients_overflow_and_scales_less(tmp_
     optimizer.scale.scale.fill_(1024.0)
     trainer.step()
     assert not all(map(torch.equal, before, state())) and int(optimizer.step) == 2
-    means = trainer._totals.read_and_clear()
+    means = trainer._totals.means(trainer._totals.take().wait())
     assert means["skipped"] == 1 and 0 < means["grad_norm"] < 100
     trainer.save()
 
@@ -279,7 +383,7 @@ def test_gradients_in_float16_are_those_of_the_loss_before_it_was_scaled(tmp_pat
     for precision in ("float32", "float16"):
         trainer = toy_trainer(tmp_path / precision, toy_diffusion(), precision=precision)
         trainer.step()
-        norms[precision] = trainer._totals.read_and_clear()["grad_norm"]
+        norms[precision] = trainer._totals.means(trainer._totals.take().wait())["grad_norm"]
     assert abs(norms["float16"] / norms["float32"] - 1) < 0.02  # 11 bits, and as many layers
 
 
@@ -541,7 +645,7 @@ def test_a_step_reads_the_same_memory_each_time(tmp_path: Path) -> None:
 RECORDED: dict[str, dict[str, Any]] = {
     "plain": {},
     "host": dict(data_on="host", horizontal_flip=False),
-    "bfloat16": dict(precision="bfloat16", micro_batch_size=4, ema_decay=None),
+    "bfloat16": dict(precision="bfloat16", micro_batch_size=4, ema_decay=None, gradient_dtype="bfloat16"),
     "float16": dict(precision="float16"),
     "recompute": dict(recompute=True, learning_rate=2e-3),
 }
@@ -602,16 +706,32 @@ def test_recomputing_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     assert_same_bits(*found)
 
 
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def test_why_another_network_is_not_recorded_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    happened = record_on_cpu(monkeypatch)
+    monkeypatch.setattr("fastddpm.training.loop.can_record", lambda device: True)
+    for cuda_graph in ("off", "auto", "on"):
+        diffusion = GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
+        trainer = toy_trainer(tmp_path / cuda_graph, diffusion, cuda_graph=cuda_graph, progress=True)
+        told = capsys.readouterr().out
+        assert ("without a CUDA graph: nobody knows whether Other does the same" in told) == (cuda_graph == "auto")
+        for _ in range(5):
+            trainer.step()
+        assert happened == (["record", "replay", "replay"] if cuda_graph == "on" else [])
+
+
 def test_recomputing_another_network_is_refused(tmp_path: Path) -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3, padding=1)
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            y: Tensor = self.conv(x)
-            return y
-
     diffusion = GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
     with pytest.raises(ValueError, match=r"expected a fastddpm\.UNet with recompute, got Other"):
         toy_trainer(tmp_path, diffusion, recompute=True)

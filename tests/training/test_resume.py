@@ -45,7 +45,10 @@ CASES: dict[str, dict[str, Any]] = {
         "diffusion": dict(dropout=0.2, num_classes=2, timestep_sampling="importance", num_timesteps=3),
         "train": dict(micro_batch_size=4, lr_decay="cosine"),
     },
-    "bfloat16": {"diffusion": dict(prediction="v", loss="min_snr"), "train": dict(precision="bfloat16")},
+    "bfloat16": {
+        "diffusion": dict(prediction="v", loss="min_snr"),
+        "train": dict(precision="bfloat16", gradient_dtype="bfloat16"),
+    },
     # a scale at which gradients overflow for some steps
     "float16": {"diffusion": {}, "train": dict(precision="float16", ema_decay=None), "scale": 2.0**27},
     "learned variance": {
