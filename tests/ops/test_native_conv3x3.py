@@ -179,7 +179,8 @@ def test_packed_weights_of_any_dtype(of_weight: torch.dtype) -> None:
 
 def test_weights_are_kept_for_each_size_of_tiles() -> None:
     weight = torch.randn(40, 17, 3, 3)
-    maps = [torch.randn(1, 17, n, n, dtype=torch.bfloat16) for n in (72, 64, 4)] + [torch.randn(1, 17, n, n) for n in (72, 64)]
+    maps = [torch.randn(1, 17, n, n, dtype=torch.bfloat16) for n in (72, 64, 4)]
+    maps += [torch.randn(1, 17, n, n) for n in (72, 64)]
     with fastddpm.use_backend("native"), torch.no_grad():
         anew = [fastddpm.conv3x3(x, weight) for x in maps]
         with keep_transformed():

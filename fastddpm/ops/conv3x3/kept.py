@@ -18,9 +18,9 @@ _kept: Transformed | None = None
 def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
-    For few pixels they are only packed, which takes the memory of the weights, and transformed on the way to the product;
-    for more it takes 16 / 9 of their memory in float32, or 4 times it where tiles are of 4x4 pixels. Where a gradient is
-    asked for, and under torch.compile, nothing is kept.
+    For few pixels they are only packed, which takes the memory of the weights, and transformed on the way to the
+    product; for more it takes 16 / 9 of their memory in float32, or 4 times it where tiles are of 4x4 pixels. Where a
+    gradient is asked for, and under torch.compile, nothing is kept.
 
     Args:
         into: where to keep them, for another block; None keeps them for this one, or where a block around it does.
