@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastddpm import _native
+from fastddpm import _native, cli
 from tests.test_package import python
 
 ROOT = Path(__file__).parents[2]
@@ -186,12 +186,16 @@ def test_which_gpus_an_architecture_serves(
 
 
 @pytest.mark.nvcc
-def test_the_library_was_built() -> None:
+def test_the_library_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    """And `fastddpm info` says with which nvcc, and for which GPUs."""
     how = _native.build_info()["cuda"]
     assert how is not None, _native.cuda_reason()
     assert how["nvcc"].split(".")[0].isdigit()
     newest = how["architectures"][-2].removeprefix("sm_")
     assert how["architectures"][-1] == f"compute_{newest}"
+    assert cli.main(["info"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("CUDA kernels"))
+    assert how["nvcc"] in told and ",".join(how["architectures"]) in told
 
 
 @pytest.mark.nvcc
