@@ -33,7 +33,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         x2: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-        ctx.implementation = OP.choose(x=x, weight=weight, bias=bias, **inputs, **options)
+        ctx.implementation = OP.choose(x=x)
         y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
         drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
         ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
@@ -146,7 +146,6 @@ def group_norm_silu(
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *inputs.values())):
         result = _GroupNormSiLU.apply(options, x, weight, bias, *inputs.values())  # type: ignore[no-untyped-call]
         return result
-    implementation = OP.choose(x=x, weight=weight, bias=bias, **inputs, **options)
-    y, h, _ = implementation.forward(x, weight, bias, **inputs, **options)
+    y, h, _ = OP.choose(x=x).forward(x, weight, bias, **inputs, **options)
     result = y if h is None else (y, h)
     return result
