@@ -56,7 +56,7 @@ bool in_waves(const Conv3x3& a) {
     return a.shape.channels * a.outputs > 80 * (a.shape.channels + a.outputs);
 }
 
-// In waves that are alike, and no larger than WAVE where that is 12 tiles.
+// In waves that are alike, and as large as WAVE allows.
 void run_waves(const Conv3x3& a) {
     const int64_t of_tile = frequencies(a.tile), channels = a.shape.channels, panels = parts(a.outputs, PANEL);
     const int64_t most = std::max<int64_t>(1, WAVE / (of_tile * (channels + panels * PANEL)) / BLOCK);  // of BLOCK each

@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
         "tensors": YES_NO,
     },
     "rms_norm_silu": COMMON | {"scale": YES_NO, "shift": YES_NO, "activation": YES_NO, "eps": (1e-12, 3.0)},
-    "conv3x3": COMMON | {"bias": YES_NO, "outputs": (8, 31, 32, 33, 65), "mean": (0.0, 100.0)},
+    "conv3x3": COMMON | {"bias": YES_NO, "outputs": (8, 31, 32, 33, 65, 170), "mean": (0.0, 100.0)},
     "adam_ema": {
         "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "clip": YES_NO, "ema": YES_NO, "mirror": YES_NO,
         "scale": YES_NO, "found_inf": ("none", "no", "yes"), "tensors": YES_NO, "decay": (0.0, 0.1),
