@@ -116,10 +116,6 @@ def random_tests(first: int, end: int, step: int = PART) -> list[str]:
     return [f"tests/ops/test_random_cases.py::test_native[{n}]" for n in range(first, end, step)]
 
 
-def test_random_calls(passed: Passed, library: Path) -> None:
-    passed(library, *random_tests(0, PART), "--timeout=300", FASTDDPM_RANDOM_OPS=" ".join(OPS))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, NATIVE // 2, 5 * PART))
 def test_many_random_calls(passed: Passed, library: Path, first: int) -> None:
