@@ -69,12 +69,10 @@ def program(source: Path, *kernels: str) -> Path:
 def linked(name: str, sources: list[Path], options: list[str], libraries: list[str], csrc: Path) -> Path:
     """What is made of these sources, of which objects are made where there are none."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with locked(BUILD / "lock"):
-        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-            objects = sorted(pool.map(lambda source: compiled(source, csrc), sources))
-        target = BUILD / f"{name}{digest([*options, *SANITIZE], objects)}{'.so' if '-shared' in options else ''}"
-        if not target.exists():
-            made(target, [compiler() or "g++", *options, *SANITIZE, *map(str, objects), *libraries])
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        objects = sorted(pool.map(lambda source: compiled(source, csrc), sources))
+    target = BUILD / f"{name}{digest([*options, *SANITIZE], objects)}{'.so' if '-shared' in options else ''}"
+    made(target, [compiler() or "g++", *options, *SANITIZE, *map(str, objects), *libraries])
     return target
 
 
@@ -84,9 +82,8 @@ def compiled(source: Path, csrc: Path) -> Path:
     used = [source, *headers_of(csrc), *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
     used += csrc.glob("*/*_cuda.h") if source.parent == EMULATION else []  # a program may call any kernel
     target = BUILD / f"{source.name}.{digest([*options, torch.__version__], used)}.o"
-    if not target.exists():
-        includes = [f"-I{csrc}", f"-I{EMULATION}", f"-isystem{TORCH / 'include'}"]
-        made(target, [*options, *includes, "-x", "c++", "-c", str(source)])
+    includes = [f"-I{csrc}", f"-I{EMULATION}", f"-isystem{TORCH / 'include'}"]
+    made(target, [*options, *includes, "-x", "c++", "-c", str(source)])
     return target
 
 
@@ -104,12 +101,15 @@ def digest(options: list[str], files: list[Path]) -> str:
 
 
 def made(target: Path, command: list[str]) -> None:
-    """Run a command that writes ``target``, which is there whole or not at all."""
-    part = target.with_suffix(f".{os.getpid()}.part")
-    run = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
-    part.replace(target)
+    """Run a command that writes ``target`` unless it is there: whole, or not at all. Others wait who want the same."""
+    with locked(target.with_name(f"{target.name}.lock")):
+        if target.exists():
+            return
+        part = target.with_suffix(f".{os.getpid()}.part")
+        run = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
+        part.replace(target)
 
 
 @contextlib.contextmanager
