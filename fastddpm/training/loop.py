@@ -629,7 +629,7 @@ class Trainer:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Have the allocator of glibc keep what is freed, from now on, or give all blocks from 128 KiB on back to the system.
+    """Have the allocator of glibc keep what is freed, from now on, or give blocks from 128 KiB on back to the system.
 
     To get memory from the system again at every step takes time. But of what is kept some cannot be used again, since
     blocks of the same size, aligned, do not fit where one was (docs/memory.md). Other allocators stay as they are.

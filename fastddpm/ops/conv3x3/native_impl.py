@@ -71,7 +71,8 @@ def _packed(weight: Tensor) -> Tensor:
     """[N, K, 3, 3] to [ceil(N / 16), K, 9, 16], in half precision or float32: 0 in place of outputs beyond the last."""
     weight = weight.float() if weight.dtype == torch.float64 else weight
     padded = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % 16))
-    return padded.unflatten(0, (-1, 16)).permute(0, 2, 3, 4, 1).flatten(2, 3).contiguous()
+    packed: Tensor = padded.unflatten(0, (-1, 16)).permute(0, 2, 3, 4, 1).flatten(2, 3).contiguous()
+    return packed
 
 
 def _tile(x: Tensor, output: torch.dtype, weights: int) -> int:
