@@ -34,6 +34,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("ema_halflife_images", 0.0),
     ("precision", "float8"),
     ("compile_mode", "slow"),
+    ("gradient_dtype", "float16"),
     ("device", "toaster"),
     ("data_on", "disk"),
     ("cuda_graph", "maybe"),
