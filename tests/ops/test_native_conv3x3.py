@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -131,6 +133,27 @@ def test_rounding_error_beside_that_of_a_direct_sum(tile: int, most: float) -> N
                 moved = padded[:, k, None, i : i + 16, j : j + 16]
                 direct = direct + weight[:, k, i, j].reshape(1, -1, 1, 1) * moved
     assert error <= most * (direct.double() - exact).norm()
+
+
+def test_weights_are_kept_for_their_thread_alone() -> None:
+    entered, left = threading.Event(), threading.Event()
+    inside: list[bool] = []
+
+    def another() -> None:
+        with torch.no_grad(), keep_transformed():
+            entered.set()
+            assert left.wait(10)
+            inside.append(is_kept())
+
+    thread = threading.Thread(target=another)
+    with torch.no_grad():
+        with keep_transformed():
+            thread.start()
+            assert entered.wait(10)
+        left.set()  # this block ends while the other one, which began within it, goes on
+        thread.join()
+        assert inside == [True]
+        assert not is_kept()
 
 
 def test_weights_are_kept_within_the_block_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,7 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Transformed = WeakIdKeyDictionary
 """Weight to what it was transformed to, by the size of the tiles; 0: packed, to be transformed on the way."""
-_kept: Transformed | None = None
+
+
+class _Thread(threading.local):
+    kept: Transformed | None = None
+
+
+_here = _Thread()
+"""Of the thread: a sampling in one says nothing of a training in another."""
 
 
 @contextlib.contextmanager
@@ -25,35 +33,33 @@ def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
     Args:
         into: where to keep them, for another block; None keeps them for this one, or where a block around it does.
     """
-    global _kept
-    before = _kept
-    _kept = into if into is not None else Transformed() if before is None else before
+    before = _here.kept
+    _here.kept = into if into is not None else Transformed() if before is None else before
     try:
         yield
     finally:
-        _kept = before
+        _here.kept = before
 
 
 @contextlib.contextmanager
 def transform_anew() -> Iterator[None]:
     """Within the block nothing is kept: where a gradient is asked for, weights are about to change."""
-    global _kept
-    before, _kept = _kept, None
+    before, _here.kept = _here.kept, None
     try:
         yield
     finally:
-        _kept = before
+        _here.kept = before
 
 
 def is_kept() -> bool:
     """Whether weights are transformed once for many calls."""
-    return _kept is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _here.kept is not None
 
 
 def kept(weight: Tensor, tile: int, transform: Callable[[], Tensor]) -> Tensor:
     """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`, where `is_kept`."""
-    assert _kept is not None
-    of_weight: dict[int, Tensor] = _kept.setdefault(weight, {})
+    assert _here.kept is not None
+    of_weight: dict[int, Tensor] = _here.kept.setdefault(weight, {})
     if tile not in of_weight:
         of_weight[tile] = transform()
     return of_weight[tile]
