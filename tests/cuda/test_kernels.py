@@ -103,6 +103,7 @@ def test_every_contract_and_random_call_of_the_cooperative_kernel(
     passed(library, *random_tests(0, random_calls), "--timeout=0", **environment)
 
 
+@pytest.mark.slow
 def test_offsets_have_64_bits() -> None:
     """Elements that lie more than 2^32 apart are found."""
     far = emulated.program(emulated.EMULATION / "far.cu", "group_norm_silu", "q_sample", "solver_step")
