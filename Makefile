@@ -32,8 +32,8 @@ NATIVE := pyproject.toml setup.py $(shell find csrc -type f)
 
 FIND_NVCC = [ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]
 
-# one test process a core, so one thread each
-PYTEST = OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(JOBS)
+# one test process a core, so one thread each; who is done takes over tests of the others: some take seconds, most none
+PYTEST = OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -n $(JOBS) --dist worksteal
 SUMMARY := $(TEST)/summary.txt
 
 .PHONY: demo test test-all smoke lint bench bench-peers clean FORCE
