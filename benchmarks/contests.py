@@ -56,6 +56,9 @@ class Contest:
         return tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in self.inputs)
 
 
+DENSE, NHWC = torch.contiguous_format, torch.channels_last
+
+
 def normal(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     sample = torch.arange(shape[0], device=DEVICE)
 
@@ -69,9 +72,9 @@ def normal(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return Contest((), ours, eager, elements * dtype.itemsize, elements)
 
 
-def q_sample(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+def q_sample(shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = DENSE) -> Contest:
     """Noise uint8 images."""
-    x0 = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    x0 = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=order)
     t, sample = torch.randint(0, T, (shape[0],), device=DEVICE), torch.arange(shape[0], device=DEVICE)
 
     def ours(x0: Tensor) -> object:
@@ -85,11 +88,16 @@ def q_sample(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return Contest((x0,), ours, eager, x0.numel() * (1 + dtype.itemsize), x0.numel())
 
 
-def diffusion_loss(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+def q_sample_nhwc(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return q_sample(shape, dtype, NHWC)
+
+
+def diffusion_loss(shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = DENSE) -> Contest:
     """Weighted squared error and its gradient, ours with the noise drawn again: prediction read, gradient written."""
-    pred = torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
-    noise, weight = torch.randn(shape, dtype=dtype, device=DEVICE), torch.rand(shape[0], device=DEVICE)
+    weight = torch.rand(shape[0], device=DEVICE)
     t, sample = torch.randint(0, T, (shape[0],), device=DEVICE), torch.arange(shape[0], device=DEVICE)
+    pred, noise = (torch.randn(shape, dtype=dtype, device=DEVICE).contiguous(memory_format=order) for _ in range(2))
+    pred.requires_grad_()
 
     def ours(pred: Tensor) -> object:
         loss, _ = fastddpm.diffusion_loss(pred, t, seed=0, sample=sample, step=0, weight=weight)
@@ -101,9 +109,13 @@ def diffusion_loss(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return Contest((pred,), ours, eager, 2 * pred.numel() * dtype.itemsize, pred.numel(), timed="both")
 
 
-def solver_step(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+def diffusion_loss_nhwc(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return diffusion_loss(shape, dtype, NHWC)
+
+
+def solver_step(shape: Sequence[int], dtype: torch.dtype, order: torch.memory_format = DENSE) -> Contest:
     """One DDPM update with noise: state and prediction read; ours writes the state and pred_x0, eager the state."""
-    x, out = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(2))
+    x, out = (torch.randn(shape, dtype=dtype, device=DEVICE).contiguous(memory_format=order) for _ in range(2))
     sample = torch.arange(shape[0], device=DEVICE)
     t = T // 2
     beta = 1 - ALPHAS_CUMPROD[t] / ALPHAS_CUMPROD[t - 1]
@@ -121,6 +133,10 @@ def solver_step(shape: Sequence[int], dtype: torch.dtype) -> Contest:
         return row[2] * pred + row[3] * x + row[5] * torch.randn_like(x)
 
     return Contest((x, out), ours, eager, 4 * x.numel() * dtype.itemsize, x.numel())
+
+
+def solver_step_nhwc(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return solver_step(shape, dtype, NHWC)
 
 
 def activation(shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,9 +214,10 @@ def adam_ema(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     step, lr, decay = (torch.tensor(v, device=DEVICE) for v in (0, 2e-4, 0.9999))
 
     def ours() -> object:
-        return fastddpm.adam_ema(
+        norm = fastddpm.adam_ema(
             params, grads, first, second, step=step, lr=lr, max_grad_norm=1.0, ema=average, ema_decay=decay
         )
+        return norm, params, first, second, average
 
     weights = [p.clone().requires_grad_() for p in params]
     for p, g in zip(weights, grads, strict=True):
@@ -222,7 +239,8 @@ Make = Callable[[Sequence[int], torch.dtype], Contest]
 
 
 def name_of(make: Make, shape: Sequence[int]) -> str:
-    return f"{make.__name__.replace('_backward', ' backward')} {'x'.join(map(str, shape))}"
+    op = make.__name__.replace("_backward", " backward").replace("_nhwc", " NHWC")
+    return f"{op} {'x'.join(map(str, shape))}"
 
 
 def compiled(eager: Function) -> Function:

@@ -41,6 +41,7 @@ NETWORKS = {
 }  # fmt: skip
 
 ELEMENTWISE = ("normal", "q_sample", "diffusion_loss", "solver_step")
+LARGE = (256, 3, 256, 256)  # images of more than 64 MB, whatever the op and the dtype
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Case:
 
     @property
     def op(self) -> str:
-        return self.contest.removesuffix("_backward")
+        return self.contest.removesuffix("_backward").removesuffix("_nhwc")
 
     @property
     def key(self) -> str:
@@ -92,6 +93,12 @@ def _elementwise() -> tuple[Case, ...]:
         for name, n in NETWORKS.items()
         for op in ELEMENTWISE
     ]
+    cases += [Case("elementwise", op, LARGE, "bfloat16", "large") for op in ELEMENTWISE[1:]]
+    cases += [
+        Case("elementwise", f"{op}_nhwc", (n.batch, n.image[0], n.image[1], n.image[1]), "bfloat16", name)
+        for name, n in NETWORKS.items()
+        for op in ELEMENTWISE[1:]
+    ]
     return (*cases, Case("elementwise", "adam_ema", (256, 256, 3, 3), "float32", "cifar-10"))
 
 
@@ -110,7 +117,7 @@ def _norms(op: str, network: str) -> tuple[Case, ...]:
 
 def parts() -> list[Part]:
     """In the order in which they run: what a short lease needs most comes first."""
-    measured = [Part("elementwise", 150, _elementwise())]
+    measured = [Part("elementwise", 240, _elementwise())]
     for op in ("group_norm_silu", "rms_norm_silu"):
         measured += [Part(f"{op} {name}", 240, _norms(op, name)) for name in NETWORKS]
     checks = [Part("build", 300), Part("tests", 240), Part("sanitizer", 150)]

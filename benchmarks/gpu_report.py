@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def markdown(lines: list[Line], parts: list[str], picture: str | None = None, of
     text = ["# Timings on a GPU", "", *(f"- {k}: {v}" for k, v in about.items() if k not in ("kind", "part")), ""]
     text += ["## Parts", "", *_parts(lines, parts), "", "## Tests and checks", "", *_checks(lines), ""]
     text += [*gpu_report_steps.markdown(lines, of_steps), *gpu_report_steps.scripts(lines)]
+    text += ["## Against what was set out", "", *bars(timings, launch_of(lines)), ""]
     text += [
         "## Timings of the ops",
         "",
@@ -100,6 +102,76 @@ def _line(case: dict[str, Line]) -> str:
     cells.append(f"{first['floor'] / ours[1]:.0%}" if ours else "")
     cells.append(f"{min(others) / ours[1]:.2f}" if ours and others else "")
     return f"| {first['case']} | {first['dtype']} | {first['bytes'] / 1e6:.2f} | {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a set of cases shall reach: ``reached`` gives a case's number, of which ``least`` is wanted."""
+
+    what: str
+    least: float
+    applies: Callable[[Line], bool]
+    reached: Callable[[dict[str, Line]], float | None]
+
+
+def launch_of(lines: list[Line]) -> float | None:
+    """Seconds of a kernel that does nothing."""
+    found = [line["launch"] for line in lines if line.get("kind") == "rates" and line.get("launch")]
+    return min(found) if found else None
+
+
+def of_floor(case: dict[str, Line]) -> float | None:
+    """The share of the floor that the faster of ours reaches."""
+    ours = best_of(case)
+    return next(iter(case.values()))["floor"] / ours[1] if ours else None
+
+
+def to_compile(case: dict[str, Line]) -> float | None:
+    """Times as fast as torch.compile."""
+    ours, compiled = best_of(case), seconds_of(case, "compile")
+    return compiled / ours[1] if ours and compiled else None
+
+
+def every_bar(launch: float | None) -> list[Bar]:
+    """The bars for an H100 of the issues; a norm of up to 8 MB may take the launch and half as long again."""
+
+    def norm(row: Line) -> bool:
+        return row["op"] == "group_norm_silu" and row["network"] in ("cifar-10", "adm-64", "sd-1.5")
+
+    def of_launch(case: dict[str, Line]) -> float | None:
+        ours = best_of(case)
+        return (launch + next(iter(case.values()))["floor"]) / ours[1] if ours and launch else None
+
+    def by_memory(row: Line) -> bool:
+        return row["op"] != "normal" and row["bytes"] > 8e6 and row["network"] != "lsun-256"
+
+    def is_backward(row: Line) -> bool:
+        return " backward" in row["case"]
+
+    pictures = ("q_sample", "solver_step", "diffusion_loss")
+    return [
+        Bar("group_norm_silu above 8 MB, of the floor", 0.9, lambda r: norm(r) and r["bytes"] > 8e6, of_floor),
+        Bar("group_norm_silu up to 8 MB, of a launch and the floor", 1 / 1.5,
+            lambda r: norm(r) and r["bytes"] <= 8e6, of_launch),
+        Bar("q_sample, solver_step, diffusion_loss above 64 MB, of the floor", 0.9,
+            lambda r: r["op"] in pictures and r["bytes"] > 64e6, of_floor),
+        Bar("adam_ema, of the floor", 0.85, lambda r: r["op"] == "adam_ema", of_floor),
+        Bar("every op above 8 MB that fits on chip, of the floor", 0.85, by_memory, of_floor),
+        Bar("group_norm_silu forward, to torch.compile", 1.5, lambda r: norm(r) and not is_backward(r), to_compile),
+        Bar("group_norm_silu backward, to torch.compile", 3.0, lambda r: norm(r) and is_backward(r), to_compile),
+    ]  # fmt: skip
+
+
+def bars(rows: list[Line], launch: float | None) -> list[str]:
+    """A line for each bar: how many of its cases reach it, and the one that is furthest below."""
+    text = ["| of the issues, for an H100 | wanted | cases that reach it | least | at |", "| --- " * 5 + "|"]
+    for bar in every_bar(launch):
+        cases = [case for case in cases_of(rows) if bar.applies(next(iter(case.values())))]
+        found = [(v, next(iter(case.values()))["key"]) for case in cases if (v := bar.reached(case)) is not None]
+        least, key = min(found, default=(0.0, ""))
+        reached = f"{sum(value >= bar.least for value, _ in found)} of {len(found)} | {least:.2f}"
+        text.append(f"| {bar.what} | {bar.least:.2f} | {reached if found else 'not measured | '} | {key} |")
+    return text
 
 
 def _networks(rows: list[Line]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ import fastddpm
 from benchmarks import contests
 from benchmarks.contests import Call, Contest, Function
 from benchmarks.gpu_cases import Case
+from tests.tolerance import assert_within
 
 Line = dict[str, Any]
+OURS = ("native", "triton")
 BATCH_SECONDS = 4e-4  # of work between two events: what an event costs is little beside it
 MOST_COPIES = 256
 CLOCK = 2e9  # cycles a second that no GPU exceeds by much: how long to sleep
@@ -78,11 +81,13 @@ class Timed:
 
 
 class Rates:
-    """What this device copies and draws in a second, measured on amounts that no cache holds."""
+    """What this device copies and draws in a second, measured on amounts that no cache holds, and the seconds of a
+    kernel that does nothing, as one of many in a row."""
 
     def __init__(self, cache: int) -> None:
         size = max(2**29, 8 * cache)
         self.copied_bytes = size / best_of(copying(size, 1)[0])
+        self.launch = best_of(lambda: torch.cuda._sleep(1))
         sample = torch.arange(64, device="cuda")
         self.draws: dict[str, float] = {}
         for backend in ("native", "triton"):
@@ -145,20 +150,75 @@ def functions_of(case: Case, contest: Contest) -> dict[str, Callable[[], Functio
     return makers
 
 
-def measured(case: Case, rates: Rates, cache: int, seconds: float, without: frozenset[str]) -> list[Line]:
-    """The rows of a case: every contestant, in turns, and a copy of as many bytes."""
+def results(contest: Contest, function: Function, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """What is compared: the tensors that a call gives, or its gradients for the first input as that of the result."""
+    y = function(*inputs)
+    if contest.timed == "both":
+        y = torch.autograd.grad(y, inputs)
+    elif contest.timed == "gradient":
+        y = torch.autograd.grad(y, inputs, inputs[0].detach())
+    return [z.detach() for z in torch.utils._pytree.tree_leaves(y) if torch.is_tensor(z) and z.is_floating_point()]
+
+
+def references(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the reference gives in float64 and in float32 for the inputs of a case; where it has none, but makes its
+    tensors itself, in float32 for both."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        given = contest_of(case).inputs
+        contest = contest_of(case, dtype)
+        inputs = tuple(x.detach().to(dtype) if x.is_floating_point() else x for x in given)
+        inputs = tuple(x.requires_grad_(y.requires_grad) for x, y in zip(inputs, given, strict=True))
+        found.append(results(contest, forced("reference", contest.ours), inputs))
+    exact, rounded = found
+    return (exact if given else [n.double() for n in rounded]), rounded
+
+
+def contest_of(case: Case, dtype: torch.dtype | None = None) -> Contest:
+    """The contest of a case, the same each time; in another dtype its inputs differ, and nothing else."""
     torch.manual_seed(0)
-    make = getattr(contests, case.contest)
-    contest: Contest = make(case.shape, getattr(torch, case.dtype))
+    make: contests.Make = getattr(contests, case.contest)
+    return make(case.shape, dtype or getattr(torch, case.dtype))
+
+
+NORMALS_2, NORMALS_MAXIMUM = 4e-6, 2e-3  # twice what normal numbers may differ by, relative and absolute
+
+
+def check_values(case: Case, backend: str, expected: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+    """Hold an implementation against the reference on the inputs that are timed.
+
+    The one rule; where normal numbers are drawn, they may differ besides, by the bounds that tests hold them to.
+    """
+    contest = contest_of(case)
+    with torch.set_grad_enabled(contest.timed != "call"):
+        ours = results(contest, forced(backend, contest.ours), contest.inputs)
+    for number, (impl, exact, rounded) in enumerate(zip(ours, *expected, strict=True)):
+        what = f"{case.op}, result {number}"
+        if not contest.normals:
+            assert_within(impl, exact, rounded, what)
+            continue
+        error, unit = impl.double() - exact, rounded.to(impl.dtype).double() - exact
+        size, least = exact.norm(), 4 * torch.finfo(torch.float32).eps
+        assert error.norm() <= 2 * unit.norm() + (least + NORMALS_2) * size, f"{what}: 2-norm of the error"
+        most = exact.abs().max()
+        allowed = 2 * unit.abs().max() + (least + NORMALS_MAXIMUM) * most
+        assert error.abs().max() <= allowed, f"{what}: maximum of the error"
+
+
+def measured(case: Case, rates: Rates, cache: int, seconds: float, without: frozenset[str]) -> list[Line]:
+    """The rows of a case: every contestant, in turns, and a copy of as many bytes. Wrong values are no time."""
+    contest = contest_of(case)
     copies = copies_of(contest.size, cache) if contest.inputs else 1
     inputs = [contest.inputs, *(contest.copied_inputs() for _ in range(copies - 1))]
+    name = contests.name_of(getattr(contests, case.contest), case.shape)
     about = dict(
-        kind="row", part=case.part, key=case.key, op=case.op, case=contests.name_of(make, case.shape), dtype=case.dtype,
+        kind="row", part=case.part, key=case.key, op=case.op, case=name, dtype=case.dtype,
         network=case.network, count=case.count, elements=case.elements, bytes=contest.size, normals=contest.normals,
         copies=copies, floor=rates.floor(contest.size, contest.normals),
     )  # fmt: skip
     entrants: dict[str, Timed] = {}
     rows: list[Line] = []
+    expected = functools.cache(lambda: references(case))
 
     def attempt(name: str, step: Callable[[], None]) -> None:
         try:
@@ -171,6 +231,8 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
 
     def enter(name: str, calls: Callable[[], list[Call]]) -> None:
         def step() -> None:
+            if name in OURS:
+                check_values(case, name, expected())
             entrants[name] = Timed(calls())
 
         attempt(name, step)
@@ -179,6 +241,7 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
         for name, maker in functions_of(case, contest).items():
             if name not in without:
                 enter(name, partial(bound_all, contest, maker, inputs))
+        expected.cache_clear()
         enter("copy", partial(copying, contest.size, copies))
         end = time.perf_counter() + seconds
         turns = 0

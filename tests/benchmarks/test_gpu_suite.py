@@ -114,6 +114,26 @@ def test_contestants_of_every_case_run(contest: str, monkeypatch: pytest.MonkeyP
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("contest", sorted({case.contest for case in CASES}))
+def test_wrong_values_are_no_time(contest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation is held against the reference before it is timed; one number in a thousand is enough."""
+    monkeypatch.setattr(contests, "DEVICE", "cpu")
+    monkeypatch.setattr(contests, "TABLE", contests.TABLE.cpu())
+    case = gpu_cases.Case("elementwise", contest, (2, 32, 4, 4), "bfloat16", "cifar-10")
+    exact, rounded = gpu_timing.references(case)
+    gpu_timing.check_values(case, "native", (exact, rounded))
+    right = gpu_timing.results
+
+    def wrong(*given: Any) -> list[torch.Tensor]:
+        first, *others = right(*given)
+        at = torch.arange(first.numel()).reshape(first.shape) == first.abs().argmax()
+        return [torch.where(at, 1.05 * first, first), *others]
+
+    monkeypatch.setattr(gpu_timing, "results", wrong)
+    with pytest.raises(AssertionError, match="of the error"):
+        gpu_timing.check_values(case, "native", (exact, rounded))
+
+
 def test_a_contestant_that_loses_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "is_lost", lambda: True)
     case = gpu_cases.Case("elementwise", "q_sample", (2, 3, 4, 4), "float32", "cifar-10")
@@ -307,6 +327,22 @@ def test_the_table_says_everything() -> None:
     cifar = next(line for line in text.splitlines() if line.startswith("| cifar-10 | group_norm_silu | forward |"))
     assert cifar.split("|")[4].strip() == "0.051"  # 51 calls of a microsecond
     assert "best slab 64, cluster 4 4.0 us; by plan 5.0 us" in text
+
+
+def test_the_bars_of_the_issues() -> None:
+    """Each has cases; those of its kind alone, which count as they should."""
+    lines = [*full_record(), {"kind": "rates", "launch": 1e-6}, {"kind": "rates", "launch": 2e-6}]
+    assert gpu_report.launch_of(lines) == 1e-6
+    timings = [{**r, "bytes": 2.0e7} if "128x128x32x32" in r["key"] else r for r in gpu_record.rows(lines)]
+    found = {line.split("|")[1].strip(): line.split("|")[3:6] for line in gpu_report.bars(timings, 1e-6)[2:]}
+    above, to_compile = (found[name] for name in ("group_norm_silu above 8 MB, of the floor",
+                                                  "group_norm_silu forward, to torch.compile"))  # fmt: skip
+    assert [cell.strip() for cell in above[:2]] == ["0 of 4", "0.50"]  # forward and backward, two dtypes
+    assert to_compile[1].strip() == "2.00"  # 6 us to the 3 us of Triton, where native takes 4
+    assert all("not measured" in line for line in gpu_report.bars([], None)[2:])
+    for bar in gpu_report.every_bar(1e-6):
+        sizes = [(c, torch.Size(c.shape).numel() * (2 if c.dtype == "bfloat16" else 4)) for c in CASES]
+        assert any(bar.applies(row(c.key, "native", 1e-6, bytes=size)) for c, size in sizes), bar.what
 
 
 def test_the_table_of_nothing() -> None:
