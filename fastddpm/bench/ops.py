@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def measure_ops(
     return found
 
 
-def _cases(makers: list[Callable[[Work], Iterator[Case]]], work: Work) -> Iterator[Case]:
+def _cases(makers: Sequence[Callable[[Work], Iterator[Case]]], work: Work) -> Iterator[Case]:
     """One after the other, so that there is memory for the largest alone."""
     for make in makers:
         yield from make(work)
