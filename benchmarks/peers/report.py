@@ -88,7 +88,7 @@ def lines_of(rows: list[Row]) -> list[str]:
     for name, case in cases_of(rows).items():
         lines += ["", name]
         for library, setting, *numbers in table_of(case):
-            lines.append(f"  {library:<29}{setting:<44}{''.join(f'{cell:>13}' for cell in numbers)}".rstrip())
+            lines.append(f"  {library:<29}{setting:<60}{''.join(f'{cell:>13}' for cell in numbers)}".rstrip())
     return lines
 
 
