@@ -8,6 +8,7 @@
 
 #include <torch/headeronly/version.h>
 
+#include "common/host.h"
 #include "common/isa.h"
 #include "fastddpm_build.h"  // written by setup.py: the flags of this build
 
@@ -119,4 +120,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("instruction_set", &instruction_set, "The set that the kernels run with.");
     module.def("use_instruction_set", &use_instruction_set,
                "Run the kernels with another set from now on, for tests and timings: baseline, avx2, avx512 or avx512_bf16.");
+    module.def("free_scratch", [] { fastddpm::scratches() = {}; },
+               "Free what the kernels keep for this thread from call to call; the next call takes it anew.");
 }

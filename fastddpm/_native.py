@@ -40,6 +40,13 @@ def reason() -> str | None:
     return _load()[1]
 
 
+def free_scratch() -> None:
+    """Free what the kernels for the CPU keep for this thread from call to call; the next call takes it anew."""
+    module = _load()[0]
+    if module is not None:
+        module.free_scratch()
+
+
 @functools.cache
 def cuda_reason(capability: tuple[int, int] | None = None) -> str | None:
     """Why the CUDA C++ kernels cannot run beside this torch, in words; None where they are loaded.

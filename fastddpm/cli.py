@@ -241,19 +241,19 @@ def bench_what(args: argparse.Namespace) -> None:
     if args.what == "sample":
         options.update(sampler=args.sampler, num_steps=args.num_steps, measured_steps=args.measured_steps)
     work = bench.Work("train" if args.what == "train" else "sample", **options)
+    trace = None if args.trace is None else Path(args.trace)
     if args.what == "op":
-        found = bench.measure_ops(work, repeat=args.repeat, seconds=args.seconds, only=args.only)
+        found = bench.measure_ops(work, repeat=args.repeat, seconds=args.seconds, only=args.only, trace=trace)
         print(f"ops of one step, batch {work.config.batch_size}, {torch.get_num_threads()} threads")
         print("\n".join(bench.table_of(found)))
         record: Any = [row.to_dict() for row in found]
     else:
         peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
-        trace = None if args.trace is None else Path(args.trace)
         report = bench.measure(work, repeat=args.repeat, seconds=args.seconds, peak_flops=peak, trace=trace)
         print("\n".join(bench.lines_of(report)))
         record = report.to_dict()
-        if trace is not None:
-            print(f"made {trace}; open it at https://ui.perfetto.dev")
+    if trace is not None:
+        print(f"made {trace}; open it at https://ui.perfetto.dev")
     if args.json is not None:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"made {args.json}")
@@ -459,8 +459,8 @@ def _add_bench(kinds: Any, what: str, help: str) -> None:
         p.add_argument(
             "--measured-steps", type=_at_least(1), default=5, help="how many of them are measured (default: 5)"
         )
+    p.add_argument("--trace", metavar="FILE", help="write what ran when, as JSON for https://ui.perfetto.dev")
     if what != "op":
-        p.add_argument("--trace", metavar="FILE", help="write what ran when, as JSON for https://ui.perfetto.dev")
         p.add_argument(
             "--peak-tflops", type=_number(0), metavar="X",
             help="what the device can do by its data sheet (default: that of a large matrix product, measured)",

@@ -716,7 +716,7 @@ class GaussianDiffusion(nn.Module):
                 null_label=self.null_class,
                 guidance_scale=guidance_scale, clamp=1.0 if self.config.clip_denoised else None,
                 dynamic_threshold_ratio=dynamic_threshold_ratio, seed=seed, sample=index,
-                cuda_graph=loops_of(self.model) if recorded else False, callback=callback, progress=progress, **options,
+                loops=loops_of(self.model) if recorded else None, callback=callback, progress=progress, **options,
             )  # fmt: skip
 
         recorded = cuda_graph and _graph.can_record(device)

@@ -147,12 +147,13 @@ def contestants(which: str, device: str = DEVICE) -> list[Contestant]:
 
 def memory_contestants() -> list[Contestant]:
     """Those whose peak memory in training is compared: ours with and without an average of the weights and recompute;
-    diffusers as its example uses it, with EMA, and in bfloat16; the other library by default."""
+    diffusers as its example uses it and in bfloat16, each with EMA, too; the other library by default."""
     ours = [Contestant(OURS, dtype, True, ema=ema, recompute=recompute) for dtype in ("float32", "bfloat16")
             for ema in (True, False) for recompute in (False, True)]  # fmt: skip
     ours += [Contestant(OURS, "bfloat16", True, ema=ema, recompute=True, gradients="bfloat16") for ema in (True, False)]
-    theirs = [Contestant(DIFFUSERS, default=True), Contestant(DIFFUSERS, default=True, ema=True)]
-    return [*ours, *theirs, Contestant(DIFFUSERS, "bfloat16"), Contestant(LUCIDRAINS, default=True)]
+    theirs = [Contestant(DIFFUSERS, default=True, ema=ema) for ema in (False, True)]
+    theirs += [Contestant(DIFFUSERS, "bfloat16", ema=ema) for ema in (False, True)]
+    return [*ours, *theirs, Contestant(LUCIDRAINS, default=True)]
 
 
 class Workshop:

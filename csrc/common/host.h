@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -131,13 +133,26 @@ inline int64_t draw_scratch(const Shape& s, const Tiling& t) {
 }
 
 // Memory that a thread keeps from call to call, for one use at a time, from the start of a line of the cache on.
+struct Scratch {
+    std::unique_ptr<float[]> memory;
+    int64_t size = 0;
+};
+
+inline std::array<Scratch, 3>& scratches() {
+    static thread_local std::array<Scratch, 3> kept;
+    return kept;
+}
+
 template <int USE = 0>
 inline float* scratch(int64_t floats) {
     constexpr int64_t LINE = 16;
-    static thread_local std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < floats + LINE) memory.resize(floats + LINE);
-    const auto at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float);
-    return memory.data() + (LINE - at % LINE) % LINE;
+    Scratch& s = scratches()[USE];
+    if (s.size < floats) {
+        s = {};  // before there is more: nobody wants what was in it
+        s = {std::unique_ptr<float[]>(new float[floats + LINE]), floats};
+    }
+    const auto at = reinterpret_cast<uintptr_t>(s.memory.get()) / sizeof(float);
+    return s.memory.get() + (LINE - at % LINE) % LINE;
 }
 
 // f(begin, end) over work items, on torch's threads where there is work for several: ``cost`` counts elements an item.

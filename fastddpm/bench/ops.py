@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .. import ops
 from .._dispatch import explain
 from ..nn.norm import GroupNormSiLU
 from ..nn.unet import UNet, UNetConfig
+from .parts import trace_calls
 from .timing import Call, copy_rate, times
 from .work import Work
 
@@ -58,13 +60,16 @@ class Case:
     options: dict[str, Any]
 
 
-def measure_ops(work: Work, *, repeat: int = 20, seconds: float = 2.0, only: str | None = None) -> list[OpTime]:
+def measure_ops(
+    work: Work, *, repeat: int = 20, seconds: float = 2.0, only: str | None = None, trace: Path | None = None
+) -> list[OpTime]:
     """Time every op of a training step and of a sampling step.
 
     Args:
         work: whose network, batch size and dtype are taken.
         repeat: calls of each, the best counts. seconds: for one case at most, once three calls are timed.
         only: the name of one op; None takes all.
+        trace: where to write a trace for Perfetto, with one call of each under its op and shape; None writes none.
 
     Raises:
         ValueError: ``only`` is no op that a step calls; a number out of its range.
@@ -72,14 +77,24 @@ def measure_ops(work: Work, *, repeat: int = 20, seconds: float = 2.0, only: str
     if only is not None and only not in MAKERS:
         raise ValueError(f"measure_ops: expected only to be one of {', '.join(MAKERS)}, got {only!r}; choose one")
     device, found = work.device, []
-    for name, make in MAKERS.items():
-        if only not in (None, name):
-            continue
-        for case in make(work):
-            best = min(times(case.call, device, repeat, seconds))
-            least = case.bytes / copy_rate(case.bytes, device, repeat)
-            found.append(OpTime(case.op, case.shape, _backend(case), case.calls, best, case.bytes, least))
+    makers = [make for name, make in MAKERS.items() if only in (None, name)]
+    for case in _cases(makers, work):
+        best = min(times(case.call, device, repeat, seconds))
+        least = case.bytes / copy_rate(case.bytes, device, repeat)
+        found.append(OpTime(case.op, case.shape, _backend(case), case.calls, best, case.bytes, least))
+    if trace is not None:
+        trace_calls(((f"{case.op} {_size(case)}", case.call) for case in _cases(makers, work)), device, trace)
     return found
+
+
+def _cases(makers: Sequence[Callable[[Work], Iterator[Case]]], work: Work) -> Iterator[Case]:
+    """One after the other, so that there is memory for the largest alone."""
+    for make in makers:
+        yield from make(work)
+
+
+def _size(case: Case | OpTime) -> str:
+    return "x".join(map(str, case.shape))
 
 
 def table_of(found: list[OpTime]) -> list[str]:
@@ -87,10 +102,9 @@ def table_of(found: list[OpTime]) -> list[str]:
     head = f"{'op':<26}{'shape':<20}{'calls':>5}{'ms':>10}{'images/s':>12}{'GB/s':>8}{'of copy':>9}  implementation"
     lines = [head]
     for row in found:
-        shape = "x".join(map(str, row.shape))
         rate = f"{row.shape[0] / row.seconds:>12,.0f}" if row.op != "adam_ema" else f"{'':>12}"
         lines.append(
-            f"{row.op:<26}{shape:<20}{row.calls:>5}{row.seconds * 1e3:>10.3f}{rate}"
+            f"{row.op:<26}{_size(row):<20}{row.calls:>5}{row.seconds * 1e3:>10.3f}{rate}"
             f"{row.bytes / row.seconds / 1e9:>8.1f}{row.floor / row.seconds:>9.0%}  {row.backend}"
         )
     return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +40,48 @@ def time_by_part(call: Call, device: torch.device, steps: int = 1, trace: Path |
         call: one step. device: where it computes. steps: how many to average, >= 1.
         trace: where to write what happened when, as JSON that Perfetto opens.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes lines of its own to stderr
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     call()
     wait(device)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    with _profile(device, trace) as profile:
         for _ in range(steps):
             call()
         wait(device)
-    if trace is not None:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(trace))
     seconds: dict[str, float] = {}
     for event in profile.key_averages():
         spent = _microseconds(event, device) / 1e6 / steps
         if spent > 0:
             seconds[part_of(event.key)] = seconds.get(part_of(event.key), 0.0) + spent
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def trace_calls(calls: Iterable[tuple[str, Call]], device: torch.device, trace: Path) -> None:
+    """Write a trace of calls, each under its name.
+
+    Args:
+        calls: names and calls; each is called once before, and is not asked for the next until it is done.
+        device: where they compute. trace: where to write, as JSON that Perfetto opens.
+    """
+    with _profile(device, trace):
+        for name, call in calls:
+            call()
+            wait(device)
+            with torch.profiler.record_function(name):
+                call()
+                wait(device)
+
+
+@contextmanager
+def _profile(device: torch.device, trace: Path | None) -> Iterator[torch.profiler.profile]:
+    """torch's profiler over a ``with`` block, and its trace where one is wanted."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes lines of its own to stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        yield profile
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(trace))
 
 
 def _microseconds(event: Any, device: torch.device) -> float:

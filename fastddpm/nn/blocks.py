@@ -15,7 +15,7 @@ norm adds on its way.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class ResBlock(nn.Module):
         scale, shift = e.chunk(2, dim=1) if self.scale_shift else (None, None)
         noise = key._asdict() if key is not None else {}
         if skip is not None and not reads_apart(x):
-            x, skip = torch.cat([x, skip], dim=1), None
+            x, skip = _joined(x, skip), None
 
         h = conv2d(self._resampled(self.norm1(x, x2=skip)), self.conv1.weight, padding=1)
         h = self.norm2(
@@ -141,15 +141,24 @@ class Downsample(nn.Module):
         channels: C.
         padding: "same" adds zeros at the right and the bottom (Ho et al. 2020, whose framework pads so), "symmetric" on
             every side (Nichol and Dhariwal 2021).
+
+    Attributes:
+        recompute: in training keep nothing but the input, not its copy within zeros either, see `recomputed`.
     """
 
     def __init__(self, channels: int, padding: Padding = "same") -> None:
         super().__init__()
         self.padding = padding
+        self.recompute = False
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if padding == "same" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W], H and W even, to [B, C, H / 2, W / 2]."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return recomputed(self._forward, x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == "same" else x)
         return out
 
@@ -169,6 +178,28 @@ class Upsample(nn.Module):
         """[B, C, H, W] to [B, C, 2H, 2W]."""
         out: Tensor = self.conv(x)
         return out
+
+
+def _joined(x: Tensor, skip: Tensor) -> Tensor:
+    """[B, C1, H, W] and [B, C2, H, W] as [B, C1 + C2, H, W]."""
+    if not torch.is_grad_enabled():
+        return torch.cat([x, skip], dim=1)
+    both: Tensor = _Joined.apply(x, skip)  # type: ignore[no-untyped-call]
+    return both
+
+
+class _Joined(torch.autograd.Function):
+    """torch.cat, with a copy for the gradient of each: a view of the whole would keep it all, that of a skip until
+    backward has come to the way down."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels = [x.shape[1], skip.shape[1]]
+        return torch.cat([x, skip], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.contiguous(memory_format=torch.channels_last) for part in dy.split(ctx.channels, dim=1))
 
 
 def reads_apart(x: Tensor) -> bool:

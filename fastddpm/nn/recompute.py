@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from .. import _native
+
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
     """``function(*inputs)``, of which nothing but the inputs is kept for backward.
@@ -52,6 +54,7 @@ class _Inputs:
         """The tensor again."""
         if number not in self.saved:
             self.saved = {}
+            _native.free_scratch()  # what the largest convolution of other parts took stands in nobody's way then
             with torch.enable_grad(), self.autocast, saved_tensors_hooks(self._save, lambda _: _):
                 self.function(*self.inputs)
         return self.saved.pop(number)

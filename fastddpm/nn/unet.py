@@ -440,10 +440,10 @@ class UNet(nn.Module):
         return out
 
     def recompute(self, enabled: bool = True) -> None:
-        """Whether training keeps only the inputs of each residual block and each attention, and computes these again in
-        backward: less memory, one forward pass more; the same bits."""
+        """Whether training keeps only the inputs of each residual block, attention and downsampling, and computes these
+        again in backward: less memory, one forward pass more; the same bits."""
         for module in self.modules():
-            if isinstance(module, (ResBlock, SelfAttention)):
+            if isinstance(module, (ResBlock, SelfAttention, Downsample)):
                 module.recompute = enabled
 
     def to_config(self) -> dict[str, Any]:

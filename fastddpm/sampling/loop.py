@@ -38,7 +38,8 @@ class LoopOptions(TypedDict, total=False):
     dynamic_threshold_ratio: float | None
     mask: Tensor | None
     known: Tensor | None
-    cuda_graph: bool | Loops
+    cuda_graph: bool
+    loops: Loops | None
     callback: Callback | None
     progress: bool
 
@@ -77,7 +78,8 @@ def sample_loop(
     mask: Tensor | None = None,
     known: Tensor | None = None,
     known_table: Tensor | None = None,
-    cuda_graph: bool | Loops = False,
+    cuda_graph: bool = False,
+    loops: Loops | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -99,8 +101,9 @@ def sample_loop(
             and `blend_table`.
         cuda_graph: on a GPU, record one step and launch it as a whole N times, which leaves nothing to do for Python.
             The network must do the same work each time, without waiting for the device; where it cannot be recorded
-            the loop runs as without, and warns. The first steps run without; worth it from some ten on. A `Loops` of
-            this network keeps the recording for the next call of the same kind, whose first step is recorded already.
+            the loop runs as without, and warns. The first steps run without; worth it from some ten on.
+        loops: recordings of this network, see `fastddpm._calls.loops_of`: in place of cuda_graph, and kept for the next
+            call of the same kind, whose first step is recorded already.
         callback: (i, num_steps, x, pred) after step i, with the state and the predicted image; True ends the sampling.
             Both tensors are written over later: copy what you keep.
         progress: show a bar.
@@ -147,9 +150,8 @@ def sample_loop(
         guidance_scale=guidance_scale, clamp=clamp, ratio=dynamic_threshold_ratio, learned=learned, mask=mask,
         known=known, known_table=None if known_table is None else known_table.to(device, x.dtype),
     )  # fmt: skip
-    loops = cuda_graph if isinstance(cuda_graph, Loops) else None
     if loops is None:
-        loop = Loop(SimpleNamespace(**{**given, "x": x.clone()}), Replayed(device, "sampling", cuda_graph is True))
+        loop = Loop(SimpleNamespace(**{**given, "x": x.clone()}), Replayed(device, "sampling", cuda_graph))
     else:
         loop = loops.take({**given, "seed": _as_tensor(given["seed"], device)}, device)
     at = loop.at
@@ -216,7 +218,7 @@ def sample_ddpm(
         seed, sample: the images are those of this seed (int or int64 tensor []) with these indexes (int64 [B]; 0..B-1
             when None).
         device: where to sample.
-        **options: labels, null_label, guidance_scale, clamp, dynamic_threshold_ratio, mask, known, cuda_graph,
+        **options: labels, null_label, guidance_scale, clamp, dynamic_threshold_ratio, mask, known, cuda_graph, loops,
             callback and progress, see `sample_loop`.
 
     Returns: [B, C, H, W], float32, in [-1, 1] with the default clamp.

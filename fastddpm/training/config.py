@@ -90,8 +90,8 @@ class TrainConfig:
         "micro-batches likewise (none: float32)", choices=("bfloat16",),
     )  # fmt: skip
     recompute: bool = _option(
-        False, "keep less in memory: residual blocks and attention of the U-Net are computed again for their "
-        "gradients, and on a CPU the process gives freed memory back at once, which takes time, too",
+        False, "keep less in memory: residual blocks, attention and downsampling of the U-Net are computed again for "
+        "their gradients, and on a CPU the process gives freed memory back at once, which takes time, too",
     )  # fmt: skip
     compile: bool = _option(
         False, "compile the network with torch.compile (minutes at the start, faster afterwards; the next process "

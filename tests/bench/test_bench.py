@@ -97,6 +97,25 @@ def test_ops_are_measured_at_the_shapes_of_the_network() -> None:
     assert {row.op for row in measure_ops(work, repeat=1, only="solver_step")} == {"solver_step"}
 
 
+def test_a_trace_has_each_op_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, record = tmp_path / "deep" / "trace.json", tmp_path / "record.json"
+    options = ["--only", "group_norm_silu", "--repeat", "1", "--trace", str(trace), "--json", str(record)]
+    assert cli.main(["bench", "op", *TINY, *options]) == 0
+    assert f"made {trace}" in capsys.readouterr().out
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    named = [event for event in events if event.get("cat") == "user_annotation"]
+    rows = json.loads(record.read_text(encoding="utf-8"))
+    wanted = [f"{row['op']} {'x'.join(map(str, row['shape']))}" for row in rows]
+    assert [event["name"] for event in named] == wanted and len(rows) > 2
+    inside = {
+        event["name"]
+        for event in events
+        for of in named
+        if event.get("cat") == "cpu_op" and of["ts"] <= event["ts"] < of["ts"] + of["dur"]
+    }
+    assert any("group_norm_silu" in name for name in inside) and "aten::randn" not in inside
+
+
 def test_on_a_gpu_a_work_is_recorded_and_profiled_without(monkeypatch: pytest.MonkeyPatch) -> None:
     happened = record_on_cpu(monkeypatch)
     for kind in ("train", "sample"):

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import fastddpm
-from fastddpm.nn import UNet
+from fastddpm import _native
+from fastddpm.bench.memory import resident
+from fastddpm.nn import Downsample, UNet
+from fastddpm.nn.blocks import _joined
 from tests.nn.networks import VARIANTS, inputs, variant
 from tests.tolerance import assert_within
 
@@ -76,6 +79,59 @@ def test_gradients_add_up_under_autocast_whose_cache_is_warm() -> None:
     frozen = unet.middle.block1.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
     gradients()
     assert frozen.grad is None
+
+
+def test_the_gradient_of_a_joined_skip_keeps_no_other() -> None:
+    """It waits for the way down; as a view it would keep that of the joined images until then."""
+    x, skip = (torch.randn(2, c, 4, 4).to(memory_format=torch.channels_last).requires_grad_() for c in (8, 4))
+    y = _joined(x, skip)
+    assert torch.equal(y, torch.cat([x, skip], dim=1))
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [x, skip], dy)
+    for gradient, wanted in zip(gradients, dy.split([8, 4], dim=1), strict=True):
+        assert torch.equal(gradient, wanted) and gradient.is_contiguous(memory_format=torch.channels_last)
+        assert gradient.untyped_storage().nbytes() == 4 * gradient.numel()
+
+
+def test_a_downsampling_keeps_its_input_alone() -> None:
+    layer = Downsample(4).train()
+    x = torch.randn(1, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    before = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    layer.recompute = True
+    kept = list[Tensor]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    assert not kept  # in its place stands the function of x
+    after = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.skipif(not _native.available() or resident("VmRSS") is None, reason="no native code, or no Linux")
+def test_what_convolutions_keep_is_freed_before_a_part_is_computed_again() -> None:
+    """Weights and tiles of a large one, in a process whose allocator gives back what is freed."""
+    code = """
+import torch
+from fastddpm.bench.memory import resident
+from fastddpm.nn.recompute import recomputed
+from fastddpm.ops import conv3x3
+from fastddpm.training.loop import _keep_freed_memory
+_keep_freed_memory(False)
+x = torch.randn(1, 1, requires_grad=True)
+recomputed(torch.exp, x).backward()  # the code of backward is in memory, too, from here on
+y = recomputed(torch.exp, x)
+image, weight = torch.randn(8, 256, 32, 32).to(memory_format=torch.channels_last), torch.randn(256, 256, 3, 3)
+first = conv3x3(image, weight)
+before = resident("VmRSS")
+y.backward()
+assert before - resident("VmRSS") > 8 << 20
+assert torch.equal(first, conv3x3(image, weight))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_compilers_are_not_imported() -> None:

@@ -1,6 +1,7 @@
 """Random calls of every op: options that cover all pairs of their values, sizes around the edges of blocks.
 
     python -m tests.ops.random_cases --cases 20000 --record tests/ops/records/random-cases.json
+    python -m tests.ops.random_cases --op group_norm_silu --cases 500      of one op alone
     python -m tests.ops.random_cases --op group_norm_silu --number 17      one of them again
 
 A case is a function of its op and its number alone. Its result is held against the reference by the one tolerance rule,
@@ -92,9 +93,7 @@ def pairwise(op: str) -> list[Choice]:
     """Choices of every option in which each pair of values of two options occurs: greedy, from a seed."""
     options = OPTIONS[op]
     rng = random.Random(op)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(options, 2) for x in options[a] for y in options[b]
-    }
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(options, 2) for x in options[a] for y in options[b]}
 
     def covered(choice: Choice) -> set[Any]:
         return {((a, choice[a]), (b, choice[b])) for a, b in itertools.combinations(options, 2)}
@@ -327,16 +326,16 @@ def check(op: str, number: int, backend: str, most: int = 8192) -> None:
         raise AssertionError(f"{op}, {case.name}\n{error}\n{again}") from error
 
 
-def numbered(count: int, first: int = 0, backend: str = "native") -> list[tuple[str, int]]:
-    """The ops that have this backend, in turn; of $FASTDDPM_RANDOM_OPS where it names some."""
-    named = os.environ.get("FASTDDPM_RANDOM_OPS", " ".join(MAKE)).split()
+def numbered(count: int, first: int = 0, backend: str = "native", only: str | None = None) -> list[tuple[str, int]]:
+    """The ops that have this backend, in turn: ``only`` one, or those of $FASTDDPM_RANDOM_OPS where it names some."""
+    named = [only] if only else os.environ.get("FASTDDPM_RANDOM_OPS", " ".join(MAKE)).split()
     ops = [op for op in MAKE if op in named and backend in holder_of(op).present]
     return [(ops[i % len(ops)], i // len(ops)) for i in range(first, first + count)]
 
 
-def _mismatches(first: int, count: int, backend: str, most: int) -> list[str]:
+def _mismatches(first: int, count: int, backend: str, most: int, only: str | None) -> list[str]:
     torch.set_num_threads(1)
-    found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first, backend))
+    found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first, backend, only))
     return [text for text in found if text is not None]
 
 
@@ -348,22 +347,26 @@ def _mismatch(op: str, number: int, backend: str, most: int) -> str | None:
     return None
 
 
-def run(count: int, backend: str, most: int, processes: int, part: int = 100) -> dict[str, Any]:
-    """Many cases over processes, as a record."""
+def run(
+    count: int, backend: str, most: int, processes: int, only: str | None = None, part: int = 100
+) -> dict[str, Any]:
+    """Many cases over processes, of all ops in turn or of one, as a record."""
     begin = time.time()
     firsts = range(0, count, part)
     with ProcessPoolExecutor(processes) as pool:
         counts = [min(part, count - first) for first in firsts]
-        parts = pool.map(_mismatches, firsts, counts, [backend] * len(firsts), [most] * len(firsts))
+        shared = ([x] * len(firsts) for x in (backend, most, only))
+        parts = pool.map(_mismatches, firsts, counts, *shared)
         mismatches = [text for found in parts for text in found]
     native = _native.build_info()
     return {
-        "command": f"python -m tests.ops.random_cases --cases {count} --backend {backend} --most {most}",
+        "command": f"python -m tests.ops.random_cases --cases {count} --backend {backend} --most {most}"
+        + (f" --op {only}" if only else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cases": count,
         "mismatches": len(mismatches),
         "first mismatches": mismatches[:10],
-        "cases of each op": dict(Counter(op for op, _ in numbered(count, backend=backend))),
+        "cases of each op": dict(Counter(op for op, _ in numbered(count, 0, backend, only))),
         "choices that cover all pairs": {op: len(pairwise(op)) for op in MAKE},
         "seconds": round(time.time() - begin),
         "torch": torch.__version__,
@@ -383,11 +386,13 @@ def main() -> None:
     parser.add_argument("--number", type=int)
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    if options.op is not None:
+    if options.number is not None:
+        if options.op is None:
+            parser.error("--number is that of a case of one op: give --op, too")
         check(options.op, options.number, options.backend, options.most)
         print("within the tolerance rule")
         return
-    record = run(options.cases, options.backend, options.most, options.processes)
+    record = run(options.cases, options.backend, options.most, options.processes, options.op)
     text = json.dumps(record, indent=2) + "\n"
     print(text)
     if options.record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import random_cases
 from tests.ops.cases import holder_of
 from tests.ops.random_cases import MAKE, OPTIONS, check, make_case, numbered, pairwise
 
@@ -45,6 +47,21 @@ def test_every_pair_of_options_occurs(op: str) -> None:
         assert found == set(itertools.product(options[a], options[b])), (a, b)
     assert len(rows) <= NATIVE // len(MAKE)
     assert make_case(op, 5)[1] == make_case(op, 5)[1]
+
+
+def test_the_cases_of_one_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(*arguments: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["random_cases", "--backend", "reference", "--most", "64", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            random_cases.main()
+        return ended.value.code
+
+    for op in MAKE:  # the reference against itself
+        monkeypatch.setattr(holder_of(op), "present", ("reference",))
+    assert main("--op", "q_sample", "--cases", "3", "--processes", "1") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["cases of each op"] == {"q_sample": 3} and record["command"].endswith(" --op q_sample")
+    assert main("--number", "1") == 2 and "give --op" in capsys.readouterr().err
 
 
 # Faults, each put into the reference under the name of another implementation.
