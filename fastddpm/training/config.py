@@ -89,6 +89,11 @@ class TrainConfig:
         None, "bfloat16 keeps gradients in half of their memory until the update, rounded to 8 bits, sums over "
         "micro-batches likewise (none: float32)", choices=("bfloat16",),
     )  # fmt: skip
+    weight_mirror: str | None = _option(
+        None, "in bfloat16 and float16 keep the weights in half precision, too: the optimiser writes them in the pass "
+        "that updates those in float32, the U-Net reads them, and no step casts a weight or its gradient (none: on, "
+        "but for x86 processors without AMX, where half precision computes in float32)", choices=("on", "off"),
+    )  # fmt: skip
     recompute: bool = _option(
         False, "keep less in memory: residual blocks and attention of the U-Net are computed again for their "
         "gradients, and on a CPU the process gives freed memory back at once, which takes time, too",
