@@ -95,9 +95,10 @@ class Trainer:
 
     Numerics: noise, timesteps, flips and dropout belong to (seed, step, slot in the batch): splitting the batch into
         micro-batches leaves them as they are (t with "stratified" or "importance" sampling is drawn per micro-batch).
-        bfloat16 and float16 are for the network alone; in float16 a step whose gradients are not finite is left out,
-        the average included, and counted as a step. No step waits for the device; metrics are copied to the host
-        once per log interval, and written when they have come.
+        bfloat16 and float16 are for the network alone, which then may read weights in them, kept beside those in
+        float32 (``weight_mirror``; a weight changed through .data is seen when `train` begins, otherwise at once). In
+        float16 a step whose gradients are not finite is left out, the average included, and counted as a step. No step
+        waits for the device; metrics are copied to the host once per log interval, and written when they have come.
     """
 
     def __init__(

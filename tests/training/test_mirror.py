@@ -233,6 +233,19 @@ def test_a_parameter_of_two_layers_has_one_place_in_the_mirror() -> None:
     assert torch.equal(optimizer.mirror["0.weight"], own.detach().half())
 
 
+@pytest.mark.gpu
+def test_steps_on_a_gpu_have_the_bits_of_those_that_cast(tmp_path: Path) -> None:
+    """Those that a CUDA graph recorded among them."""
+    found = []
+    for mirror in ("off", "on"):
+        trainer = toy_trainer(tmp_path / mirror, device="cuda", precision="bfloat16", weight_mirror=mirror)
+        for _ in range(6):
+            trainer.step()
+        found.append(weights(trainer))
+    assert_same_bits(*found)
+    assert_same_bits(trainer.optimizer.mirror, {name: x.bfloat16() for name, x in found[1].items()})
+
+
 def other() -> GaussianDiffusion:
     return GaussianDiffusion(Other(), image_size=8, channels=1, num_timesteps=20, levels=17)
 
