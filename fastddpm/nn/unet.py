@@ -427,7 +427,7 @@ class UNet(nn.Module):
         e = self._embed(t, labels)
         key = self._dropout_key(x, seed, sample, step)
         dtype = self.conv_in.weight.dtype
-        if self.config.center_input:  # of the two dtypes in the wider one
+        if self.config.center_input:  # in the wider of the two dtypes
             x = 2 * x.to(torch.promote_types(x.dtype, dtype)) - 1
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
 
