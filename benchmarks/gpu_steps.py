@@ -102,7 +102,8 @@ class StepCase:
         dtype = str(self.dtype).removeprefix("torch.")
         everyone = self._compiled(dtype) if self.compiled else self._eager(dtype)
         if self.task == "sample":  # with whatever weights, and no gradients
-            everyone = list(dict.fromkeys(replace(who, ema=False, deterministic=True) for who in everyone))
+            everyone = [replace(who, ema=False, deterministic=True, mirror=None) for who in everyone]
+            everyone = list(dict.fromkeys(everyone))
         return sorted(everyone, key=lambda who: who.missing is not None)
 
     def names(self) -> list[str]:
@@ -116,7 +117,8 @@ class StepCase:
         ours = Contestant(OURS, dtype, True, ema=True, graph="on", deterministic=False)
         found, peers = [ours], [Contestant(DIFFUSERS, dtype, True)]
         if self.precision == "bfloat16":
-            found += [replace(ours, graph="off"), *([replace(ours, deterministic=True)] if self.is_barred else [])]
+            found.append(replace(ours, graph="off"))
+            found += [replace(ours, deterministic=True), replace(ours, mirror="off")] if self.is_barred else []
             peers += [Contestant(DIFFUSERS, dtype), Contestant(LUCIDRAINS, dtype, True)]
         return [*found, *peers, *self._stand_in(Contestant(TORCH, dtype, True))]
 

@@ -57,9 +57,10 @@ class Contestant:
 
     ``default`` is the library as its example uses it: eager, float32, NCHW, torch's default AdamW, its own pipeline.
     ``compiled`` is the mode of torch.compile, or "" for eager. ``own`` is the network of denoising-diffusion-pytorch.
-    ``recompute``, ``gradients``, ``graph`` and ``deterministic`` are options of ours: whether blocks are computed again
-    in backward, in which dtype gradients wait for the update, whether a step is recorded as a CUDA graph ("auto", "on",
-    "off"), whether training gives the same bits each time.
+    ``recompute``, ``gradients``, ``mirror``, ``graph`` and ``deterministic`` are options of ours: whether blocks are
+    computed again in backward, in which dtype gradients wait for the update, whether weights lie in half precision, too
+    (None, "on", "off"), whether a step is recorded as a CUDA graph ("auto", "on", "off"), whether training gives
+    the same bits each time.
     """
 
     library: str
@@ -71,6 +72,7 @@ class Contestant:
     own: bool = False
     recompute: bool = False
     gradients: str | None = None
+    mirror: str | None = None
     graph: str = "auto"
     deterministic: bool = True
 
@@ -84,6 +86,7 @@ class Contestant:
         words += [self.dtype, *(["channels_last"] if self.channels_last else []), *(["EMA"] if self.ema else [])]
         words += ["recompute"] if self.recompute else []
         words += [f"{self.gradients} gradients"] if self.gradients else []
+        words += [f"weight mirror {self.mirror}"] if self.mirror else []
         words += [] if self.deterministic else ["not deterministic"]
         return ", ".join(words)
 
@@ -208,6 +211,7 @@ class Workshop:
         train: dict[str, Any] = dict(
             batch_size=batch, precision=who.dtype, compile=bool(who.compiled), cuda_graph=who.graph,
             deterministic=who.deterministic, recompute=who.recompute, gradient_dtype=who.gradients,
+            weight_mirror=who.mirror,
         )  # fmt: skip
         return Work("train", self.network.unet, {}, train if who.ema else train | {"ema_decay": None}).prepare()
 

@@ -426,9 +426,10 @@ class UNet(nn.Module):
         self._check(x, t, labels)
         e = self._embed(t, labels)
         key = self._dropout_key(x, seed, sample, step)
-        x = x.to(dtype=self.conv_in.weight.dtype, memory_format=torch.channels_last)
-        if self.config.center_input:
-            x = 2 * x - 1
+        dtype = self.conv_in.weight.dtype
+        if self.config.center_input:  # in the wider of the two dtypes
+            x = 2 * x.to(torch.promote_types(x.dtype, dtype)) - 1
+        x = x.to(dtype=dtype, memory_format=torch.channels_last)
 
         skips = [self.conv_in(x)]
         for level in self.down:
@@ -445,6 +446,18 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (ResBlock, SelfAttention, Downsample)):
                 module.recompute = enabled
+
+    def cast_parameters(self) -> set[str]:
+        """Names of the parameters that torch.autocast casts wherever they are read: those of convolutions and linear
+        layers, but for the first bias of a residual block, which a norm reads."""
+        found = {
+            f"{name}.{key}"
+            for name, module in self.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+            for key in module._parameters
+        }
+        blocks = {name for name, module in self.named_modules() if isinstance(module, ResBlock)}
+        return found - {f"{name}.conv1.bias" for name in blocks}
 
     def to_config(self) -> dict[str, Any]:
         """The configuration as plain data for JSON; `from_config` makes a network of it.

@@ -87,7 +87,12 @@ class TrainConfig:
     )  # fmt: skip
     gradient_dtype: str | None = _option(
         None, "bfloat16 keeps gradients in half of their memory until the update, rounded to 8 bits, sums over "
-        "micro-batches likewise (none: float32)", choices=("bfloat16",),
+        "micro-batches likewise (none: float32, or, of weights in half precision, as they come)", choices=("bfloat16",),
+    )  # fmt: skip
+    weight_mirror: str | None = _option(
+        None, "in bfloat16 and float16 keep the weights in half precision, too: the optimiser writes them in the pass "
+        "that updates those in float32, the U-Net reads them, and no step casts a weight or its gradient (none: on, "
+        "but for x86 processors without AMX, where half precision computes in float32)", choices=("on", "off"),
     )  # fmt: skip
     recompute: bool = _option(
         False, "keep less in memory: residual blocks, attention and downsampling of the U-Net are computed again for "

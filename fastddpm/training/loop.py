@@ -17,12 +17,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._calls import forget
 from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
+from ..nn.layers import computes_in_float32
 from ..nn.unet import UNet
 from ..ops import philox
 from ..pictures import save_grid
@@ -94,9 +95,10 @@ class Trainer:
 
     Numerics: noise, timesteps, flips and dropout belong to (seed, step, slot in the batch): splitting the batch into
         micro-batches leaves them as they are (t with "stratified" or "importance" sampling is drawn per micro-batch).
-        bfloat16 and float16 are for the network alone; in float16 a step whose gradients are not finite is left out,
-        the average included, and counted as a step. No step waits for the device; metrics are copied to the host
-        once per log interval, and written when they have come.
+        bfloat16 and float16 are for the network alone, which then may read weights in them, kept beside those in
+        float32 (``weight_mirror``; a weight changed through .data is seen when `train` begins, otherwise at once). In
+        float16 a step whose gradients are not finite is left out, the average included, and counted as a step. No step
+        waits for the device; metrics are copied to the host once per log interval, and written when they have come.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Trainer:
         self.images_seen, self.steps = 0, 0
         self.last_checkpoint: Path | None = None
         self._saved = -1  # images seen when it was written
+        mirrored = _mirrored(c, diffusion.model, self.dtype, self.device)
         self.optimizer = AdamEMA(
             diffusion.model,
             betas=(c.adam_beta1, c.adam_beta2),
@@ -133,6 +136,8 @@ class Trainer:
             weight_decay=c.weight_decay,
             max_grad_norm=c.max_grad_norm,
             gradients=getattr(torch, c.gradient_dtype or "float32"),
+            mirror=self.dtype if mirrored else None,
+            mirrored=mirrored,
             average=c.ema_decay is not None,
             scaled=self.dtype == torch.float16,
         )
@@ -202,6 +207,7 @@ class Trainer:
             self._say(f"{self.images_seen:,} of {c.num_images:,} images seen already; raise num_images to go on")
             return
         self._stopping = False
+        self.optimizer.follow(anyway=True)
         with ExitStack() as stack:
             stack.enter_context(self._open_directory())
             stack.enter_context(_deterministic(self._restricted))
@@ -259,6 +265,7 @@ class Trainer:
             self._step.fill_(self.steps)
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
+            self.optimizer.follow()
             self._run(self._compute)
         self.images_seen, self.steps = seen, self.steps + 1
 
@@ -350,7 +357,8 @@ class Trainer:
     def _compute(self) -> None:
         """What a step does on the device, with tensors that stay where they are alone: a CUDA graph may record it."""
         assert self._batch is not None
-        loss = self._backward(self._batch, self._step)
+        with self.optimizer.keeping():
+            loss = self._backward(self._batch, self._step)
         norm = self.optimizer.update(loss)
         self._totals.add_step(loss, norm)
 
@@ -374,8 +382,7 @@ class Trainer:
                 )
             scale = self.optimizer.scale
             loss = losses.loss * share
-            with self.optimizer.keeping():
-                (loss if scale is None else loss * scale.scale).backward()
+            (loss if scale is None else loss * scale.scale).backward()
             total += losses.loss.detach() * share
             self._totals.add_samples(losses.t, losses.per_sample)
         return total
@@ -709,6 +716,21 @@ def _with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
             remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(known)}"
             raise ValueError(f"Trainer: expected options of TrainConfig, got {name}; {remedy}")
     return replace(config, **options)
+
+
+def _mirrored(c: TrainConfig, network: nn.Module, dtype: torch.dtype, device: torch.device) -> set[str]:
+    """Names of the parameters that a training reads in half precision, from the copy that the optimiser writes."""
+    if dtype == torch.float32 or not isinstance(network, UNet):
+        if c.weight_mirror != "on":
+            return set()
+        found = type(network).__name__ if dtype != torch.float32 else f"float32 and {type(network).__name__}"
+        raise ValueError(
+            f"Trainer: expected bfloat16 or float16 and a fastddpm.UNet with weight_mirror 'on', got {found}; leave "
+            "weight_mirror out"
+        )
+    slow = computes_in_float32(torch.empty((), dtype=dtype, device=device))
+    wanted = not slow if c.weight_mirror is None else c.weight_mirror == "on"
+    return network.cast_parameters() if wanted else set()
 
 
 def _load(source: object, diffusion: GaussianDiffusion, progress: bool) -> ImageDataset:

@@ -6,7 +6,7 @@ The state is named tensors and device scalars, so a checkpoint is a copy of it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,12 +45,14 @@ class AdamEMA:
         model: on its device, in its memory format.
         betas, eps, weight_decay, max_grad_norm: see `fastddpm.ops.adam_ema`.
         gradients: dtype in which gradients wait for the update, see `keeping`.
+        mirror: dtype of a copy of the weights, which an update writes in the same pass; None keeps none.
+        mirrored: names of the parameters that the model reads from that copy, within `keeping`.
         average: keep the moving average of the weights; without, ``ema`` is empty.
         scaled: gradients are those of the loss times ``scale.scale``; a step whose gradients are not finite is left
             out, and the scale chosen anew.
 
     Attributes:
-        parameters, exp_avg, exp_avg_sq, ema: tensors by name of the parameter.
+        parameters, exp_avg, exp_avg_sq, ema, mirror: tensors by name of the parameter.
         scale: a `LossScale`, or None.
         step: int64 [], updates made. learning_rate, ema_decay: float64 [], of the next update.
         found_inf: float32 []; 1 from the first loss or gradient that was not finite: nothing is updated any more. With
@@ -67,6 +69,8 @@ class AdamEMA:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         gradients: torch.dtype = torch.float32,
+        mirror: torch.dtype | None = None,
+        mirrored: Collection[str] = (),
         average: bool = True,
         scaled: bool = False,
     ) -> None:
@@ -81,6 +85,17 @@ class AdamEMA:
         self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items() if average}
+        # of all parameters, as the op wants it: those that are not read from it are few
+        self.mirror = {name: p.detach().to(mirror) for name, p in self.parameters.items() if mirror is not None}
+        self._read = {name: nn.Parameter(x) for name, x in self.mirror.items() if name in mirrored}
+        read = {self.parameters[name]: half for name, half in self._read.items()}
+        self._places = [
+            (module._parameters, key, p, read[p])
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None and p in read
+        ]
+        self._versions = self._versions_now()  # of the parameters that the mirror is a copy of
         self.gradients, self._kept = gradients, dict[str, Tensor]()
         device = next(iter(self.parameters.values())).device
         self.step = torch.zeros((), dtype=torch.int64, device=device)
@@ -92,23 +107,44 @@ class AdamEMA:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Around backward: each gradient is rounded to ``gradients`` as soon as it is whole."""
-        if self.gradients == torch.float32:
-            yield
-            return
-        hooks = [p.register_post_accumulate_grad_hook(partial(self._keep, n)) for n, p in self.parameters.items()]
+        """Around forward and backward: the model reads its weights from the mirror, and each gradient is rounded to
+        ``gradients`` as soon as it is whole. Those of the mirror come in its dtype, and are summed in ``gradients``."""
+        taken = self._read if self.gradients == torch.float32 else {**self.parameters, **self._read}
+        hooks = [p.register_post_accumulate_grad_hook(partial(self._keep, n)) for n, p in taken.items()]
         try:
+            for parameters, key, _, half in self._places:
+                parameters[key] = half
             yield
         finally:
+            for parameters, key, p, _ in self._places:
+                parameters[key] = p
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
     def _keep(self, name: str, p: Tensor) -> None:
-        assert p.grad is not None
-        before = self._kept.get(name)
-        self._kept[name] = (p.grad if before is None else p.grad + before).to(self.gradients)
-        p.grad = None
+        gradient, before = p.grad, self._kept.get(name)
+        assert gradient is not None
+        if before is not None:
+            gradient = before.to(self.gradients).add_(gradient)
+        elif gradient.itemsize > self.gradients.itemsize:
+            gradient = gradient.to(self.gradients)
+        self._kept[name], p.grad = gradient, None
+
+    @torch.no_grad()
+    def follow(self, anyway: bool = False) -> None:
+        """Copy the weights into the mirror where others than `update` wrote to them; through ``.data`` nobody sees it.
+
+        Args:
+            anyway: copy them whether seen or not.
+        """
+        if anyway or self._versions != self._versions_now():
+            for name, x in self.mirror.items():
+                x.copy_(self.parameters[name])
+            self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [p._version for p in self.parameters.values()] if self.mirror else []
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> Tensor:
@@ -137,6 +173,7 @@ class AdamEMA:
             lr=self.learning_rate,
             ema=list(self.ema.values()) or None,
             ema_decay=self.ema_decay if self.ema else None,
+            mirror=list(self.mirror.values()) or None,
             found_inf=self.found_inf if scale is None else scale.found_inf.copy_(self.found_inf),
             **self.options,
         )
@@ -145,6 +182,7 @@ class AdamEMA:
         self.skipped.add_(self.found_inf)
         for p in self.parameters.values():
             p.grad = None
+        self._versions = self._versions_now()
         return norm
 
     def groups(self) -> dict[str, dict[str, Tensor]]:

@@ -63,7 +63,8 @@ def test_every_setting_that_was_asked_for_has_a_case() -> None:
     for case in CASES:
         assert len(set(case.names())) == len(case.names())
         if case.task == "sample":
-            assert not any(who.ema or not who.deterministic for who in case.contestants())
+            assert not any(who.ema or who.mirror or not who.deterministic for who in case.contestants())
+    assert [c.key for c in CASES if any(who.mirror for who in c.contestants())] == ["train cifar-10 128 bfloat16"]
 
 
 def test_the_plain_network_stands_in_where_diffusers_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

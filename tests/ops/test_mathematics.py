@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fastddpm
 from fastddpm.ops import philox
+from tests.ops.cases import IMPLEMENTATIONS
 from tests.tolerance import assert_equal_to_rounding, assert_within
 
 DRAW: dict[str, Any] = dict(seed=5, sample=torch.arange(3), step=4)
@@ -268,6 +269,29 @@ def test_adam_ema_skips_everything(cause: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (*p, *m, *v, *ema, *mirror), strict=True))
     assert int(step) == 3
     assert float(found_inf) == 1
+
+
+@pytest.mark.parametrize("backend", [name for op, name in IMPLEMENTATIONS if op == "adam_ema"])
+def test_adam_ema_takes_gradients_and_mirrors_of_several_dtypes(backend: str) -> None:
+    """As where weights have half-precision gradients, and norms others: the step of the same numbers in float32."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    sizes = (2055, 7, 0, 16, 33, 9, 1)
+    grads = [rand(n, seed=i).to(dtypes[i % 3]) for i, n in enumerate(sizes)]
+    found = []
+    for mixed in (False, True):
+        p, m, v = ([rand(n, seed=10 * k + i).float().abs() for i, n in enumerate(sizes)] for k in range(1, 4))
+        mirror = [torch.zeros_like(x, dtype=dtypes[(i // 2) % 3] if mixed else torch.bfloat16) for i, x in enumerate(p)]
+        given, step = (grads if mixed else [g.float() for g in grads]), torch.tensor(3)
+        with fastddpm.use_backend(backend):
+            options: Any = dict(step=step, lr=0.1, mirror=mirror, found_inf=torch.tensor(0.0))
+            norm = fastddpm.adam_ema(p, given, m, v, **options)
+            assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(mirror, p, strict=True))
+            before = [x.clone() for x in (*p, *m, *v, *mirror)]
+            fastddpm.adam_ema(p, given, m, v, **options | dict(found_inf=torch.tensor(1.0)))
+        assert int(step) == 4 and all(torch.equal(a, b) for a, b in zip(before, (*p, *m, *v, *mirror), strict=True))
+        found.append((norm, torch.cat([*p, *m, *v])))
+    assert_equal_to_rounding(found[1][0], found[0][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_adam_ema_refuses_moments_in_another_order() -> None:

@@ -35,6 +35,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("precision", "float8"),
     ("compile_mode", "slow"),
     ("gradient_dtype", "float16"),
+    ("weight_mirror", "maybe"),
     ("device", "toaster"),
     ("data_on", "disk"),
     ("cuda_graph", "maybe"),

@@ -112,7 +112,7 @@ class _NoSync(TorchDispatchMode):
 
 
 STEPS: dict[str, dict[str, Any]] = {
-    "float16": dict(train=dict(precision="float16", micro_batch_size=4)),
+    "float16": dict(train=dict(precision="float16", micro_batch_size=4, weight_mirror="on")),
     "bfloat16": dict(diffusion=dict(timestep_sampling="stratified"), train=dict(precision="bfloat16", recompute=True)),
     "importance": dict(diffusion=dict(timestep_sampling="importance"), train=dict(max_grad_norm=None, ema_decay=None)),
     "min-SNR, v": dict(diffusion=dict(loss="min_snr", prediction="v"), train=dict(data_on="host")),
@@ -646,7 +646,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "plain": {},
     "host": dict(data_on="host", horizontal_flip=False),
     "bfloat16": dict(precision="bfloat16", micro_batch_size=4, ema_decay=None, gradient_dtype="bfloat16"),
-    "float16": dict(precision="float16"),
+    "float16": dict(precision="float16", weight_mirror="on"),
     "recompute": dict(recompute=True, learning_rate=2e-3),
 }
 

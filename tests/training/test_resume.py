@@ -49,6 +49,10 @@ CASES: dict[str, dict[str, Any]] = {
         "diffusion": dict(prediction="v", loss="min_snr"),
         "train": dict(precision="bfloat16", gradient_dtype="bfloat16"),
     },
+    "weights in half precision": {
+        "diffusion": dict(dropout=0.1),
+        "train": dict(precision="bfloat16", weight_mirror="on", micro_batch_size=4),
+    },
     # a scale at which gradients overflow for some steps
     "float16": {"diffusion": {}, "train": dict(precision="float16", ema_decay=None), "scale": 2.0**27},
     "learned variance": {

@@ -1,4 +1,4 @@
-"""adam_ema in Triton: two launches over all parameters."""
+"""adam_ema in Triton: two launches over all parameters of the same dtypes."""
 
 from __future__ import annotations
 
@@ -117,28 +117,41 @@ def adam_ema_kernel(
         update(of, numbers, begin + part, part < size, GRAD, EMA, MIRROR, False)
 
 
-def unsupported(*, params: list[Tensor], grads: list[Tensor], mirror: list[Tensor] | None, **_: Any) -> str | None:
+def unsupported(*, params: list[Tensor], **_: Any) -> str | None:
     """Why these kernels cannot run, or None."""
-    for name, tensors in (("grads", grads), ("mirror", mirror or [])):
-        if len({x.dtype for x in tensors}) > 1:
-            return f"one launch takes {name} of one dtype, and these have several"
     return reason_against(params[0])
+
+
+Kinds = tuple[torch.dtype, torch.dtype]
+"""Of the gradient and of the mirror of a parameter."""
+
+
+def _kinds(lists: list[list[Tensor]]) -> list[Kinds]:
+    return [(g.dtype, m.dtype) for g, m in zip(lists[GRAD], lists[MIRROR], strict=True)]
 
 
 class _Tables:
     """The tables of one set of parameters, kept from step to step.
 
-    The chunks follow from the sizes. The addresses are written anew when one has changed, as that of a gradient
-    that was freed and made again.
+    The chunks follow from sizes and dtypes: those of gradients and mirrors of the same dtypes, end to end, are the work
+    of one launch. The addresses are written anew when one has changed, as that of a gradient that was freed and made
+    again.
     """
 
     def __init__(self, lists: list[list[Tensor]]) -> None:
         params, device = lists[PARAM], lists[PARAM][0].device
-        rows = [
-            [i, begin, min(CHUNK, p.numel() - begin)]
-            for i, p in enumerate(params)
-            for begin in range(0, p.numel(), CHUNK)
-        ]
+        rows: list[list[int]] = []
+        self.launches: list[tuple[Kinds, int, int]] = []  # of which dtypes, first chunk, the one behind the last
+        kinds = _kinds(lists)
+        for kind in dict.fromkeys(kinds):
+            first = len(rows)
+            rows += [
+                [i, begin, min(CHUNK, p.numel() - begin)]
+                for i, p in enumerate(params)
+                if kinds[i] == kind
+                for begin in range(0, p.numel(), CHUNK)
+            ]
+            self.launches.append((kind, first, len(rows)))
         # the copy does not wait for the device: its source stays, and cannot be paged out
         self.host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").reshape(-1, FIELDS)
         self.chunks = self.host.to(device, non_blocking=True)
@@ -166,7 +179,7 @@ _tables: dict[tuple[Any, ...], _Tables] = {}
 
 
 def _tables_of(lists: list[list[Tensor]]) -> _Tables:
-    key = (lists[PARAM][0].device, *(p.numel() for p in lists[PARAM]))
+    key = (lists[PARAM][0].device, *(p.numel() for p in lists[PARAM]), *_kinds(lists))
     if key not in _tables:
         _tables[key] = _Tables(lists)
     tables = _tables[key]
@@ -188,9 +201,10 @@ def _adam_ema(
     tables = _tables_of([params, exp_avg, exp_avg_sq, ema or params, grads, mirror or params])
     chunks, addresses = tables.chunks, tables.addresses
     partial = torch.empty(chunks.shape[0], dtype=torch.float64, device=device)
-    grid = (chunks.shape[0],)
-    shared = dict(GRAD=TYPES[grads[0].dtype], ALIGNED=tables.aligned, CHUNK=CHUNK, num_warps=8)
-    launch(gradient_squares_kernel, grid, chunks, addresses, partial, **shared)
+    shared = dict(ALIGNED=tables.aligned, CHUNK=CHUNK, num_warps=8)
+    for (grad, _), first, end in tables.launches:
+        rows, squares = chunks[first:], partial[first:]
+        launch(gradient_squares_kernel, (end - first,), rows, addresses, squares, GRAD=TYPES[grad], **shared)
 
     # The numbers that all parameters share, on the device and in double precision.
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -209,8 +223,9 @@ def _adam_ema(
         valid.double(), factor, one * (1 - beta1), one * (1 - beta2), rate / (1 - beta1**count),
         1 - rate * weight_decay, (1 - beta2**count).sqrt(), one * eps, 1 - decay,
     ]).float()  # fmt: skip
-    kind = TYPES[mirror[0].dtype] if mirror else None
-    launch(adam_ema_kernel, grid, chunks, addresses, numbers, EMA=bool(ema), MIRROR=kind, **shared)
+    for (grad, kept), first, end in tables.launches:
+        types = dict(GRAD=TYPES[grad], EMA=bool(ema), MIRROR=TYPES[kept] if mirror else None)
+        launch(adam_ema_kernel, (end - first,), chunks[first:], addresses, numbers, **types, **shared)
     step.add_(valid)
     return norm
 
