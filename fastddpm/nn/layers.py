@@ -175,6 +175,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of tokens [B, tokens, 3 C], whose queries, keys and values lie side by side, C each: [B, tokens, C]."""
+    b, n, c = *qkv.shape[:2], qkv.shape[2] // 3
+    if heads == 1 and n <= c and _keeps_weights(qkv):
+        y: Tensor = _SelfAttention.apply(qkv)  # type: ignore[no-untyped-call]
+        return y
+    q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    return attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+
+
+def _keeps_weights(qkv: Tensor) -> bool:
+    """Whether what backward wants of an attention is kept, where that is little: in float32 on a CPU, as measured."""
+    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or _plain or torch.is_autocast_enabled("cpu"):
+        return False
+    return X86 and torch.is_grad_enabled() and qkv.requires_grad
+
+
 class Conv2d(nn.Conv2d):
     """A convolution by `conv2d`: square filters, stride and border, and no other options."""
 
@@ -242,6 +259,30 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         g = dy.float().flatten(0, -2)
-        dx = (g @ weight.float()).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dweight = (g.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast("cpu", enabled=False):
+            dx = (g @ weight.float()).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dweight = (g.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dweight, g.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Of one head. With the weights of the values kept, backward has four products in place of five."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, dim=2)
+        ctx.scale = q.shape[2] ** -0.5
+        scores = q.new_empty(*q.shape[:2], k.shape[1]).baddbmm_(q, k.mT, beta=0, alpha=ctx.scale)
+        weights = scores.softmax(2)
+        ctx.save_for_backward(qkv, weights)
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        qkv, weights = ctx.saved_tensors
+        q, k, v = qkv.chunk(3, dim=2)
+        with torch.autocast("cpu", enabled=False):
+            dweights = torch.bmm(dy, v.mT)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype).mul_(ctx.scale)
+            return torch.cat((torch.bmm(dscores, k), torch.bmm(dscores.mT, q), torch.bmm(weights.mT, dy)), dim=2)

@@ -49,6 +49,11 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
         F.scaled_dot_product_attention,
         dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)),
     ),
+    "attention, side by side": (
+        lambda qkv: layers.self_attention(qkv, 1),
+        lambda qkv: F.scaled_dot_product_attention(*qkv.chunk(3, dim=2)),
+        dict(qkv=(2, 9, 36)),
+    ),
 }
 
 
@@ -82,6 +87,17 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     for value, exact, single in zip(found, in64, in32, strict=True):
         assert value.dtype == dtype
         assert_within(value, exact, single, name)
+
+
+@pytest.mark.skipif(not layers.X86, reason="measured on x86")
+def test_the_weights_of_an_attention_are_kept_where_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training alone, and of one head; elsewhere it is torch's."""
+    monkeypatch.setattr(layers, "attention", refuse)
+    few, many = (torch.randn(1, tokens, 24, requires_grad=True) for tokens in (8, 9))
+    layers.self_attention(few, 1)
+    for qkv, heads in ((few.detach(), 1), (few, 2), (many, 1)):
+        with pytest.raises(AssertionError, match="not one of"):
+            layers.self_attention(qkv, heads)
 
 
 @pytest.mark.usefixtures("slow_half")
@@ -159,7 +175,7 @@ def test_torch_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow_half")
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "attention"])
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("attention")])
 def test_autocast_gives_half_precision_of_weights_that_are_not_rounded(name: str) -> None:
     ours, stock, shapes = CALLS[name]
     x, *weights = numbers(shapes, torch.float32)
