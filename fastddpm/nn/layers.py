@@ -4,7 +4,8 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
 
 - a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
-  behind an upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
+  behind an upsampling, it is a sum of matrix products (`patches`), with stride 2 to a small map one product; a 1x1
+  convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -26,7 +27,7 @@ from .. import _dispatch, _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3, is_kept
-from .patches import conv3x3_products, upsampled_conv3x3_products
+from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -34,6 +35,8 @@ MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
+MOST_STRIDED = 64
+"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product."""
 LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
@@ -94,6 +97,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
             return conv3x3(x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_small(x):
             return _in_float32(conv3x3_products, x, weight, bias)
+        if kind[:3] == (3, 3, 2) and _makes_a_small_map(x, weight, padding):
+            return strided_conv3x3_product(F.pad(x, (padding,) * 4) if padding else x, weight, bias)
     if computes_in_float32(x):
         y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
         return y
@@ -122,6 +127,12 @@ def _pixels(x: Tensor) -> int:
 
 def _is_small(x: Tensor) -> bool:
     return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS
+
+
+def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """With stride 2, from as many channels as were measured."""
+    height, width = ((size + 2 * padding - 1) // 2 for size in x.shape[2:])
+    return X86 and min(weight.shape[:2]) >= LEAST_CHANNELS and 0 < height * width <= MOST_STRIDED
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:

@@ -42,6 +42,16 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
         lambda x, w, b: F.conv2d(x, w, b, stride=2),
         dict(x=(2, 16, 9, 9), w=(16, 16, 3, 3), b=(16,)),
     ),
+    "stride 2, to a larger map": (
+        lambda x, w, b: layers.conv2d(x, w, b, stride=2),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2),
+        dict(x=(1, 16, 17, 19), w=(16, 16, 3, 3), b=(16,)),
+    ),
+    "stride 2, padded": (
+        lambda x, w, b: layers.conv2d(x, w, b, stride=2, padding=1),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+        dict(x=(3, 17, 7, 10), w=(24, 17, 3, 3), b=(24,)),
+    ),
     "1x1, no bias": (layers.conv2d, F.conv2d, dict(x=(2, 16, 5, 5), w=(8, 16, 1, 1))),
     "linear": (layers.linear, F.linear, dict(x=(2, 9, 16), w=(24, 16), b=(24,))),
     "attention": (
@@ -159,6 +169,17 @@ def test_without_native_code_convolutions_are_torchs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(layers, "conv3x3", refuse)
     x, w, b = numbers(CALLS["3x3, transformed"][2], torch.float32)
     assert torch.equal(layers.conv2d(x, w, b, padding=1), F.conv2d(x, w, b, padding=1))
+
+
+@pytest.mark.skipif(not layers.X86, reason="measured on x86")
+def test_a_small_map_of_stride_2_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "strided_conv3x3_product", refuse)
+    weight = torch.randn(16, 16, 3, 3)
+    small, large, few = (torch.randn(1, c, 17, w) for c, w in ((16, 17), (16, 19), (8, 17)))
+    for x, w in ((large, weight), (few, weight[:, :8])):
+        layers.conv2d(x.to(memory_format=torch.channels_last), w, stride=2)
+    with pytest.raises(AssertionError, match="not one of"):
+        layers.conv2d(small.to(memory_format=torch.channels_last), weight, stride=2)
 
 
 def refuse(*_: Any) -> Tensor:
