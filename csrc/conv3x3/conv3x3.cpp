@@ -150,13 +150,18 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
     g.gradient = {dweight.data_ptr(), dtype(dweight), 9 * channels, 1, channels, true};
     const int64_t wide = GRADIENT_WIDE(tile), items = parts(channels, wide) * parts(outputs, HIGH);
     g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
+    const int64_t longest = parts(g.of.tiles, g.slices);
+    g.kept = longest <= KEPT ? std::max<int64_t>(longest, CHUNK) : CHUNK;
     std::vector<float> of_bias(bias ? g.slices * outputs : 0);
-    g.sums = scratch<OF_SUMS>(g.slices * outputs * 9 * channels), g.bias = bias ? of_bias.data() : nullptr;
+    const bool are_the_sum = g.slices == 1 && g.gradient.dtype == DType::f32;
+    g.sums = are_the_sum ? static_cast<float*>(dweight.data_ptr()) : scratch<OF_SUMS>(g.slices * outputs * 9 * channels);
+    g.bias = bias ? of_bias.data() : nullptr;
     parallel(g.slices * items, wide * HIGH * g.of.tiles / g.slices, [&](int64_t begin, int64_t end) {
-        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch<OF_ITEM>(GRADIENT_SCRATCH(tile)));
+        FASTDDPM_KERNEL(conv3x3_gradient)(g, begin, end, scratch<OF_ITEM>(GRADIENT_SCRATCH(tile, g.kept)));
     });
-    parallel(outputs, 9 * channels * g.slices,
-             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_sum)(g, begin, end); });
+    if (!are_the_sum)
+        parallel(outputs, 9 * channels * g.slices,
+                 [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_sum)(g, begin, end); });
     if (!bias) return {dweight};
     std::vector<double> total(outputs);
     for (int64_t i = 0; i < g.slices * outputs; ++i) total[i % outputs] += of_bias[i];

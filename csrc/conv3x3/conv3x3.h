@@ -12,6 +12,7 @@ enum : int64_t {
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
     HIGH = 64,               // output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
+    KEPT = 96,               // of x, at most: with the sums they lie in the second cache
     PACK = 16,               // output channels whose weights lie together as they are
     TERMS = 64,              // of a sum of products
     FEW = 4,                 // tiles of a block are a multiple of this, with such weights
@@ -22,10 +23,10 @@ enum : int64_t {
 // Channels of a work item of the gradient: its sums, of each frequency, shall lie in the second cache.
 constexpr int64_t GRADIENT_WIDE(int64_t tile) { return tile == 4 ? 64 : 128; }
 
-// Floats that it needs.
-constexpr int64_t GRADIENT_SCRATCH(int64_t tile) {
+// Floats that it needs, with so many tiles of x kept.
+constexpr int64_t GRADIENT_SCRATCH(int64_t tile, int64_t kept) {
     const int64_t wide = GRADIENT_WIDE(tile);
-    return (tile + 2) * (tile + 2) * (CHUNK * (wide + HIGH) + HIGH * wide + 3 * APART) + wide;
+    return (tile + 2) * (tile + 2) * (kept * wide + CHUNK * HIGH + HIGH * wide + 3 * APART) + wide;
 }
 
 // What the convolution is cut into: tiles of 2x2 or 4x4 pixels of the output, each from two more of the input either way.
@@ -64,10 +65,12 @@ struct Conv3x3Weights {
     float* to;
 };
 
-// The gradient of the weights: a work item is GRADIENT_WIDE channels by HIGH output channels of a slice of the tiles.
+// The gradient of the weights: a work item is GRADIENT_WIDE channels by HIGH output channels of a slice of the tiles. If
+// its tiles are no more than are kept, what x is transformed to serves the items that follow, with other output channels.
 struct Conv3x3Gradient {
     Conv3x3 of;      // x, and y the gradient of the output
     int64_t slices;  // of the tiles: as many whatever the threads, for their sums come to the same then
+    int64_t kept;    // tiles of x, at least CHUNK
     float* sums;     // [slices, outputs, 9, channels]
     float* bias;     // [slices, outputs], or nullptr
     Image gradient;  // what they come to, as [outputs, 3, 3, channels]

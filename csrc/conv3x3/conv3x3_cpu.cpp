@@ -455,40 +455,48 @@ void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end,
     constexpr int F = FREQUENCIES<M>, S = SIDE<M>;
     constexpr int64_t WIDE = GRADIENT_WIDE(M);
     const Conv3x3& a = g.of;
-    const int64_t channels = a.shape.channels;
+    const int64_t channels = a.shape.channels, v_apart = g.kept * WIDE + APART;
     const int64_t wide = (channels + WIDE - 1) / WIDE, high = (a.outputs + HIGH - 1) / HIGH;
-    constexpr int64_t V_APART = CHUNK * WIDE + APART, D_APART = CHUNK * HIGH + APART, U_APART = HIGH * WIDE + APART;
-    static_assert(F * (V_APART + D_APART + U_APART) + WIDE == GRADIENT_SCRATCH(M) && WIDE >= HIGH);
-    float *v = scratch, *d = v + F * V_APART, *u = d + F * D_APART, *zeros = u + F * U_APART;
+    constexpr int64_t D_APART = CHUNK * HIGH + APART, U_APART = HIGH * WIDE + APART;
+    static_assert(F * (WIDE * CHUNK + APART + D_APART + U_APART) + WIDE == GRADIENT_SCRATCH(M, CHUNK) && WIDE >= HIGH);
+    float *v = scratch, *d = v + F * v_apart, *u = d + F * D_APART, *zeros = u + F * U_APART;
     memset(zeros, 0, 4 * WIDE);
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t slice = item / (wide * high), k = item % wide * WIDE, n = item / wide % high * HIGH;
+    for (int64_t item = begin, last = -1; item < end; ++item) {
+        const int64_t slice = item / (wide * high), k = item / high % wide * WIDE, n = item % high * HIGH;
         const int64_t of_k = channels - k < WIDE ? channels - k : WIDE;
         const int64_t of_n = a.outputs - n < HIGH ? a.outputs - n : HIGH;
         const int64_t from = slice * a.tiles / g.slices, to = (slice + 1) * a.tiles / g.slices;
+        const bool all = to - from <= g.kept, same = all && item / high == last;  // x of the item before
+        last = item / high;
         if (from == to) memset(u, 0, 4 * F * U_APART);
-        if (of_k < WIDE || of_n < HIGH) memset(v, 0, 4 * F * (V_APART + D_APART));  // channels beyond the last
+        if (of_k < WIDE && !same) memset(v, 0, 4 * F * v_apart);  // channels beyond the last
+        if (of_n < HIGH) memset(d, 0, 4 * F * D_APART);
         const int64_t chunks = (to - from + CHUNK - 1) / CHUNK;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t tile = from + chunk * (to - from) / chunks;
             const int64_t count = from + (chunk + 1) * (to - from) / chunks - tile;
+            float* of_v = v + (all ? (tile - from) * WIDE : 0);
             for (int64_t t = 0; t < count; ++t) {
-                read_tile<M>(a, tile + t, k, of_k, reinterpret_cast<const T*>(zeros), v + t * WIDE, V_APART);
+                if (!same) read_tile<M>(a, tile + t, k, of_k, reinterpret_cast<const T*>(zeros), of_v + t * WIDE, v_apart);
                 read_gradient<M>(a, tile + t, n, of_n, reinterpret_cast<const T*>(zeros), d + t * HIGH, D_APART);
             }
             for (int64_t i = 0; i < F; ++i)
                 for (int64_t r = 0; r < of_n; r += GRADIENT_ROWS)
                     for (int64_t c = 0; c < of_k; c += PANEL)
-                        accumulate<WIDE>(d + i * D_APART + r, v + i * V_APART + c, count, chunk == 0,
+                        accumulate<WIDE>(d + i * D_APART + r, of_v + i * v_apart + c, count, chunk == 0,
                                          u + i * U_APART + place_of_sum<WIDE>(r, c));
         }
-        for (int64_t r = 0; r < of_n; ++r)
-            for_vectors(of_k, [&](int64_t c, int64_t lanes) {
-                float* sums = g.sums + (slice * a.outputs + n + r) * 9 * channels + k + c;
-                along_both<S, 3, filter_transposed>(
-                    [&](int i, int j) { return load(u + (S * i + j) * U_APART + place_of_sum<WIDE>(r, c)); },
-                    [&](int i, int j, VF value) { store(sums + (3 * i + j) * channels, value, lanes); });
-            });
+        const auto transform = [&](int64_t r, int64_t c, int64_t lanes) {
+            float* sums = g.sums + (slice * a.outputs + n + r) * 9 * channels + k + c;
+            along_both<S, 3, filter_transposed>(
+                [&](int i, int j) { return load(u + (S * i + j) * U_APART + place_of_sum<WIDE>(r, c)); },
+                [&](int i, int j, VF value) { store(sums + (3 * i + j) * channels, value, lanes); });
+        };
+        for (int64_t rows = 0; rows < of_n; rows += GRADIENT_ROWS)  // in the order that they lie in
+            for (int64_t first = 0; first < of_k; first += PANEL)
+                for (int64_t r = rows; r < rows + GRADIENT_ROWS && r < of_n; ++r)
+                    for_vectors(of_k - first < PANEL ? of_k - first : PANEL,
+                                [&](int64_t c, int64_t lanes) { transform(r, first + c, lanes); });
         if (g.bias && k == 0) {
             const int64_t pixels = a.shape.batch * a.shape.height * a.shape.width;
             sum_pixels(a, dy, slice * pixels / g.slices, (slice + 1) * pixels / g.slices, n, of_n,

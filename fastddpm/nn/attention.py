@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear, attention, in_float32
+from .layers import Linear, in_float32, self_attention
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -66,10 +66,7 @@ class SelfAttention(nn.Module):
 
     def _attend(self, tokens: Tensor) -> Tensor:
         """[B, H*W, C] to the same."""
-        b, n, c = tokens.shape
-        heads = (b, n, self.num_heads, c // self.num_heads)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
-        y: Tensor = self.proj(attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+        y: Tensor = self.proj(self_attention(self.qkv(tokens), self.num_heads))
         return y
 
     def extra_repr(self) -> str:

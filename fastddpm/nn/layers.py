@@ -4,7 +4,8 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
 
 - a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
-  behind an upsampling, it is a sum of matrix products (`patches`); a 1x1 convolution is a linear layer over the pixels;
+  behind an upsampling, it is a sum of matrix products (`patches`), with stride 2 to a small map one product; a 1x1
+  convolution is a linear layer over the pixels;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -26,7 +27,7 @@ from .. import _dispatch, _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3, is_kept
-from .patches import conv3x3_products, upsampled_conv3x3_products
+from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -34,6 +35,8 @@ MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
+MOST_STRIDED = 64
+"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product."""
 LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
@@ -94,6 +97,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
             return conv3x3(x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_small(x):
             return _in_float32(conv3x3_products, x, weight, bias)
+        if kind[:3] == (3, 3, 2) and _makes_a_small_map(x, weight, padding):
+            return strided_conv3x3_product(F.pad(x, (padding,) * 4) if padding else x, weight, bias)
     if computes_in_float32(x):
         y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
         return y
@@ -122,6 +127,12 @@ def _pixels(x: Tensor) -> int:
 
 def _is_small(x: Tensor) -> bool:
     return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS
+
+
+def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """With stride 2, from as many channels as were measured."""
+    height, width = ((size + 2 * padding - 1) // 2 for size in x.shape[2:])
+    return X86 and min(weight.shape[:2]) >= LEAST_CHANNELS and 0 < height * width <= MOST_STRIDED
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:
@@ -173,6 +184,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of tokens [B, tokens, 3 C], whose queries, keys and values lie side by side, C each: [B, tokens, C]."""
+    b, n, c = *qkv.shape[:2], qkv.shape[2] // 3
+    if heads == 1 and n <= c and _keeps_weights(qkv):
+        y: Tensor = _SelfAttention.apply(qkv)  # type: ignore[no-untyped-call]
+        return y
+    q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    return attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+
+
+def _keeps_weights(qkv: Tensor) -> bool:
+    """Whether what backward wants of an attention is kept, where that is little: in float32 on a CPU, as measured."""
+    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or _plain or torch.is_autocast_enabled("cpu"):
+        return False
+    return X86 and torch.is_grad_enabled() and qkv.requires_grad
 
 
 class Conv2d(nn.Conv2d):
@@ -242,6 +270,30 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         g = dy.float().flatten(0, -2)
-        dx = (g @ weight.float()).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dweight = (g.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        with torch.autocast("cpu", enabled=False):
+            dx = (g @ weight.float()).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dweight = (g.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return dx, dweight, g.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Of one head. With the weights of the values kept, backward has four products in place of five."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, dim=2)
+        ctx.scale = q.shape[2] ** -0.5
+        scores = q.new_empty(*q.shape[:2], k.shape[1]).baddbmm_(q, k.mT, beta=0, alpha=ctx.scale)
+        weights = scores.softmax(2)
+        ctx.save_for_backward(qkv, weights)
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        qkv, weights = ctx.saved_tensors
+        q, k, v = qkv.chunk(3, dim=2)
+        with torch.autocast("cpu", enabled=False):
+            dweights = torch.bmm(dy, v.mT)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype).mul_(ctx.scale)
+            return torch.cat((torch.bmm(dscores, k), torch.bmm(dscores.mT, q), torch.bmm(weights.mT, dy)), dim=2)

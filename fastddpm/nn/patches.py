@@ -1,5 +1,7 @@
 """3x3 convolutions as matrix products, where that is the faster way: on a CPU, on small maps and behind an upsampling.
 
+With stride 1, and behind an upsampling:
+
     y[p] = sum_i W_i [x[p + (i, -1)] .. x[p + (i, 1)]] + b,   i = -1, 0, 1,   x = 0 outside
 
 The three pixels side by side are one row of a matrix [H, B W, 3 I], made once; rows of the map come first there, so
@@ -10,6 +12,8 @@ neither.
 
 A convolution of an image of repeated pixels, y[2p + a] with a in {0, 1}^2, sees 2x2 pixels of what was repeated: its
 taps are sums of those of W, 16 in place of 36 for 4 pixels of y.
+
+With stride 2 patches of 3x3 pixels overlap little: they are copied to be the rows of one matrix, [B H W, 9 I].
 """
 
 from __future__ import annotations
@@ -43,6 +47,72 @@ def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -
     """
     sums = _sums_of_taps(weight.device, weight.dtype) @ weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1)
     return _products(x, sums.view(len(weight), 4, 2, -1), bias)
+
+
+def strided_conv3x3_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(x, weight, bias, stride=2) as a matrix product, in float32 at least.
+
+    Args:
+        x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
+
+    Returns: [B, O, (H - 1) // 2, (W - 1) // 2], channels_last, in the dtype of x.
+    """
+    taps = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, taps, bias)):
+        y: Tensor = _Strided.apply(x, taps, bias)  # type: ignore[no-untyped-call]
+        return y
+    return _strided(x, taps, bias)
+
+
+class _Strided(torch.autograd.Function):
+    """Keeps the inputs, in the dtype that they have; the matrix of patches is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, taps, bias)
+        return _strided(x, taps, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, bias = ctx.saved_tensors
+        dtype = _computed_in(taps)
+        theirs = _copied(dy.permute(0, 2, 3, 1), dtype).flatten(0, 2)
+        dx = dtaps = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = _overlaid(theirs @ taps.to(dtype), x)
+            if ctx.needs_input_grad[1]:
+                dtaps = (theirs.T @ _patches(x, dtype).flatten(3).flatten(0, 2)).to(taps.dtype)
+        return dx, dtaps, theirs.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+
+
+def _strided(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = _computed_in(taps)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(_patches(x, dtype).flatten(3), taps.to(dtype), None if bias is None else bias.to(dtype))
+    return y.to(x.dtype).permute(0, 3, 1, 2)
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _patches(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The 3x3 pixels from every other one on: [B, H, W, 3, 3, I]."""
+    return _copied(x.permute(0, 2, 3, 1).unfold(1, 3, 2).unfold(2, 3, 2).permute(0, 1, 2, 4, 5, 3), dtype)
+
+
+def _overlaid(patches: Tensor, x: Tensor) -> Tensor:
+    """The transposed of `_patches`, in the dtype of x: what each pixel has in the patches that it is in, summed."""
+    b, c, height, width = x.shape
+    h, w = (height - 1) // 2, (width - 1) // 2
+    of_place = patches.view(b, h, w, 3, 3, c)
+    dx = patches.new_zeros(b, height, width, c)
+    for i in range(3):
+        for j in range(3):
+            dx[:, i : i + 2 * h : 2, j : j + 2 * w : 2] += of_place[:, :, :, i, j]
+    return dx.permute(0, 3, 1, 2).to(x.dtype)
 
 
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:

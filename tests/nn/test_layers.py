@@ -42,12 +42,27 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
         lambda x, w, b: F.conv2d(x, w, b, stride=2),
         dict(x=(2, 16, 9, 9), w=(16, 16, 3, 3), b=(16,)),
     ),
+    "stride 2, to a larger map": (
+        lambda x, w, b: layers.conv2d(x, w, b, stride=2),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2),
+        dict(x=(1, 16, 17, 19), w=(16, 16, 3, 3), b=(16,)),
+    ),
+    "stride 2, padded": (
+        lambda x, w, b: layers.conv2d(x, w, b, stride=2, padding=1),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1),
+        dict(x=(3, 17, 7, 10), w=(24, 17, 3, 3), b=(24,)),
+    ),
     "1x1, no bias": (layers.conv2d, F.conv2d, dict(x=(2, 16, 5, 5), w=(8, 16, 1, 1))),
     "linear": (layers.linear, F.linear, dict(x=(2, 9, 16), w=(24, 16), b=(24,))),
     "attention": (
         layers.attention,
         F.scaled_dot_product_attention,
         dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)),
+    ),
+    "attention, side by side": (
+        lambda qkv: layers.self_attention(qkv, 1),
+        lambda qkv: F.scaled_dot_product_attention(*qkv.chunk(3, dim=2)),
+        dict(qkv=(2, 9, 36)),
     ),
 }
 
@@ -82,6 +97,17 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     for value, exact, single in zip(found, in64, in32, strict=True):
         assert value.dtype == dtype
         assert_within(value, exact, single, name)
+
+
+@pytest.mark.skipif(not layers.X86, reason="measured on x86")
+def test_the_weights_of_an_attention_are_kept_where_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training alone, and of one head; elsewhere it is torch's."""
+    monkeypatch.setattr(layers, "attention", refuse)
+    few, many = (torch.randn(1, tokens, 24, requires_grad=True) for tokens in (8, 9))
+    layers.self_attention(few, 1)
+    for qkv, heads in ((few.detach(), 1), (few, 2), (many, 1)):
+        with pytest.raises(AssertionError, match="not one of"):
+            layers.self_attention(qkv, heads)
 
 
 @pytest.mark.usefixtures("slow_half")
@@ -145,6 +171,17 @@ def test_without_native_code_convolutions_are_torchs(monkeypatch: pytest.MonkeyP
     assert torch.equal(layers.conv2d(x, w, b, padding=1), F.conv2d(x, w, b, padding=1))
 
 
+@pytest.mark.skipif(not layers.X86, reason="measured on x86")
+def test_a_small_map_of_stride_2_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "strided_conv3x3_product", refuse)
+    weight = torch.randn(16, 16, 3, 3)
+    small, large, few = (torch.randn(1, c, 17, w) for c, w in ((16, 17), (16, 19), (8, 17)))
+    for x, w in ((large, weight), (few, weight[:, :8])):
+        layers.conv2d(x.to(memory_format=torch.channels_last), w, stride=2)
+    with pytest.raises(AssertionError, match="not one of"):
+        layers.conv2d(small.to(memory_format=torch.channels_last), weight, stride=2)
+
+
 def refuse(*_: Any) -> Tensor:
     raise AssertionError("not one of torch's layers")
 
@@ -159,7 +196,7 @@ def test_torch_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow_half")
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "attention"])
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("attention")])
 def test_autocast_gives_half_precision_of_weights_that_are_not_rounded(name: str) -> None:
     ours, stock, shapes = CALLS[name]
     x, *weights = numbers(shapes, torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastddpm
 from fastddpm.nn import layers, patches
 from fastddpm.nn.layers import Conv2d, UpsampledConv2d
-from fastddpm.nn.patches import conv3x3_products, upsampled_conv3x3_products
+from fastddpm.nn.patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 from tests.tolerance import assert_within
 
 
@@ -25,7 +25,15 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
-WAYS = {"plain": (plain, conv3x3_products), "upsampled": (upsampled, upsampled_conv3x3_products)}
+def strided(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, bias, stride=2)
+
+
+WAYS = {
+    "plain": (plain, conv3x3_products),
+    "upsampled": (upsampled, upsampled_conv3x3_products),
+    "strided": (strided, lambda x, w, b: strided_conv3x3_product(F.pad(x, (1, 1, 1, 1)), w, b)),
+}
 
 
 def step(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

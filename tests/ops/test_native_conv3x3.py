@@ -102,15 +102,19 @@ def test_waves_come_to_what_blocks_come_to(dtype: torch.dtype, tile: int, layout
             assert torch.equal(y[:, some], few)
 
 
-@pytest.mark.parametrize("channels", [(40, 70), (161, 170)], ids=["in blocks", "in waves"])
-def test_threads_change_no_bit(channels: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [((40, 70), torch.float32), ((161, 170), torch.float32), ((70, 70), torch.bfloat16)],
+    ids=["in blocks", "in waves", "slices of the gradient that keep x"],
+)
+def test_threads_change_no_bit(channels: tuple[int, int], dtype: torch.dtype) -> None:
     case = convolution(4, *channels, 32, 32)
-    inputs = case.inputs(torch.float32, "NHWC")
+    inputs = case.inputs(dtype, "NHWC")
     found = []
     with fastddpm.use_backend("native"):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results(case, inputs))
+            found.append(results(case, inputs, dtype))
     for other in found[1:]:
         for name, value in found[0].items():
             assert torch.equal(value, other[name]), name
