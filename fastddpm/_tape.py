@@ -101,8 +101,11 @@ class _Tape(TorchDispatchMode):
         self.graph.output(outputs)
         self._keep_values()
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users and not _has_effect(node.target):
-                self.graph.erase_node(node)
+            if node.users or node.op not in ("call_function", "get_attr") or _has_effect(node.target):
+                continue
+            if node.op == "get_attr":  # what was computed on the way to a value that is kept
+                delattr(self.held, node.target)
+            self.graph.erase_node(node)
         code = self.graph.python_code("self")
         exec(code.src, code.globals)
         function, held = code.globals["forward"], self.held

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm import _graph
+from fastddpm.nn import layers
 
 Operator = tuple[Any, Any, Any, list[Tensor]]
 
@@ -36,6 +37,7 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_graph, "can_record", lambda device: True)
     monkeypatch.setattr(_graph, "beside", lambda function, device: function())
     monkeypatch.setattr(_graph, "capture", capture)
+    monkeypatch.setattr(layers, "is_kept", lambda: False)  # on a GPU no weights are kept transformed
     return happened
 
 

@@ -62,6 +62,16 @@ def test_what_depends_on_weights_alone_is_computed_once() -> None:
     repeats(function, torch.randn(2, 4))
 
 
+def test_what_was_computed_on_the_way_is_not_held() -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    tape = _tape._Tape([x := torch.randn(2, 4)])
+    with torch.no_grad():
+        with tape:
+            result = x @ weight.bfloat16().float().exp()
+        tape.replay(result)
+    assert [type(held) for held in vars(tape.held).values()] == [Tensor]
+
+
 def test_constants_of_the_code_are_made_once() -> None:
     assert operators(lambda x: x * torch.tensor([1.0, 2.0]).exp(), torch.randn(2)) == ["aten.mul.Tensor"]
 

@@ -46,6 +46,17 @@ INLINE VF max(VF a, VF b) { return select(a > b, a, b); }
 
 INLINE VF abs(VF x) { return (VF)((VU)x & 0x7fffffffu); }
 
+// a b + c, the product not rounded where the processor has an instruction for it; of a b + c d a compiler may choose which.
+INLINE VF fused(VF a, VF b, VF c) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTDDPM_VECTOR_BYTES == 32 && defined(__FMA__)
+    return (VF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE VF sqrt(VF x) {
 #if FASTDDPM_VECTOR_BYTES == 64
     return (VF)_mm512_sqrt_ps((__m512)x);

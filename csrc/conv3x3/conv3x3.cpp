@@ -76,10 +76,11 @@ void run_waves(const Conv3x3& a) {
     }
 }
 
-// Each block of tiles with so many output channels together is an item of the kernel.
+// So many tiles of a block with so many output channels are an item of the kernel.
 template <class Kernel>
-void run_blocks(const Conv3x3& a, int64_t together, const Kernel& kernel) {
-    parallel(a.blocks * parts(a.outputs, together), a.block * a.tile * a.tile / 4 * together * a.shape.channels,
+void run_blocks(const Conv3x3& a, int64_t tiles, int64_t together, const Kernel& kernel) {
+    parallel(a.blocks * (a.block / std::max<int64_t>(1, tiles)) * parts(a.outputs, together),
+             tiles * a.tile * a.tile / 4 * together * a.shape.channels,
              [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch<OF_ITEM>(a.scratch)); });
 }
 
@@ -98,7 +99,7 @@ Tensor convolution(const Tensor& x, const float* weights, const MaybeTensor& bia
     Conv3x3 a = arguments(x, outputs, tile);
     a.weights = weights;
     return convolution(a, x, bias, [](const Conv3x3& a) {
-        in_waves(a) ? run_waves(a) : run_blocks(a, PANEL, FASTDDPM_KERNEL(conv3x3_forward));
+        in_waves(a) ? run_waves(a) : run_blocks(a, a.block, PANEL, FASTDDPM_KERNEL(conv3x3_forward));
     });
 }
 
@@ -110,11 +111,11 @@ Tensor conv3x3_packed(const Tensor x, const Tensor weights, const MaybeTensor bi
     const int64_t most = 300'000 / (of_tile * chunks * TERMS);
     a.blocks = parts(a.tiles, most >= 64 ? 64 : most >= 32 ? 32 : 16);
     a.block = a.blocks == 0 ? 0 : parts(parts(a.tiles, a.blocks), FEW) * FEW;
-    a.scratch = of_tile * (a.block * PACK + APART) + TERMS * (of_tile * PACK + APART) + PANEL + TERMS +
+    a.scratch = of_tile * (a.block * PACK + APART) + TERMS * 2 * (tile + 2) * PACK + PANEL + TERMS +
                 chunks * a.block * (of_tile * TERMS + APART);
     a.packed = values(weights, 0);
     return convolution(a, x, bias,
-                       [](const Conv3x3& a) { run_blocks(a, PACK, FASTDDPM_KERNEL(conv3x3_packed)); });
+                       [](const Conv3x3& a) { run_blocks(a, FEW, PACK, FASTDDPM_KERNEL(conv3x3_packed)); });
 }
 
 Tensor conv3x3_weights(const Tensor weight, bool turned, int64_t tile) {

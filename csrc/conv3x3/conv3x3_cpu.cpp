@@ -75,7 +75,8 @@ INLINE void output_transposed(const VF (&y)[4], VF (&m)[6]) {
     m[0] = y[0], m[1] = even_p + odd_p, m[2] = even_p - odd_p, m[3] = even_q + odd_q, m[4] = even_q - odd_q, m[5] = y[3];
 }
 INLINE void filter(const VF (&g)[3], VF (&u)[6]) {
-    const VF even_p = AT_P * g[0] + float(AT_P * P2) * g[2], even_q = AT_Q * g[0] + float(AT_Q * Q2) * g[2];
+    const VF even_p = fused(splat(AT_P), g[0], float(AT_P * P2) * g[2]);  // fused alike wherever it is compiled
+    const VF even_q = fused(splat(AT_Q), g[0], float(AT_Q * Q2) * g[2]);
     u[0] = AT_0 * g[0], u[1] = even_p + float(AT_P * P) * g[1], u[2] = even_p - float(AT_P * P) * g[1];
     u[3] = even_q + float(AT_Q * Q) * g[1], u[4] = even_q - float(AT_Q * Q) * g[1], u[5] = g[2];
 }
@@ -346,31 +347,48 @@ void wave_output(const Conv3x3Wave& w, T* y, int64_t begin, int64_t end) {
     }
 }
 
-// Of packed filters: a row of u is all frequencies of a channel, a row of v those of TERMS channels of a tile. Whoever
-// writes a row stays on few pages of memory, of which processors know the addresses of few that are written to.
-template <int F>
-constexpr int64_t U_ROW = F * PACK + APART;
+// Of packed filters: a row of v is those of TERMS channels of a tile, of each frequency. Whoever writes a row stays on few
+// pages of memory, of which processors know the addresses of few that are written to.
 template <int F>
 constexpr int64_t V_ROW = F * TERMS + APART;
 
-// G g G^T of ``count`` channels of a pack.
-template <int M, class T>
-void transform_packed(const T* filters, int64_t count, float* u) {
+// Rows of frequencies are taken in pairs, the first with the last, and those of which each is the sum and the difference of
+// the same: transformed filters of TERMS channels are read from the first cache where they can be, or are near it.
+template <int M, int PAIR>
+constexpr int ROW_OF_PAIR[2] = {PAIR == 0 ? 0 : 2 * PAIR - 1, PAIR == 0 ? SIDE<M> - 1 : 2 * PAIR};
+
+// Two rows of G g G^T, of ``count`` channels of a pack.
+template <int M, int PAIR, class T>
+INLINE void transform_packed(const T* filters, int64_t count, float* u) {
     constexpr int S = SIDE<M>;
-    for (int64_t k = 0; k < count; ++k, filters += 9 * PACK, u += U_ROW<FREQUENCIES<M>>)
-        for (int64_t n = 0; n < PACK; n += W)
-            along_both<3, S, filter>([&](int i, int j) { return load(filters + (3 * i + j) * PACK + n); },
-                                     [&](int i, int j, VF value) { store(u + (S * i + j) * PACK + n, value); });
+    for (int64_t k = 0; k < count; ++k, filters += 9 * PACK, u += 2 * S * PACK)
+        for (int64_t n = 0; n < PACK; n += W) {
+            for (int i = 0; i < 2 * S; ++i) __builtin_prefetch(u + (4 * S + i) * PACK + n, 1);  // to be written soon
+            VF half[2][3], from[3], to[S];
+#pragma GCC unroll 8
+            for (int j = 0; j < 3; ++j) {
+#pragma GCC unroll 8
+                for (int i = 0; i < 3; ++i) from[i] = load(filters + (3 * i + j) * PACK + n);
+                filter(from, to);
+                for (int i = 0; i < 2; ++i) half[i][j] = to[ROW_OF_PAIR<M, PAIR>[i]];
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 2; ++i) {
+                filter(half[i], to);
+#pragma GCC unroll 8
+                for (int j = 0; j < S; ++j) store(u + (S * i + j) * PACK + n, to[j]);
+            }
+        }
 }
 
 // out[R, PACK] = v[R, count] u[count, PACK] for D frequencies side by side, as one of few rows alone would wait for its
 // own sums; added to what was there but for the ``first``. Of what is ``next`` some lines are asked for on the way.
-template <int F, int R, int D>
+template <int M, int R, int D>
 INLINE void multiply_packed(const float* v, int64_t count, const float* u, float* out, int64_t apart, bool first,
                             const char* next, int64_t lines) {
     constexpr int P = PACK / W;
     VF total[D][R][P]{};
-    for (int64_t k = 0; k < count; ++k, u += U_ROW<F>) {
+    for (int64_t k = 0; k < count; ++k, u += 2 * SIDE<M> * PACK) {
         if (k < lines) __builtin_prefetch(next + LINE * k, 0, 2);
 #pragma GCC unroll 16
         for (int d = 0; d < D; ++d) {
@@ -379,7 +397,7 @@ INLINE void multiply_packed(const float* v, int64_t count, const float* u, float
             for (int p = 0; p < P; ++p) b[p] = load(u + d * PACK + p * W);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                const VF one = spread(v[r * V_ROW<F> + d * TERMS + k]);
+                const VF one = spread(v[r * V_ROW<FREQUENCIES<M>> + d * TERMS + k]);
 #pragma GCC unroll 16
                 for (int p = 0; p < P; ++p) total[d][r][p] += one * b[p];
             }
@@ -396,57 +414,77 @@ INLINE void multiply_packed(const float* v, int64_t count, const float* u, float
             }
 }
 
-// The same of all rows, a multiple of FEW, and all frequencies. What is ``next`` has so many lines.
-template <int F>
-INLINE void multiply_all(const float* v, int64_t rows, int64_t count, const float* u, float* out, int64_t apart,
-                         bool first, const char* next, int64_t lines) {
-    constexpr int R = W == 16 ? 16 : W == 8 ? 4 : 2;
-    const int64_t a_call = lines * R / (rows * F) + 1;
-    const auto multiply = [&]<int R, int D>(int64_t i, int64_t t) __attribute__((always_inline)) {
-        multiply_packed<F, R, D>(v + t * V_ROW<F> + i * TERMS, count, u + i * PACK, out + i * apart + t * PACK, apart,
-                                 first, next, a_call);
+// The same of all rows, a multiple of FEW, and of a pair of rows of frequencies. What is ``next`` has so many lines.
+template <int M, int PAIR>
+INLINE void multiply_pair(const float* v, int64_t rows, int64_t count, const float* u, float* out, int64_t apart,
+                          bool first, const char* next, int64_t lines) {
+    constexpr int S = SIDE<M>, F = FREQUENCIES<M>, R = W == 16 ? 16 : W == 8 ? 4 : 2, D = S == 6 ? 3 : 4;
+    const int64_t calls = R == 16 ? rows / 16 * S + rows % 16 / 8 * S / 2 + rows % 8 / 4 * S / D : rows / R * S;
+    const int64_t a_call = (lines + 2 * calls - 1) / (2 * calls);
+    const auto multiply = [&]<int R, int D>(int i, int j, int64_t t) __attribute__((always_inline)) {
+        const int frequency = S * ROW_OF_PAIR<M, PAIR>[i] + j;
+        multiply_packed<M, R, D>(v + t * V_ROW<F> + frequency * TERMS, count, u + (S * i + j) * PACK,
+                                 out + frequency * apart + t * PACK, apart, first, next, a_call);
         next += LINE * a_call;
     };
-    for (int64_t i = 0; i < F; ++i)
-        for (int64_t t = 0; t + R <= rows; t += R) multiply.template operator()<R, 1>(i, t);
-    if constexpr (R == 16) {
-        if (rows % 16 >= 8)
-            for (int64_t i = 0; i < F; i += 2) multiply.template operator()<8, 2>(i, rows / 16 * 16);
-        if (rows % 8 >= 4)
-            for (int64_t i = 0; i < F; i += 4) multiply.template operator()<4, 4>(i, rows / 8 * 8);
+    for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < S; ++j)
+            for (int64_t t = 0; t + R <= rows; t += R) multiply.template operator()<R, 1>(i, j, t);
+        if constexpr (R == 16) {
+            if (rows % 16 >= 8)
+                for (int j = 0; j < S; j += 2) multiply.template operator()<8, 2>(i, j, rows / 16 * 16);
+            if (rows % 8 >= 4)
+                for (int j = 0; j < S; j += D) multiply.template operator()<4, D>(i, j, rows / 8 * 8);
+        }
     }
+}
+
+// A pair transformed, then multiplied. Each asks for its share of the filters that follow these.
+template <int M, int PAIR, class T>
+INLINE void add_pair(const T* filters, const float* v, int64_t rows, int64_t count, float* u, float* out,
+                     int64_t apart, bool first) {
+    constexpr int64_t PAIRS = SIDE<M> / 2, LINES = TERMS * 9 * PACK * sizeof(T) / LINE / PAIRS;
+    transform_packed<M, PAIR>(filters, count, u);
+    const char* next = reinterpret_cast<const char*>(filters + count * 9 * PACK) + PAIR * LINES * LINE;
+    multiply_pair<M, PAIR>(v, rows, count, u, out, apart, first, next, LINES);
 }
 
 template <int M, class T>
 void forward_packed(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch) {
     constexpr int F = FREQUENCIES<M>;
-    const int64_t channels = a.shape.channels, packs = (a.outputs + PACK - 1) / PACK;
+    const int64_t channels = a.shape.channels, packs = (a.outputs + PACK - 1) / PACK, parts = a.block / FEW;
     const int64_t v_apart = a.block * V_ROW<F>, m_apart = a.block * PACK + APART;
-    float *m = scratch, *u = m + F * m_apart, *bias = u + TERMS * U_ROW<F>, *zeros = bias + PANEL, *v = zeros + TERMS;
+    float *m = scratch, *u = m + F * m_apart, *bias = u + TERMS * 2 * SIDE<M> * PACK, *zeros = bias + PANEL;
+    float* v = zeros + TERMS;
     memset(zeros, 0, 4 * TERMS);
-    for (int64_t item = begin, last = -1; item < end; ++item) {
-        const int64_t block = item / packs, first = item % packs * PACK, tile = block * a.block;
-        const int64_t count = a.tiles - tile < a.block ? a.tiles - tile : a.block, rows = (count + FEW - 1) / FEW * FEW;
+    for (int64_t item = begin, together, last = -1; item < end; item += together) {
+        const int64_t block = item / (packs * parts), first = item / parts % packs * PACK, few = item % parts;
+        together = parts - few < end - item ? parts - few : end - item;  // items of one pack
+        const int64_t tile = block * a.block, count = a.tiles - tile < a.block ? a.tiles - tile : a.block;
+        const int64_t from = few * FEW, rows = together * FEW, to = count < from + rows ? count : from + rows;
+        if (from >= to) continue;
         int64_t k = 0;
         do {
             const int64_t of_k = channels - k < TERMS ? channels - k : TERMS;
             float* of_v = v + k / TERMS * v_apart;
             if (block != last) {
-                for (int64_t t = 0; t < count; ++t)
+                for (int64_t t = item + together < end ? 0 : from; t < (item + together < end ? count : to); ++t)
                     read_tile<M>(a, tile + t, k, of_k, reinterpret_cast<T*>(zeros), of_v + t * V_ROW<F>, TERMS);
-                memset(of_v + count * V_ROW<F>, 0, 4 * (rows - count) * V_ROW<F>);
+                memset(of_v + count * V_ROW<F>, 0, 4 * (a.block - count) * V_ROW<F>);
             }
             with_output_type(a.packed.dtype, const_cast<void*>(a.packed.data), [&](const auto* filters) {
                 filters += (first * channels + k * PACK) * 9;
-                transform_packed<M>(filters, of_k, u);
-                const char* next = reinterpret_cast<const char*>(filters + of_k * 9 * PACK);
-                multiply_all<F>(of_v, rows, of_k, u, m, m_apart, k == 0, next, TERMS * 9 * PACK * sizeof *filters / LINE);
+                const float* of_rows = of_v + from * V_ROW<F>;
+                float* to_rows = m + from * PACK;
+                add_pair<M, 0>(filters, of_rows, rows, of_k, u, to_rows, m_apart, k == 0);
+                add_pair<M, 1>(filters, of_rows, rows, of_k, u, to_rows, m_apart, k == 0);
+                if constexpr (M == 4) add_pair<M, 2>(filters, of_rows, rows, of_k, u, to_rows, m_apart, k == 0);
             });
             k += TERMS;
         } while (k < channels);
         last = block;
         read_bias(a.bias, first, a.outputs - first < PACK ? a.outputs - first : PACK, bias);
-        for (int64_t t = 0; t < count; ++t) write_tile<M>(a, y, tile + t, first, m + t * PACK, m_apart, bias, PACK);
+        for (int64_t t = from; t < to; ++t) write_tile<M>(a, y, tile + t, first, m + t * PACK, m_apart, bias, PACK);
     }
 }
 
@@ -576,8 +614,9 @@ void conv3x3_output(const Conv3x3Wave& w, int64_t begin, int64_t end) {
     });
 }
 
-// A work item is a pack of output channels of a block of tiles. Their filters are transformed TERMS channels at a time, to
-// memory in the second cache, and multiplied with all tiles of the block.
+// A work item is a pack of output channels of FEW tiles, so that threads have alike to do; those of a block that one thread
+// has are taken together. Their filters are transformed a pair of rows of frequencies of TERMS channels at a time, and
+// multiplied with all tiles of theirs.
 void conv3x3_packed(const Conv3x3& a, int64_t begin, int64_t end, float* scratch) {
     with_output_type(a.y.dtype, a.y.data, [&](auto* y) {
         a.tile == 4 ? forward_packed<4>(a, y, begin, end, scratch) : forward_packed<2>(a, y, begin, end, scratch);

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from .. import _dispatch, _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
-from ..ops.conv3x3 import conv3x3, is_kept
+from ..ops.conv3x3 import conv3x3, is_kept, kept
 from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -40,6 +40,9 @@ MOST_STRIDED = 64
 LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
+LEAST_QUERIES, MOST_QUERIES = 128, 1024
+"""Of one head of one image, between which attention in sampling is two matrix products: torch divides its queries among
+the threads in blocks of 64, or fewer and larger ones. The scores, for a time in memory, take at most 4 MiB."""
 _plain = False
 
 
@@ -92,7 +95,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     kind = (*weight.shape[2:], stride, padding)
     if _is_own(x):
         if kind == (1, 1, 1, 0):
-            return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+            pixels = x.permute(0, 2, 3, 1)
+            y = _kept_linear(pixels, weight, bias) if _keeps(x) else linear(pixels, weight.flatten(1), bias)
+            return y.permute(0, 3, 1, 2)
         if kind == (3, 3, 1, 1) and _is_transformed(x, weight):
             return conv3x3(x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_small(x):
@@ -100,8 +105,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
         if kind[:3] == (3, 3, 2) and _makes_a_small_map(x, weight, padding):
             return strided_conv3x3_product(F.pad(x, (padding,) * 4) if padding else x, weight, bias)
     if computes_in_float32(x):
-        y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
-        return y
+        return cast(Tensor, _Conv2d.apply(x, weight, bias, stride, padding))  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, bias, stride, padding)
 
 
@@ -170,6 +174,8 @@ def in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of x [.., K] and weight [N, K]."""
     x = _autocast(x)
+    if _keeps(x):
+        return _kept_linear(x, weight, bias)
     if computes_in_float32(x):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
@@ -178,8 +184,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _keeps(x: Tensor) -> bool:
+    """Whether the weight of a linear layer is kept, transposed and in float32, which is what is computed in."""
+    if not is_kept() or x.device.type != "cpu" or _plain:
+        return False
+    return computes_in_float32(x) or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
+
+
+def _kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [.., K] times weight [N, K] or [N, K, 1, 1], which lies as products read it: few rows take half the time."""
+    columns = kept(weight, "columns", lambda: weight.detach().flatten(1).t().float().contiguous())
+    rows = x.reshape(-1, x.shape[-1]).float()
+    with torch.autocast("cpu", enabled=False):
+        y = rows @ columns if bias is None else torch.addmm(bias.float(), rows, columns)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` of [B, heads, tokens, d]."""
+    b, heads, tokens, d = q.shape
+    if b * heads == 1 and LEAST_QUERIES <= tokens <= MOST_QUERIES and q.dtype == torch.float32 and _keeps(q):
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=d**-0.5)
+        return torch.bmm(scores.softmax(2), values).view(q.shape)
     if computes_in_float32(q):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)

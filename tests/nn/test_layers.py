@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastddpm import UNet
 from fastddpm.nn import layers
+from fastddpm.ops.conv3x3 import keep_transformed
 from tests.nn.networks import TINY, filled
 from tests.tolerance import assert_within
 
@@ -108,6 +109,36 @@ def test_the_weights_of_an_attention_are_kept_where_they_are_few(monkeypatch: py
     for qkv, heads in ((few.detach(), 1), (few, 2), (many, 1)):
         with pytest.raises(AssertionError, match="not one of"):
             layers.self_attention(qkv, heads)
+
+
+@pytest.mark.usefixtures("slow_half")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", ["1x1, no bias", "linear"])
+@torch.no_grad()
+def test_weights_of_linear_layers_are_kept_for_sampling(name: str, dtype: torch.dtype) -> None:
+    call, plain, shapes = CALLS[name]
+    x, weight, *bias = numbers(shapes, dtype)
+    expected = [plain(*(a.to(exact) for a in (x, weight, *bias))) for exact in (torch.float64, torch.float32)]
+    with keep_transformed():
+        first = call(x, weight, *bias)
+        weight.mul_(2)  # which nobody may do here: what was kept is used
+        assert torch.equal(call(x, weight, *bias), first)
+    assert_within(first, *expected)
+    with keep_transformed():
+        assert not torch.equal(call(x, weight, *bias), first)
+
+
+@pytest.mark.parametrize("tokens", [layers.LEAST_QUERIES, layers.MOST_QUERIES])
+@torch.no_grad()
+def test_attention_of_one_head_in_sampling(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = torch.randn(1, tokens, 1, 24, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.transpose(1, 2) for x in qkv.chunk(3, dim=3))  # as the layer has them: parts of one tensor
+    expected = [F.scaled_dot_product_attention(q.to(d), k.to(d), v.to(d)) for d in (torch.float64, torch.float32)]
+    monkeypatch.delattr(F, "scaled_dot_product_attention")
+    with keep_transformed():
+        assert_within(layers.attention(q, k, v), *expected)
+    with pytest.raises(AttributeError):  # elsewhere it is torch's
+        layers.attention(q, k, v)
 
 
 @pytest.mark.usefixtures("slow_half")

@@ -194,6 +194,22 @@ def test_packed_weights_give_the_bits_of_transformed_ones(
                 assert torch.equal(fastddpm.conv3x3(**inputs), first), size
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(("tile", "size"), [(2, (2, 70, 40, 13, 13)), (4, (3, 70, 40, 30, 30))])
+def test_packed_weights_give_the_same_bits_on_any_number_of_threads(
+    tile: int, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads begin and end within the tiles of a pack, and within a block."""
+    monkeypatch.setattr(native_impl, "_tile", lambda *_: tile)
+    inputs = convolution(*size).inputs(torch.bfloat16, "NHWC")
+    with fastddpm.use_backend("native"), torch.no_grad():
+        first = fastddpm.conv3x3(**inputs)
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with keep_transformed():
+                assert torch.equal(fastddpm.conv3x3(**inputs), first), threads
+
+
 @pytest.mark.parametrize("of_weight", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_packed_weights_of_any_dtype(of_weight: torch.dtype) -> None:
     x = torch.randn(2, 20, 8, 8)

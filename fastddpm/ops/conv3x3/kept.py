@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Transformed = WeakIdKeyDictionary
-"""Weight to what it was transformed to, by the size of the tiles; 0: packed, to be transformed on the way."""
+"""Weight to what it was transformed to, by the kind of transform: of a 3x3 convolution the size of the tiles, or 0:
+packed, to be transformed on the way."""
 
 
 class _Thread(threading.local):
@@ -27,8 +28,8 @@ def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
     """Within the block weights are transformed at their first use, and kept: they must not change there.
 
     For few pixels they are only packed, which takes the memory of the weights, and transformed on the way to the
-    product; for more it takes 16 / 9 of their memory in float32, or 4 times it where tiles are of 4x4 pixels. Where a
-    gradient is asked for, and under torch.compile, nothing is kept.
+    product; for more it takes 16 / 9 of their memory in float32, or 4 times it where tiles are of 4x4 pixels. Weights
+    of linear layers are kept in float32. Where a gradient is asked for, and under torch.compile, nothing is kept.
 
     Args:
         into: where to keep them, for another block; None keeps them for this one, or where a block around it does.
@@ -56,10 +57,10 @@ def is_kept() -> bool:
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _here.kept is not None
 
 
-def kept(weight: Tensor, tile: int, transform: Callable[[], Tensor]) -> Tensor:
-    """What ``transform`` gives, that of an earlier call with this tile within `keep_transformed`, where `is_kept`."""
+def kept(weight: Tensor, kind: Hashable, transform: Callable[[], Tensor]) -> Tensor:
+    """What ``transform`` gives, that of an earlier call of this kind within `keep_transformed`, where `is_kept`."""
     assert _here.kept is not None
-    of_weight: dict[int, Tensor] = _here.kept.setdefault(weight, {})
-    if tile not in of_weight:
-        of_weight[tile] = transform()
-    return of_weight[tile]
+    of_weight: dict[Hashable, Tensor] = _here.kept.setdefault(weight, {})
+    if kind not in of_weight:
+        of_weight[kind] = transform()
+    return of_weight[kind]
