@@ -87,8 +87,8 @@ inline Draw drawing(int64_t seed, const MaybeTensor& seed_tensor, const MaybeTen
 inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, size_t dimensions, ScalarType type) {
     AtenTensorHandle tensor;
     const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, number,
-                                                           aoti_torch_device_type_cpu(), 0, &tensor));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, number,
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
     return Tensor(tensor);
 }
 
