@@ -25,8 +25,20 @@ def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], *others: tup
         raise ValueError(f"{op}: expected {name} of shape {wanted}, got {list(x.shape)}; pass a tensor of that shape")
 
 
+def check_numbers(op: str, name: str, x: Any, like: Tensor, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    """Expect a float tensor of one of the given shapes on the device of ``like``."""
+    right = isinstance(x, Tensor) and (x.shape == shape or x.shape in others)
+    if not (right and x.dtype in FLOATS and x.device == like.device):
+        check_shape(op, name, x, shape, *others)
+        check_dtype(op, name, x, *FLOATS)
+        check_device(op, like, **{name: x})
+
+
 def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Expect a dense [B, C, H, W] tensor, NCHW or NHWC in memory, of one of these dtypes."""
+    right = isinstance(x, Tensor) and x.dtype in dtypes and x.dim() == 4
+    if right and (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
+        return
     check_dtype(op, name, x, *dtypes)
     if x.dim() != 4:
         raise ValueError(

@@ -85,16 +85,27 @@ inline Draw drawing(int64_t seed, const MaybeTensor& seed_tensor, const MaybeTen
             static_cast<uint32_t>(integer(step, step_tensor)), stream};
 }
 
-// A new image of this shape, in its order.
-inline Tensor new_image(const Shape& s, ScalarType type) {
-    const int64_t sizes[] = {s.batch, s.channels, s.height, s.width};
-    using torch::headeronly::MemoryFormat;
-    return torch::stable::empty({sizes, 4}, type, std::nullopt, std::nullopt, std::nullopt,
-                                s.nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// A new tensor on the CPU. torch::stable::empty would look up its operator by name, at every call.
+inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, size_t dimensions, ScalarType type) {
+    AtenTensorHandle tensor;
+    const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, number,
+                                                    aoti_torch_device_type_cpu(), 0, &tensor));
+    return Tensor(tensor);
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::empty({sizes.begin(), sizes.size()}, type);
+    int64_t strides[4] = {}, next = 1;
+    for (size_t i = sizes.size(); i-- > 0; next *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = next;
+    return new_strided(sizes.begin(), strides, sizes.size(), type);
+}
+
+// A new image of this shape, in its order.
+inline Tensor new_image(const Shape& s, ScalarType type) {
+    if (!s.nhwc) return new_tensor({s.batch, s.channels, s.height, s.width}, type);
+    const int64_t sizes[] = {s.batch, s.channels, s.height, s.width};
+    const int64_t strides[] = {s.channels * s.width * s.height, 1, s.channels * s.width, s.channels};
+    return new_strided(sizes, strides, 4, type);
 }
 
 // A small gradient, summed in double, in the dtype of what it is of.

@@ -368,6 +368,15 @@ INLINE void channel_biases(const GroupNorm& a, int64_t sample, float* out) {
         memset(out, 0, 4 * a.shape.channels);
 }
 
+// centre = mean - bias of each channel, rounded; ``rest`` is what the rounding took away (Knuth's exact sum).
+INLINE void centre_channels(int64_t channels, const float* mean, const float* bias, float* centre, float* rest) {
+    for_vectors(channels, [&](int64_t c, int64_t n) {
+        const VF m = load(mean + c, n), b = load(bias + c, n), difference = m - b, taken = m - difference;
+        store(centre + c, difference, n);
+        store(rest + c, (m - (difference + taken)) + (taken - b), n);
+    });
+}
+
 // gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift, centre = mean - channel_bias, and ``t``: two rows,
 // of which the first takes what the rounding of centre left.
 INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* gain, float* offset, float* t) {
@@ -385,16 +394,17 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
         for (int64_t c = 0; c < channels; ++c) offset[c] += factor[c];
     }
     for (int64_t g = 0; g < a.groups; ++g) {
-        const double mean = a.mean[sample * a.groups + g];
+        const double exact = a.mean[sample * a.groups + g];
+        const float mean = static_cast<float>(exact), rest = static_cast<float>(exact - mean);
         const float rstd = a.rstd[sample * a.groups + g];
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
-            const double exact = mean - bias[c];
-            centre[c] = static_cast<float>(exact);
-            bias[c] = static_cast<float>(exact - centre[c]);
-            gain[c] *= rstd;
-            offset[c] -= bias[c] * gain[c];
-        }
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = mean, factor[c] = rest, gain[c] *= rstd;
     }
+    centre_channels(channels, centre, bias, centre, bias);
+    for_vectors(channels, [&](int64_t c, int64_t n) {
+        const VF rest = load(bias + c, n) + load(factor + c, n);
+        store(bias + c, rest, n);
+        store(offset + c, load(offset + c, n) - rest * load(gain + c, n), n);
+    });
 }
 
 // f(block) over a work item; with ``most`` pixels, each three times as large as all before it together.
@@ -446,37 +456,39 @@ INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 19
 
 // Moments of the groups of a block, merged to those of the blocks before; ``bias`` is added to each channel. They are
 // taken about the mean so far, or, of the first block, about its own, for which it is swept twice. A block far from the
-// mean so far costs no digits: its distance is in the deviation of the whole. ``centre`` and ``sums``: room for the
-// channels, and for twice as many.
+// mean so far costs no digits: its distance is in the deviation of the whole. ``scratch``: five rows of the channels.
 template <bool NHWC, class T>
 INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
-                          float* centre, float* sums, double* means, Moments* moments) {
-    const int64_t pixels = NHWC ? b.rows : b.cols;
+                          Scratch scratch, Moments* moments) {
+    const int64_t pixels = NHWC ? b.rows : b.cols, channels = groups * of_group;
     const double count = double(of_group) * pixels, of_one = 1 / count;
+    float *mean = scratch.take(channels), *centre = scratch.take(channels), *rest = scratch.take(channels);
+    float *sums = scratch.take(channels), *squares = scratch.take(channels);
     const bool first_block = moments[0].count == 0;
     if (first_block) {
-        memset(sums, 0, 4 * groups * of_group);
+        memset(sums, 0, 4 * channels);
         sum_pixels<NHWC>(b, x, sums);
     }
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0, c = 0; g < groups; ++g) {
         double total = 0;
-        for (int64_t c = g * of_group; first_block && c < (g + 1) * of_group; ++c)
-            total += double(sums[c]) + double(bias[c]) * pixels;
-        means[g] = float(first_block ? total / count : moments[g].mean);
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = float(means[g] - bias[c]);
+        for (int64_t k = c; first_block && k < c + of_group; ++k) total += double(sums[k]) + double(bias[k]) * pixels;
+        const float of_channel = float(first_block ? total * of_one : moments[g].mean);
+        for (const int64_t end = c + of_group; c < end; ++c) mean[c] = of_channel;
     }
-    float* of_squares = sums + groups * of_group;
-    memset(sums, 0, 8 * groups * of_group);
-    sum_centred<NHWC>(b, x, centre, sums, of_squares);
-    for (int64_t g = 0; g < groups; ++g) {
-        double first = 0, squares = 0;  // of h - means[g]; e is what the rounding of the centre took from it
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
-            const double e = double(centre[c]) - (means[g] - double(bias[c]));
-            first += sums[c] + pixels * e;
-            squares += of_squares[c] + 2 * e * sums[c] + pixels * e * e;
-        }
+    centre_channels(channels, mean, bias, centre, rest);
+    memset(sums, 0, 4 * channels), memset(squares, 0, 4 * channels);
+    sum_centred<NHWC>(b, x, centre, sums, squares);
+    for_vectors(channels, [&](int64_t c, int64_t n) {  // of h - mean, which is less by the rest
+        const VF sum = load(sums + c, n), r = load(rest + c, n), moved = sum - float(pixels) * r;
+        store(sums + c, moved, n);
+        store(squares + c, load(squares + c, n) - r * (sum + moved), n);
+    });
+    for (int64_t g = 0, c = 0; g < groups; ++g) {
+        double first = 0, second = 0;
+        const double about = mean[c];
+        for (const int64_t end = c + of_group; c < end; ++c) first += sums[c], second += squares[c];
         const double step = first * of_one;
-        merge(moments[g], {count, means[g] + step, squares - first * step});
+        merge(moments[g], {count, about + step, second - first * step});
     }
 }
 
@@ -487,9 +499,9 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
     const int64_t channels = a.shape.channels, of_group = channels / a.groups;
     const int64_t groups = NHWC ? a.groups : 1;  // of a span
     Scratch s{scratch};
-    float *bias = s.take(channels), *centre = s.take(channels), *sums = s.take(2 * channels + 16), *buffer;
-    double* means = reinterpret_cast<double*>(s.take(2 * groups));
-    buffer = s.next;
+    float* bias = s.take(channels);
+    const Scratch rows{s.take(5 * (channels + 16))};
+    float* buffer = s.next;
     for (int64_t item = begin; item < end; ++item) {
         Moments* moments = a.moments + item * groups;
         for (int64_t g = 0; g < groups; ++g) moments[g] = {};
@@ -498,11 +510,11 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
             const float* of_block = bias + b.channel;
             if (in_place(a)) {
                 with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
-                    block_moments<NHWC>(b, x + offset_of(a.x, b), groups, of_group, of_block, centre, sums, means, moments);
+                    block_moments<NHWC>(b, x + offset_of(a.x, b), groups, of_group, of_block, rows, moments);
                 });
             } else {
                 gather_input(a, b, buffer);
-                block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, centre, sums, means, moments);
+                block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, rows, moments);
             }
         }, in_place(a) ? MOST_PIXELS : 0);
     }

@@ -49,11 +49,16 @@ def float_or_tensor(x: Tensor | float | None) -> tuple[float | None, Tensor | No
     return (1.0, x) if isinstance(x, Tensor) else (None if x is None else float(x), None)
 
 
+NOTHING_DRAWN = (0, None, None, 0, None)
+
+
 def drawing(
     seed: Tensor | int | None, sample: Tensor | None, step: Tensor | int | None
 ) -> tuple[int, Tensor | None, Tensor | None, int, Tensor | None]:
     """Where noise is drawn, as operators take it; without a seed nothing is."""
-    rows = None if seed is None or sample is None else sample.contiguous()
+    if seed is None:
+        return NOTHING_DRAWN
+    rows = None if sample is None else sample.contiguous()
     return *number_or_tensor(seed), rows, *number_or_tensor(step)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_shape
+from ..._checks import check_device, check_draw, check_image, check_numbers, check_shape
 from ..._dispatch import Op, own
 from . import reference
 
@@ -33,7 +33,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         x2: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-        ctx.implementation = OP.choose(x=x)
+        ctx.implementation = OP.choose_for(x)
         y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
         drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
         ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
@@ -107,6 +107,7 @@ def group_norm_silu(
     if x2 is not None:
         check_image("group_norm_silu", "x2", x2, (x.dtype,))
         check_shape("group_norm_silu", "x2", x2, (b, x2.shape[1], *x.shape[2:]))
+        check_device("group_norm_silu", x, x2=x2)
         c += x2.shape[1]
     if num_groups < 1 or c % num_groups:
         raise ValueError(
@@ -119,33 +120,33 @@ def group_norm_silu(
         raise ValueError(f"group_norm_silu: expected dropout in [0, 1), got {dropout}; 0.1 drops one element in ten")
     if not 0 <= layer < 2**31:
         raise ValueError(f"group_norm_silu: expected layer in [0, 2^31), got {layer}; number the layers from 0")
-    for name, p in (("weight", weight), ("bias", bias)):
-        check_shape("group_norm_silu", name, p, (c,))
-        check_dtype("group_norm_silu", name, p, *FLOATS)
-    for name, q, shapes in (
-        ("channel_bias", channel_bias, ((c,), (b, c))),
-        ("scale", scale, ((b, c),)),
-        ("shift", shift, ((b, c),)),
-    ):
-        if q is not None:
-            check_shape("group_norm_silu", name, q, *shapes)
-            check_dtype("group_norm_silu", name, q, *FLOATS)
+    check_numbers("group_norm_silu", "weight", weight, x, (c,))
+    check_numbers("group_norm_silu", "bias", bias, x, (c,))
+    if channel_bias is not None:
+        check_numbers("group_norm_silu", "channel_bias", channel_bias, x, (c,), (b, c))
+    if scale is not None:
+        check_numbers("group_norm_silu", "scale", scale, x, (b, c))
+    if shift is not None:
+        check_numbers("group_norm_silu", "shift", shift, x, (b, c))
     if residual is not None:
         check_image("group_norm_silu", "residual", residual)
         check_shape("group_norm_silu", "residual", residual, (b, c, *x.shape[2:]))
+        check_device("group_norm_silu", x, residual=residual)
     if dropout > 0:
         check_draw("group_norm_silu", b, x, seed, sample, step)
-    inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-    check_device("group_norm_silu", x, weight=weight, bias=bias, **inputs)
 
-    options: dict[str, Any] = dict(
-        num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer,
-        activation=activation,
-    )  # fmt: skip
     result: Tensor | tuple[Tensor, Tensor]
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, *inputs.values())):
-        result = _GroupNormSiLU.apply(options, x, weight, bias, *inputs.values())  # type: ignore[no-untyped-call]
+    inputs = (x, weight, bias, channel_bias, scale, shift, residual, x2)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
+        options: dict[str, Any] = dict(
+            num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer,
+            activation=activation,
+        )  # fmt: skip
+        result = _GroupNormSiLU.apply(options, *inputs)  # type: ignore[no-untyped-call]
         return result
-    y, h, _ = OP.choose(x=x).forward(x, weight, bias, **inputs, **options)
+    y, h, _ = OP.choose_for(x).forward(
+        x, weight, bias, num_groups, eps=eps, channel_bias=channel_bias, scale=scale, shift=shift, residual=residual,
+        x2=x2, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer, activation=activation,
+    )  # fmt: skip
     result = y if h is None else (y, h)
     return result

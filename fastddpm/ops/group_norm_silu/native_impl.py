@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import dense_gradient
-from ..native_common import drawing, like_in_order, reason_against, register_fake
+from ..native_common import NOTHING_DRAWN, drawing, like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
 
@@ -38,9 +38,12 @@ def forward(
     activation: bool,
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """Returns y, h where a residual is given, and what backward wants beside the inputs: mean and 1 / std."""
-    y, mean, rstd, *h = torch.ops.fastddpm.group_norm_silu(
-        x, weight.contiguous(), bias.contiguous(), num_groups, eps, *_contiguous(channel_bias, scale, shift), residual,
-        x2, dropout, *drawing(seed, sample, step), layer, activation,
+    if not (channel_bias is scale is shift is None):
+        channel_bias, scale, shift = _contiguous(channel_bias, scale, shift)
+    seeds = NOTHING_DRAWN if seed is None else drawing(seed, sample, step)
+    y, mean, rstd, *h = torch.ops.fastddpm.group_norm_silu.default(
+        x, weight.contiguous(), bias.contiguous(), num_groups, eps, channel_bias, scale, shift, residual, x2, dropout,
+        *seeds, layer, activation,
     )  # fmt: skip
     return y, h[0] if h else None, (mean, rstd)
 
@@ -70,7 +73,7 @@ def backward(
     if dy is None:
         shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
-    dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward(
+    dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward.default(
         dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh),
         *saved, x,
         weight.contiguous(), bias.contiguous(), num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
