@@ -11,6 +11,7 @@ enum : int64_t {
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
     BLOCK_OF_ROWS = 410'000,  // floats that a row of frequencies of a block of a wave takes
+    MANY = 1024,             // tiles of 2x2, of which a wave writes and reads more than transformed weights are
     HIGH = 64,               // output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
     PACK = 16,               // output channels whose weights lie together as they are
@@ -29,15 +30,6 @@ constexpr int64_t GRADIENT_SCRATCH(int64_t tile) {
     const int64_t wide = GRADIENT_WIDE(tile);
     return (tile + 2) * (tile + 2) * (CHUNK * (wide + HIGH) + HIGH * wide + 3 * APART) + wide;
 }
-
-// Weights as they are: those of output channel n, channel k and place i in the filter at n / PACK * pack_stride +
-// (9 k + i) * row_stride + n % PACK, of the filter turned by 180 degrees if ``turned``.
-struct Conv3x3Filters {
-    const void* data;
-    DType dtype;
-    int64_t pack_stride, row_stride;
-    bool turned;
-};
 
 // What the convolution is cut into: tiles of 2x2 or 4x4 pixels of the output, each from two more of the input either way.
 // Of a panel of 32 output channels the weights lie together.
@@ -64,11 +56,10 @@ struct Conv3x3Wave {
     const float* zeros;          // [channels]
 };
 
-// Tiles that are multiplied with all weights before they are transformed to the output: an item is ``deep`` rows of
-// frequencies, a block of tiles and a panel.
+// A wave with weights as they are: who multiplies a block of its tiles with a row of frequencies of a panel transforms
+// that row of the weights just before, and sums the products along it.
 struct Conv3x3Rows {
     Conv3x3 of;
-    Conv3x3Filters filters;
     int64_t first, count, rows;   // its tiles, and as many as the products take
     int64_t deep, blocks, block;  // rows of frequencies; of tiles, and tiles of the largest
     int64_t v_apart;              // floats between rows of frequencies
@@ -76,25 +67,16 @@ struct Conv3x3Rows {
     const float* zeros;           // [channels]
 };
 
-// Weights [outputs, channels, 3, 3] to Conv3x3Filters of [packs, channels, 9, PACK], in half precision or float32: 0 in
-// place of outputs beyond the last. An item is TOGETHER channels of a pack.
-struct Conv3x3Pack {
-    int64_t outputs, channels;
-    int64_t output_stride, channel_stride, row_stride, column_stride;
-    bool turned;
-    Values from;
-    void* to;
-};
-
-// Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], 0 in the panel's channels beyond the last. Strides
-// count elements; backward exchanges the first two, and turns the filter by 180 degrees.
+// Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], or as they are to [packs, channels, 9, 16] in half
+// precision or float32: 0 in the channels of a panel or a pack beyond the last. Strides count elements; backward exchanges
+// the first two, and turns the filter by 180 degrees.
 struct Conv3x3Weights {
     int64_t tile;
     int64_t outputs, channels;
     int64_t output_stride, channel_stride, row_stride, column_stride;
     bool turned;
     Values from;
-    float* to;
+    void* to;
 };
 
 // The gradient of the weights: a work item is GRADIENT_WIDE channels by HIGH output channels of a slice of the tiles.
@@ -110,7 +92,7 @@ FASTDDPM_DECLARE(conv3x3_forward, const Conv3x3& a, int64_t begin, int64_t end, 
 FASTDDPM_DECLARE(conv3x3_input, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_products, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_output, const Conv3x3Wave& w, int64_t begin, int64_t end)
-FASTDDPM_DECLARE(conv3x3_pack, const Conv3x3Pack& a, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_pack, const Conv3x3Weights& a, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_rows_input, const Conv3x3Rows& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_rows, const Conv3x3Rows& w, int64_t begin, int64_t end, float* scratch)
 FASTDDPM_DECLARE(conv3x3_rows_output, const Conv3x3Rows& w, int64_t begin, int64_t end)

@@ -11,6 +11,9 @@
 // are a tenth, and where there are few tiles, reading the transformed weights. Where these are many, all of a wave of tiles
 // is transformed first, and a matrix product takes one frequency of all its tiles. Weights that are kept for many calls with
 // few tiles are read as they are, 9 numbers in place of 16 or 36, in their dtype, and transformed on the way to the product.
+// Weights that change, those of a training, are transformed a row of frequencies of a panel at a time, to the second cache,
+// and multiplied with that row of a wave at once; the products are summed along the row there. So what weights are
+// transformed to, more than all else in a training, is neither written to memory nor read there.
 
 #include "conv3x3/conv3x3.h"
 
@@ -494,15 +497,13 @@ void forward_packed(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* s
     }
 }
 
-// Of ``count`` channels first .. of a pack, row ROW of G g G^T: u[j][k][PANEL].
+// Row ROW of G g G^T of the channels of a pack: u[j][k][PANEL].
 template <int M, int ROW, class T>
-void filter_row(const Conv3x3Filters& f, const T* filters, int64_t pack, int64_t count, float* u, int64_t apart) {
+void filter_row(const T* filters, int64_t count, float* u, int64_t apart) {
     constexpr int S = SIDE<M>;
-    filters += pack * f.pack_stride + (f.turned ? 8 * f.row_stride : 0);
-    const int64_t row = f.turned ? -f.row_stride : f.row_stride;
-    for (int64_t k = 0; k < count; ++k, filters += 9 * f.row_stride, u += PANEL)
+    for (int64_t k = 0; k < count; ++k, filters += 9 * PACK, u += PANEL)
         for (int64_t n = 0; n < PACK; n += W)
-            along_row<ROW, 3, S, filter>([&](int i, int j) { return load(filters + (3 * i + j) * row + n); },
+            along_row<ROW, 3, S, filter>([&](int i, int j) { return load(filters + (3 * i + j) * PACK + n); },
                                          [&](int j, VF value) { store(u + j * apart + n, value); });
 }
 
@@ -513,7 +514,8 @@ INLINE void multiply_row(const float* v, int64_t v_row, int64_t channels, const 
     constexpr int S = SIDE<M>;
     float products[S][R * PANEL];
     for (int64_t j = 0; j < S; ++j)
-        multiply<R>(v + j * (channels + APART), v_row, channels, u + j * u_apart, products[j], next + j * channels * next_row, next_row);
+        multiply<R>(v + j * (channels + APART), v_row, channels, u + j * u_apart, products[j],
+                    next + j * channels * next_row, next_row);
     for (int64_t c = 0; c < R * PANEL; c += W) {
         VF from[S], to[M];
 #pragma GCC unroll 8
@@ -525,6 +527,7 @@ INLINE void multiply_row(const float* v, int64_t v_row, int64_t channels, const 
     }
 }
 
+// B^T d B of all tiles of a wave.
 template <int M, class T>
 void rows_of_input(const Conv3x3Rows& w, const T* zeros, int64_t begin, int64_t end) {
     constexpr int S = SIDE<M>;
@@ -536,41 +539,44 @@ void rows_of_input(const Conv3x3Rows& w, const T* zeros, int64_t begin, int64_t 
     }
 }
 
+// Items that follow one another are ``deep`` rows of a panel, whose weights come from the second cache again, and then the
+// next panel of the same rows of tiles. The weights of the next panel are asked for in the first calls of the product.
 template <int M>
-void rows_of_products(const Conv3x3Rows& w, int64_t begin, int64_t end, float* scratch) {
+void rows_of_products(const Conv3x3Rows& w, int64_t begin, int64_t end, float* u) {
     constexpr int S = SIDE<M>;
+    constexpr int64_t TWO = PANEL / PACK;
     const Conv3x3& a = w.of;
     const int64_t channels = a.shape.channels, panels = (a.outputs + PANEL - 1) / PANEL;
-    const int64_t packs = (a.outputs + PACK - 1) / PACK;
-    const int64_t v_row = S * (channels + APART), u_apart = channels * PANEL + APART;
-    float* u = scratch;
+    const int64_t packs = (a.outputs + PACK - 1) / PACK, groups = (w.count + BLOCK - 1) / BLOCK;
+    const int64_t v_row = S * (channels + APART), u_apart = channels * PANEL + APART, of_pack = channels * 9 * PACK;
+    const auto panel_of = [&](int64_t item) { return item / w.deep % panels; };
+    const auto first_of = [&](int64_t block) {
+        const int64_t first = block * groups / w.blocks * BLOCK;
+        return first < w.count ? first : w.count;
+    };
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t part = item / w.deep, panel = part % panels, block = part / panels % w.blocks;
-        const int64_t row = part / panels / w.blocks * w.deep + item % w.deep;
-        const auto first_of = [&](int64_t block) {
-            const int64_t first = block * ((w.count + BLOCK - 1) / BLOCK) / w.blocks * BLOCK;
-            return first < w.count ? first : w.count;
-        };
+        const int64_t panel = panel_of(item), part = item / w.deep / panels, block = part % w.blocks;
+        const int64_t row = part / w.blocks * w.deep + item % w.deep;
         const int64_t tile = first_of(block), rows = (first_of(block + 1) - tile + REST - 1) / REST * REST;
-        const int64_t other = item + 1 < end ? (item + 1) / w.deep % panels : panel;
+        const int64_t other = item + 1 < end ? panel_of(item + 1) : panel;
         const char* next = nullptr;
         int64_t line = 0;
-        with_output_type(w.filters.dtype, const_cast<void*>(w.filters.data), [&](const auto* filters) {
-            for (int64_t p = panel * (PANEL / PACK); p < (panel + 1) * (PANEL / PACK) && p < packs; ++p)
+        with_output_type(a.packed.dtype, const_cast<void*>(a.packed.data), [&](const auto* filters) {
+            for (int64_t p = 0; p < TWO && panel * TWO + p < packs; ++p)
                 with_row<S>(row, [&]<int ROW>() {
-                    filter_row<M, ROW>(w.filters, filters, p, channels, u + p % (PANEL / PACK) * PACK, u_apart);
+                    filter_row<M, ROW>(filters + (panel * TWO + p) * of_pack, channels, u + p * PACK, u_apart);
                 });
-            next = reinterpret_cast<const char*>(filters + other * (PANEL / PACK) * w.filters.pack_stride);
-            line = w.filters.row_stride * sizeof *filters;
+            next = reinterpret_cast<const char*>(filters + other * TWO * of_pack);
+            line = PACK * sizeof *filters;
         });
-        float* m = w.m + ((panel * S + row) * w.rows + tile) * M * PANEL;
         const float* v = w.v + row * w.v_apart + tile * v_row;
-        int64_t t = 0, call = 0;
+        float* m = w.m + ((panel * S + row) * w.rows + tile) * M * PANEL;
+        int64_t t = 0, asked = other == panel ? 9 * TWO : 0;  // of as many lines for each channel
         const auto multiply = [&]<int R>() __attribute__((always_inline)) {
-            const bool ask = other != panel && call < 3;
-            multiply_row<M, R>(v + t * v_row, v_row, channels, u, u_apart, m + t * M * PANEL, ask ? next + call * S * channels * line : reinterpret_cast<const char*>(u), ask ? line : 0);
-            ++call;
-            t += R;
+            const bool ask = asked < 9 * TWO;
+            multiply_row<M, R>(v + t * v_row, v_row, channels, u, u_apart, m + t * M * PANEL,
+                               ask ? next + asked * channels * line : reinterpret_cast<const char*>(u), ask ? line : 0);
+            asked += S, t += R;
         };
         while (t + ROWS <= rows) multiply.template operator()<ROWS>();
         if constexpr (ROWS == 12)
@@ -583,15 +589,16 @@ template <int M, class T>
 void rows_of_output(const Conv3x3Rows& w, T* y, int64_t begin, int64_t end) {
     constexpr int S = SIDE<M>;
     const Conv3x3& a = w.of;
-    float bias[PANEL];
-    for (int64_t first = 0; first < a.outputs; first += PANEL) {
-        const int64_t count = a.outputs - first < PANEL ? a.outputs - first : PANEL, apart = w.rows * M * PANEL;
-        read_bias(a.bias, first, count, bias);
-        for (int64_t t = begin; t < end; ++t) {
-            const Place p = place<M>(a, w.first + t);
+    const int64_t apart = w.rows * M * PANEL, stride = a.y.channel_stride;
+    for (int64_t t = begin; t < end; ++t) {
+        const Place p = place<M>(a, w.first + t);
+        T* pixels = y + p.sample * a.y.sample_stride + (p.row * a.shape.width + p.column) * a.y.pixel_stride;
+        for (int64_t first = 0; first < a.outputs; first += PANEL) {
+            const int64_t count = a.outputs - first < PANEL ? a.outputs - first : PANEL;
             const float* m = w.m + first / PANEL * S * apart + t * M * PANEL;
-            const int64_t stride = a.y.channel_stride, pixel = p.row * a.shape.width + p.column;
-            T* to = y + p.sample * a.y.sample_stride + pixel * a.y.pixel_stride + first * stride;
+            T* to = pixels + first * stride;
+            float bias[PANEL];
+            read_bias(a.bias, first, count, bias);
             for_vectors(count, [&](int64_t c, int64_t n) {
                 const VF b = load(bias + c);
 #pragma GCC unroll 8
@@ -646,7 +653,7 @@ INLINE void transpose(float (&block)[W][W]) {
 
 // To of[k][9][PACK], of a pack of which so many outputs are there, ``count`` channels.
 template <class T, class O>
-INLINE void pack_filters(const Conv3x3Pack& a, const T* from, int64_t outputs, int64_t count, O* to) {
+INLINE void pack_filters(const Conv3x3Weights& a, const T* from, int64_t outputs, int64_t count, O* to) {
     for (int64_t i = 0; i < 9; ++i, to += PACK) {
         const int64_t at = a.turned ? 8 - i : i;
         const T* g = from + at / 3 * a.row_stride + at % 3 * a.column_stride;
@@ -741,7 +748,7 @@ void weights(const Conv3x3Weights& a, const T* from, int64_t begin, int64_t end)
                             for (int64_t l = 0; l < count; ++l) block[c + l][i][lane] = some[l];
                         });
             }
-            float* to = a.to + (panel * F * a.channels + k) * PANEL + n % PANEL;
+            float* to = static_cast<float*>(a.to) + (panel * F * a.channels + k) * PANEL + n % PANEL;
             for (int64_t c = 0; c < of_k; ++c, to += PANEL)
                 along_both<3, S, filter>(
                     [&](int i, int j) { return load(block[c][3 * i + j]); },
@@ -787,7 +794,8 @@ void conv3x3_output(const Conv3x3Wave& w, int64_t begin, int64_t end) {
     });
 }
 
-void conv3x3_pack(const Conv3x3Pack& a, int64_t begin, int64_t end) {
+// A work item is a pack, and the channels whose weights lie together or ALONG the axis.
+void conv3x3_pack(const Conv3x3Weights& a, int64_t begin, int64_t end) {
     const int64_t along = a.output_stride == 1 ? PACK : ALONG, blocks = (a.channels + along - 1) / along;
     with_type(a.from.dtype, a.from.data, [&](const auto* from) {
         auto* to = static_cast<decltype(packed(*from))*>(a.to);
@@ -800,6 +808,7 @@ void conv3x3_pack(const Conv3x3Pack& a, int64_t begin, int64_t end) {
     });
 }
 
+// A work item is a tile ..
 void conv3x3_rows_input(const Conv3x3Rows& w, int64_t begin, int64_t end) {
     with_output_type(w.of.y.dtype, w.of.x.data, [&](auto* x) {
         const auto* zeros = reinterpret_cast<decltype(x)>(const_cast<float*>(w.zeros));
@@ -807,10 +816,12 @@ void conv3x3_rows_input(const Conv3x3Rows& w, int64_t begin, int64_t end) {
     });
 }
 
+// .. a row of frequencies of a block and a panel ..
 void conv3x3_rows(const Conv3x3Rows& w, int64_t begin, int64_t end, float* scratch) {
     w.of.tile == 4 ? rows_of_products<4>(w, begin, end, scratch) : rows_of_products<2>(w, begin, end, scratch);
 }
 
+// .. and again a tile.
 void conv3x3_rows_output(const Conv3x3Rows& w, int64_t begin, int64_t end) {
     with_output_type(w.of.y.dtype, w.of.y.data, [&](auto* y) {
         w.of.tile == 4 ? rows_of_output<4>(w, y, begin, end) : rows_of_output<2>(w, y, begin, end);

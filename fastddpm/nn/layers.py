@@ -34,7 +34,7 @@ MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
-LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
+LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
 _plain = False
