@@ -40,11 +40,15 @@ std::array<int64_t, 4> sizes_of_weights(const Tensor& weight, bool turned, int64
     return {parts(weight.size(turned ? 1 : 0), PANEL), frequencies(tile), weight.size(turned ? 0 : 1), PANEL};
 }
 
+Conv3x3Weights arguments(const Tensor& weight, bool turned, int64_t tile, void* to) {
+    const int64_t n = turned ? 1 : 0, k = 1 - n;
+    return {tile, weight.size(n), weight.size(k), weight.stride(n), weight.stride(k), weight.stride(2), weight.stride(3),
+            turned, values(weight, 0), to};
+}
+
 void transform(const Tensor& weight, bool turned, int64_t tile, float* to) {
     const auto [panels, of_tile, channels, panel] = sizes_of_weights(weight, turned, tile);
-    const Conv3x3Weights a{tile, weight.size(turned ? 1 : 0), channels, weight.stride(turned ? 1 : 0),
-                           weight.stride(turned ? 0 : 1), weight.stride(2), weight.stride(3), turned,
-                           values(weight, 0), to};
+    const Conv3x3Weights a = arguments(weight, turned, tile, to);
     parallel(panels * parts(channels, TOGETHER), TOGETHER * panel * (9 + of_tile),
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_weights)(a, begin, end); });
 }
@@ -131,13 +135,59 @@ Tensor conv3x3_transformed(const Tensor x, const Tensor weights, const MaybeTens
     return convolution(x, static_cast<const float*>(weights.data_ptr()), bias, outputs, tile);
 }
 
-// With weights as they are, or turned by 180 degrees with channels exchanged. What they are transformed to lies in memory
-// that is kept: to get new memory from the system takes as long as to transform them.
+// Packed in memory that is kept: to get new memory from the system takes longer than to pack them.
+Values pack(const Tensor& weight, bool turned) {
+    const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1), packs = parts(outputs, PACK);
+    const Conv3x3Weights a = arguments(weight, turned, 0, scratch<OF_WEIGHTS>(packs * PACK * 9 * channels));
+    const int64_t along = a.output_stride == 1 ? PACK : ALONG;
+    parallel(packs * parts(channels, along), 9 * PACK * along,
+             [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_pack)(a, begin, end); });
+    const bool half = a.from.dtype == DType::bf16 || a.from.dtype == DType::f16;
+    return {a.to, half ? a.from.dtype : DType::f32, 0};
+}
+
+// In waves that are alike, and as large as WAVE allows; a wave in blocks, of which a row of frequencies lies in the second
+// cache, or two where tiles are few: weights come from the second cache for the second.
+void run_rows(const Conv3x3& a) {
+    const int64_t side = a.tile + 2, panels = parts(a.outputs, PANEL), row = side * (a.shape.channels + APART);
+    const int64_t of_tile = side * (row + panels * a.tile * PANEL);
+    const int64_t groups = parts(a.tiles, BLOCK), most = std::max<int64_t>(1, WAVE / of_tile / BLOCK);  // of BLOCK each
+    Conv3x3Rows w{};
+    w.of = a;
+    w.rows = groups == 0 ? 0 : parts(groups, parts(groups, most)) * BLOCK;
+    w.v_apart = w.rows * row + APART;
+    w.v = scratch<OF_WAVE>(side * (w.v_apart + panels * w.rows * a.tile * PANEL) + a.shape.channels);
+    w.m = w.v + side * w.v_apart;
+    float* zeros = w.m + side * panels * w.rows * a.tile * PANEL;
+    w.zeros = std::fill_n(zeros, a.shape.channels, 0.0f) - a.shape.channels;
+    w.blocks = parts(w.rows / BLOCK, std::max<int64_t>(1, BLOCK_OF_ROWS / (row * BLOCK)));
+    w.deep = w.rows * row <= BLOCK_OF_ROWS / 4 ? 2 : 1;
+    const int64_t of_item = side * (a.shape.channels * PANEL + APART);
+    for (; w.first < a.tiles; w.first += w.rows) {
+        w.count = std::min(w.rows, a.tiles - w.first);
+        parallel(w.count, side * row,
+                 [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_rows_input)(w, begin, end); });
+        parallel(side * w.blocks * panels, w.rows / w.blocks * row, [&](int64_t begin, int64_t end) {
+            FASTDDPM_KERNEL(conv3x3_rows)(w, begin, end, scratch<OF_ITEM>(of_item));
+        });
+        parallel(w.count, side * side * a.outputs,
+                 [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_rows_output)(w, begin, end); });
+    }
+}
+
+// With weights as they are, or turned by 180 degrees with channels exchanged. Tiles of 2x2 are transformed to so much more
+// than they are that many of them take less time in blocks.
 Tensor conv3x3(const Tensor x, const Tensor weight, const MaybeTensor bias, bool turned, int64_t tile) {
-    const std::array<int64_t, 4> sizes = sizes_of_weights(weight, turned, tile);
-    float* weights = scratch<OF_WEIGHTS>(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
-    transform(weight, turned, tile, weights);
-    return convolution(x, weights, bias, weight.size(turned ? 1 : 0), tile);
+    const int64_t outputs = weight.size(turned ? 1 : 0);
+    Conv3x3 a = arguments(x, outputs, tile);
+    if (tile == 2 && a.tiles > MANY) {
+        const std::array<int64_t, 4> sizes = sizes_of_weights(weight, turned, tile);
+        float* weights = scratch<OF_WEIGHTS>(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
+        transform(weight, turned, tile, weights);
+        return convolution(x, weights, bias, outputs, tile);
+    }
+    a.packed = pack(weight, turned);
+    return convolution(a, x, bias, run_rows);
 }
 
 // The gradient of the weights, in their dtype, and of the bias where there is one.

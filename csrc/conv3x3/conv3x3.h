@@ -10,11 +10,14 @@ enum : int64_t {
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
+    BLOCK_OF_ROWS = 410'000,  // floats that a row of frequencies of a block of a wave takes
+    MANY = 1024,             // tiles of 2x2, of which a wave writes and reads more than transformed weights are
     HIGH = 64,               // output channels of a work item of the gradient
     CHUNK = 32,              // tiles at a time of the gradient
     KEPT = 96,               // of x, at most: with the sums they lie in the second cache
     PACK = 16,               // output channels whose weights lie together as they are
     TERMS = 64,              // of a sum of products
+    ALONG = 128,             // channels of a work item that packs weights, along the axis that they lie along
     FEW = 4,                 // tiles of a block are a multiple of this, with such weights
     LINE = 64,               // bytes of the cache
     APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
@@ -54,15 +57,27 @@ struct Conv3x3Wave {
     const float* zeros;          // [channels]
 };
 
-// Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], 0 in the panel's channels beyond the last. Strides
-// count elements; backward exchanges the first two, and turns the filter by 180 degrees.
+// A wave with weights as they are: who multiplies a block of its tiles with a row of frequencies of a panel transforms
+// that row of the weights just before, and sums the products along it.
+struct Conv3x3Rows {
+    Conv3x3 of;
+    int64_t first, count, rows;   // its tiles, and as many as the products take
+    int64_t deep, blocks, block;  // rows of frequencies; of tiles, and tiles of the largest
+    int64_t v_apart;              // floats between rows of frequencies
+    float *v, *m;                 // [tile + 2, rows, tile + 2, channels + APART], [panels, tile + 2, rows, tile, 32]
+    const float* zeros;           // [channels]
+};
+
+// Weights [outputs, channels, 3, 3] to [panels, (tile + 2)^2, channels, 32], or as they are to [packs, channels, 9, 16] in half
+// precision or float32: 0 in the channels of a panel or a pack beyond the last. Strides count elements; backward exchanges
+// the first two, and turns the filter by 180 degrees.
 struct Conv3x3Weights {
     int64_t tile;
     int64_t outputs, channels;
     int64_t output_stride, channel_stride, row_stride, column_stride;
     bool turned;
     Values from;
-    float* to;
+    void* to;
 };
 
 // The gradient of the weights: a work item is GRADIENT_WIDE channels by HIGH output channels of a slice of the tiles. If
@@ -80,6 +95,10 @@ FASTDDPM_DECLARE(conv3x3_forward, const Conv3x3& a, int64_t begin, int64_t end, 
 FASTDDPM_DECLARE(conv3x3_input, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_products, const Conv3x3Wave& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_output, const Conv3x3Wave& w, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_pack, const Conv3x3Weights& a, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_rows_input, const Conv3x3Rows& w, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(conv3x3_rows, const Conv3x3Rows& w, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(conv3x3_rows_output, const Conv3x3Rows& w, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_packed, const Conv3x3& a, int64_t begin, int64_t end, float* scratch)
 FASTDDPM_DECLARE(conv3x3_weights, const Conv3x3Weights& a, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(conv3x3_gradient, const Conv3x3Gradient& a, int64_t begin, int64_t end, float* scratch)

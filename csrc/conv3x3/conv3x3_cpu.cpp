@@ -11,6 +11,9 @@
 // are a tenth, and where there are few tiles, reading the transformed weights. Where these are many, all of a wave of tiles
 // is transformed first, and a matrix product takes one frequency of all its tiles. Weights that are kept for many calls with
 // few tiles are read as they are, 9 numbers in place of 16 or 36, in their dtype, and transformed on the way to the product.
+// Weights that change, those of a training, are transformed a row of frequencies of a panel at a time, to the second cache,
+// and multiplied with that row of a wave at once; the products are summed along the row there. So what weights are
+// transformed to, more than all else in a training, is neither written to memory nor read there.
 
 #include "conv3x3/conv3x3.h"
 
@@ -25,6 +28,9 @@ constexpr int REST = W == 16 ? 4 : 1;                // of those that are left
 constexpr int GRADIENT_ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
 
 INLINE VF spread(float x) { return x - VF{}; }
+
+// a b + c d, of which c d is rounded wherever it is compiled.
+INLINE VF sum_of_products(float a, VF b, float c, VF d) { return fused(splat(a), b, c * d); }
 
 template <int M>
 constexpr int SIDE = M + 2;  // of a tile of x, and of its frequencies
@@ -60,14 +66,14 @@ constexpr float AT_0 = 1 / (P2 * Q2), AT_P = 1 / (2 * P2 * (P2 - Q2)), AT_Q = 1 
 INLINE void input(const VF (&d)[6], VF (&v)[6]) {
     const VF even_p = d[4] - float(Q2) * d[2], odd_p = float(P) * (d[3] - float(Q2) * d[1]);
     const VF even_q = d[4] - float(P2) * d[2], odd_q = float(Q) * (d[3] - float(P2) * d[1]);
-    v[0] = float(P2 * Q2) * d[0] - float(P2 + Q2) * d[2] + d[4];
+    v[0] = sum_of_products(float(P2 * Q2), d[0], float(-P2 - Q2), d[2]) + d[4];
     v[1] = even_p + odd_p, v[2] = even_p - odd_p, v[3] = even_q + odd_q, v[4] = even_q - odd_q;
-    v[5] = float(P2 * Q2) * d[1] - float(P2 + Q2) * d[3] + d[5];
+    v[5] = sum_of_products(float(P2 * Q2), d[1], float(-P2 - Q2), d[3]) + d[5];
 }
 INLINE void output(const VF (&m)[6], VF (&y)[4]) {
     const VF even_p = m[1] + m[2], odd_p = m[1] - m[2], even_q = m[3] + m[4], odd_q = m[3] - m[4];
-    y[0] = m[0] + even_p + even_q, y[1] = float(P) * odd_p + float(Q) * odd_q;
-    y[2] = float(P2) * even_p + float(Q2) * even_q, y[3] = float(P2 * P) * odd_p + float(Q2 * Q) * odd_q + m[5];
+    y[0] = m[0] + even_p + even_q, y[1] = sum_of_products(P, odd_p, Q, odd_q);
+    y[2] = sum_of_products(P2, even_p, Q2, even_q), y[3] = sum_of_products(P2 * P, odd_p, Q2 * Q, odd_q) + m[5];
 }
 INLINE void output_transposed(const VF (&y)[4], VF (&m)[6]) {
     const VF even_p = y[0] + float(P2) * y[2], odd_p = float(P) * y[1] + float(P2 * P) * y[3];
@@ -75,8 +81,7 @@ INLINE void output_transposed(const VF (&y)[4], VF (&m)[6]) {
     m[0] = y[0], m[1] = even_p + odd_p, m[2] = even_p - odd_p, m[3] = even_q + odd_q, m[4] = even_q - odd_q, m[5] = y[3];
 }
 INLINE void filter(const VF (&g)[3], VF (&u)[6]) {
-    const VF even_p = fused(splat(AT_P), g[0], float(AT_P * P2) * g[2]);  // fused alike wherever it is compiled
-    const VF even_q = fused(splat(AT_Q), g[0], float(AT_Q * Q2) * g[2]);
+    const VF even_p = sum_of_products(AT_P, g[0], AT_P * P2, g[2]), even_q = sum_of_products(AT_Q, g[0], AT_Q * Q2, g[2]);
     u[0] = AT_0 * g[0], u[1] = even_p + float(AT_P * P) * g[1], u[2] = even_p - float(AT_P * P) * g[1];
     u[3] = even_q + float(AT_Q * Q) * g[1], u[4] = even_q - float(AT_Q * Q) * g[1], u[5] = g[2];
 }
@@ -105,6 +110,35 @@ INLINE void along_both(Get get, Put put) {
         TRANSFORM(half[i], to);
 #pragma GCC unroll 8
         for (int j = 0; j < O; ++j) put(i, j, to[j]);
+    }
+}
+
+// Row R of what along_both gives.
+template <int R, int I, int O, void (&TRANSFORM)(const VF (&)[I], VF (&)[O]), class Get, class Put>
+INLINE void along_row(Get get, Put put) {
+    VF half[I], from[I], to[O];
+#pragma GCC unroll 8
+    for (int j = 0; j < I; ++j) {
+#pragma GCC unroll 8
+        for (int i = 0; i < I; ++i) from[i] = get(i, j);
+        TRANSFORM(from, to);
+        half[j] = to[R];
+    }
+    TRANSFORM(half, to);
+#pragma GCC unroll 8
+    for (int j = 0; j < O; ++j) put(j, to[j]);
+}
+
+// f(row) with the row as a constant, of S.
+template <int S, class F>
+INLINE void with_row(int64_t row, F f) {
+    switch (row) {
+        case 0: f.template operator()<0>(); break;
+        case 1: f.template operator()<1>(); break;
+        case 2: f.template operator()<2>(); break;
+        case 3: f.template operator()<3>(); break;
+        case 4: if constexpr (S > 4) f.template operator()<4>(); break;
+        case 5: if constexpr (S > 4) f.template operator()<5>(); break;
     }
 }
 
@@ -140,10 +174,10 @@ INLINE int64_t first_of_block(const Conv3x3& a, int64_t block) {
 }
 
 // A transform of the channels first .. first + count - 1 of I by I pixels from (row, column) on, to the rows of each
-// frequency, which lie ``apart``. Pixels outside the map are read from ``zeros``.
+// frequency (i, j), i * row + j * apart. Pixels outside the map are read from ``zeros``.
 template <int I, int O, void (&TRANSFORM)(const VF (&)[I], VF (&)[O]), class T>
 INLINE void read_pixels(const Shape& s, const Image& image, int64_t sample, int64_t row, int64_t column, int64_t first,
-                        int64_t count, const T* zeros, float* v, int64_t apart) {
+                        int64_t count, const T* zeros, float* v, int64_t row_apart, int64_t apart) {
     const int64_t stride = image.channel_stride;
     const T* data = static_cast<const T*>(image.data) + sample * image.sample_stride + first * stride;
     const T* from[I][I];
@@ -153,7 +187,7 @@ INLINE void read_pixels(const Shape& s, const Image& image, int64_t sample, int6
             from[i][j] = inside ? data + ((row + i) * s.width + column + j) * image.pixel_stride : zeros;
         }
     for_vectors(count, [&](int64_t c, int64_t n) {
-        const auto put = [&](int i, int j, VF value) { store(v + (O * i + j) * apart + c, value, n); };
+        const auto put = [&](int i, int j, VF value) { store(v + i * row_apart + j * apart + c, value, n); };
         if (stride == 1)
             along_both<I, O, TRANSFORM>([&](int i, int j) { return load(from[i][j] + c, n); }, put);
         else
@@ -170,7 +204,8 @@ template <int M, class T>
 INLINE void read_tile(const Conv3x3& a, int64_t tile, int64_t first, int64_t count, const T* zeros, float* v,
                       int64_t apart) {
     const Place p = place<M>(a, tile);
-    read_pixels<SIDE<M>, SIDE<M>, input>(a.shape, a.x, p.sample, p.row - 1, p.column - 1, first, count, zeros, v, apart);
+    read_pixels<SIDE<M>, SIDE<M>, input>(a.shape, a.x, p.sample, p.row - 1, p.column - 1, first, count, zeros, v,
+                                         SIDE<M> * apart, apart);
 }
 
 // A dY A^T of a tile.
@@ -178,25 +213,27 @@ template <int M, class T>
 INLINE void read_gradient(const Conv3x3& a, int64_t tile, int64_t first, int64_t count, const T* zeros, float* d,
                           int64_t apart) {
     const Place p = place<M>(a, tile);
-    read_pixels<M, SIDE<M>, output_transposed>(a.shape, a.y, p.sample, p.row, p.column, first, count, zeros, d, apart);
+    read_pixels<M, SIDE<M>, output_transposed>(a.shape, a.y, p.sample, p.row, p.column, first, count, zeros, d,
+                                               SIDE<M> * apart, apart);
 }
 
-// out[R, 32] = v[R, channels] u[channels, 32], as a sum of sums of TERMS, which are rounded less than one of all. One
-// line in two of what will be ``next`` is asked for on the way.
+// out[R, 32] = v[R, channels] u[channels, 32], as a sum of sums of TERMS, which are rounded less than one of all. Of what
+// will be ``next`` a line is asked for every so many bytes.
 template <int R>
-INLINE void multiply(const float* v, int64_t channels, const float* u, float* out, const float* next) {
+INLINE void multiply(const float* v, int64_t v_row, int64_t channels, const float* u, float* out, const char* next,
+                     int64_t apart) {
     int64_t k = 0;
     do {
         const int64_t first = k, end = channels - k < TERMS ? channels : k + TERMS;
         VF total[R][N]{};
         for (; k < end; ++k, u += PANEL) {
-            __builtin_prefetch(next + k * PANEL, 0, 2);
+            __builtin_prefetch(next + k * apart, 0, 2);
             VF b[N];
 #pragma GCC unroll 16
             for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                const VF one = spread(v[r * channels + k]);
+                const VF one = spread(v[r * v_row + k]);
 #pragma GCC unroll 16
                 for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
             }
@@ -214,9 +251,10 @@ INLINE void multiply(const float* v, int64_t channels, const float* u, float* ou
 // The same of any number of rows, a multiple of REST. What is ``next`` is asked for in two halves.
 void multiply_rows(const float* v, int64_t rows, int64_t channels, const float* u, float* out, const float* next) {
     int64_t t = 0;
+    const char* of_next = reinterpret_cast<const char*>(next);
     for (; t + ROWS <= rows; t += ROWS)
-        multiply<ROWS>(v + t * channels, channels, u, out + t * PANEL, next + t / ROWS % 2 * (PANEL / 2));
-    for (; t < rows; t += REST) multiply<REST>(v + t * channels, channels, u, out + t * PANEL, next);
+        multiply<ROWS>(v + t * channels, channels, channels, u, out + t * PANEL, of_next + t / ROWS % 2 * LINE, 2 * LINE);
+    for (; t < rows; t += REST) multiply<REST>(v + t * channels, channels, channels, u, out + t * PANEL, of_next, 2 * LINE);
 }
 
 // out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], from 0 on if it is the ``first``. Rows of d are HIGH
@@ -258,8 +296,8 @@ INLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, cons
     for_vectors(count, [&](int64_t c, int64_t n) {
         const VF b = load(bias + c);
         along_both<S, M, output>(
-            [&](int i, int j) { return load(m + (S * i + j) * apart + c); },
-            [&](int i, int j, VF value) {
+            [&](int j, int i) { return load(m + (S * i + j) * apart + c); },
+            [&](int j, int i, VF value) {
                 if (i < p.rows && j < p.columns)
                     store_along(to + (i * a.shape.width + j) * a.y.pixel_stride + c * stride, stride, value + b, n);
             });
@@ -488,6 +526,185 @@ void forward_packed(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* s
     }
 }
 
+// Row ROW of G g G^T of the channels of a pack: u[j][k][PANEL].
+template <int M, int ROW, class T>
+void filter_row(const T* filters, int64_t count, float* u, int64_t apart) {
+    constexpr int S = SIDE<M>;
+    for (int64_t k = 0; k < count; ++k, filters += 9 * PACK, u += PANEL)
+        for (int64_t n = 0; n < PACK; n += W)
+            along_row<ROW, 3, S, filter>([&](int i, int j) { return load(filters + (3 * i + j) * PACK + n); },
+                                         [&](int j, VF value) { store(u + j * apart + n, value); });
+}
+
+// The products of R tiles, v[R][S][channels], with u[S][channels][32], and their sums along a row: m[R][M][32].
+template <int M, int R>
+INLINE void multiply_row(const float* v, int64_t v_row, int64_t channels, const float* u, int64_t u_apart, float* m,
+                         const char* next, int64_t next_row) {
+    constexpr int S = SIDE<M>;
+    float products[S][R * PANEL];
+    for (int64_t j = 0; j < S; ++j)
+        multiply<R>(v + j * (channels + APART), v_row, channels, u + j * u_apart, products[j],
+                    next + j * channels * next_row, next_row);
+    for (int64_t c = 0; c < R * PANEL; c += W) {
+        VF from[S], to[M];
+#pragma GCC unroll 8
+        for (int j = 0; j < S; ++j) from[j] = load(products[j] + c);
+        output(from, to);
+        float* at = m + c / PANEL * (M * PANEL) + c % PANEL;
+#pragma GCC unroll 8
+        for (int j = 0; j < M; ++j) store(at + j * PANEL, to[j]);
+    }
+}
+
+// B^T d B of all tiles of a wave.
+template <int M, class T>
+void rows_of_input(const Conv3x3Rows& w, const T* zeros, int64_t begin, int64_t end) {
+    constexpr int S = SIDE<M>;
+    const int64_t channels = w.of.shape.channels, apart = channels + APART;
+    for (int64_t t = begin; t < end; ++t) {
+        const Place p = place<M>(w.of, w.first + t);
+        read_pixels<S, S, input>(w.of.shape, w.of.x, p.sample, p.row - 1, p.column - 1, 0, channels, zeros,
+                                 w.v + t * S * apart, w.v_apart, apart);
+    }
+}
+
+// Items that follow one another are ``deep`` rows of a panel, whose weights come from the second cache again, and then the
+// next panel of the same rows of tiles. The weights of the next panel are asked for in the first calls of the product.
+template <int M>
+void rows_of_products(const Conv3x3Rows& w, int64_t begin, int64_t end, float* u) {
+    constexpr int S = SIDE<M>;
+    constexpr int64_t TWO = PANEL / PACK;
+    const Conv3x3& a = w.of;
+    const int64_t channels = a.shape.channels, panels = (a.outputs + PANEL - 1) / PANEL;
+    const int64_t packs = (a.outputs + PACK - 1) / PACK, groups = (w.count + BLOCK - 1) / BLOCK;
+    const int64_t v_row = S * (channels + APART), u_apart = channels * PANEL + APART, of_pack = channels * 9 * PACK;
+    const auto panel_of = [&](int64_t item) { return item / w.deep % panels; };
+    const auto first_of = [&](int64_t block) {
+        const int64_t first = block * groups / w.blocks * BLOCK;
+        return first < w.count ? first : w.count;
+    };
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t panel = panel_of(item), part = item / w.deep / panels, block = part % w.blocks;
+        const int64_t row = part / w.blocks * w.deep + item % w.deep;
+        const int64_t tile = first_of(block), rows = (first_of(block + 1) - tile + REST - 1) / REST * REST;
+        const int64_t other = item + 1 < end ? panel_of(item + 1) : panel;
+        const char* next = nullptr;
+        int64_t line = 0;
+        with_output_type(a.packed.dtype, const_cast<void*>(a.packed.data), [&](const auto* filters) {
+            for (int64_t p = 0; p < TWO && panel * TWO + p < packs; ++p)
+                with_row<S>(row, [&]<int ROW>() {
+                    filter_row<M, ROW>(filters + (panel * TWO + p) * of_pack, channels, u + p * PACK, u_apart);
+                });
+            next = reinterpret_cast<const char*>(filters + other * TWO * of_pack);
+            line = PACK * sizeof *filters;
+        });
+        const float* v = w.v + row * w.v_apart + tile * v_row;
+        float* m = w.m + ((panel * S + row) * w.rows + tile) * M * PANEL;
+        int64_t t = 0, asked = other == panel ? 9 * TWO : 0;  // of as many lines for each channel
+        const auto multiply = [&]<int R>() __attribute__((always_inline)) {
+            const bool ask = asked < 9 * TWO;
+            multiply_row<M, R>(v + t * v_row, v_row, channels, u, u_apart, m + t * M * PANEL,
+                               ask ? next + asked * channels * line : reinterpret_cast<const char*>(u), ask ? line : 0);
+            asked += S, t += R;
+        };
+        while (t + ROWS <= rows) multiply.template operator()<ROWS>();
+        if constexpr (ROWS == 12)
+            if (t + 8 <= rows) multiply.template operator()<8>();
+        while (t < rows) multiply.template operator()<REST>();
+    }
+}
+
+template <int M, class T>
+void rows_of_output(const Conv3x3Rows& w, T* y, int64_t begin, int64_t end) {
+    constexpr int S = SIDE<M>;
+    const Conv3x3& a = w.of;
+    const int64_t apart = w.rows * M * PANEL, stride = a.y.channel_stride;
+    for (int64_t t = begin; t < end; ++t) {
+        const Place p = place<M>(a, w.first + t);
+        T* pixels = y + p.sample * a.y.sample_stride + (p.row * a.shape.width + p.column) * a.y.pixel_stride;
+        for (int64_t first = 0; first < a.outputs; first += PANEL) {
+            const int64_t count = a.outputs - first < PANEL ? a.outputs - first : PANEL;
+            const float* m = w.m + first / PANEL * S * apart + t * M * PANEL;
+            T* to = pixels + first * stride;
+            float bias[PANEL];
+            read_bias(a.bias, first, count, bias);
+            for_vectors(count, [&](int64_t c, int64_t n) {
+                const VF b = load(bias + c);
+#pragma GCC unroll 8
+                for (int j = 0; j < M; ++j) {
+                    VF from[S], sums[M];
+#pragma GCC unroll 8
+                    for (int i = 0; i < S; ++i) from[i] = load(m + i * apart + j * PANEL + c);
+                    output(from, sums);
+#pragma GCC unroll 8
+                    for (int i = 0; i < M; ++i)
+                        if (i < p.rows && j < p.columns)
+                            store_along(to + (i * a.shape.width + j) * a.y.pixel_stride + c * stride, stride, sums[i] + b, n);
+                }
+            });
+        }
+    }
+}
+
+// What weights are packed as: half precision as it is, and all else as float32.
+INLINE bf16 packed(bf16 x) { return x; }
+INLINE f16 packed(f16 x) { return x; }
+INLINE float packed(double x) { return static_cast<float>(x); }
+
+// Rows to columns, of as many vectors as lanes.
+INLINE void transpose(float (&block)[W][W]) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    VF rows[W];
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) rows[r] = load(block[r]);
+#pragma GCC unroll 4
+    for (int h = W / 2; h > 0; h /= 2) {
+        VI low, high;
+        for (int l = 0; l < W; ++l) low[l] = l & h ? W + l - h : l, high[l] = l & h ? W + l : l + h;
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r)
+            if (!(r & h)) {
+                const __m512 a = (__m512)rows[r], b = (__m512)rows[r + h];
+                rows[r] = (VF)_mm512_permutex2var_ps(a, (__m512i)low, b);
+                rows[r + h] = (VF)_mm512_permutex2var_ps(a, (__m512i)high, b);
+            }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) store(block[r], rows[r]);
+#else
+    for (int r = 0; r < W; ++r)
+        for (int c = 0; c < r; ++c) {
+            const float x = block[r][c];
+            block[r][c] = block[c][r], block[c][r] = x;
+        }
+#endif
+}
+
+// To of[k][9][PACK], of a pack of which so many outputs are there, ``count`` channels.
+template <class T, class O>
+INLINE void pack_filters(const Conv3x3Weights& a, const T* from, int64_t outputs, int64_t count, O* to) {
+    for (int64_t i = 0; i < 9; ++i, to += PACK) {
+        const int64_t at = a.turned ? 8 - i : i;
+        const T* g = from + at / 3 * a.row_stride + at % 3 * a.column_stride;
+        for (int64_t n = 0; n < PACK; n += W) {
+            const int64_t of_n = outputs - n < 0 ? 0 : outputs - n < W ? outputs - n : W;
+            if (a.output_stride == 1) {
+                for (int64_t k = 0; k < count; ++k) store(to + k * 9 * PACK + n, load(g + n + k * a.channel_stride, of_n));
+                continue;
+            }
+            for_vectors(count, [&](int64_t k, int64_t lanes) {
+                float block[W][W];
+                for (int64_t l = 0; l < W; ++l) {
+                    const T* line = g + (n + l) * a.output_stride + k * a.channel_stride;
+                    store(block[l], l < of_n ? load_along(line, a.channel_stride, lanes) : VF{});
+                }
+                transpose(block);
+                for (int64_t l = 0; l < lanes; ++l) store(to + (k + l) * 9 * PACK + n, load(block[l]));
+            });
+        }
+    }
+}
+
 template <int M, class T>
 void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end, float* scratch) {
     constexpr int F = FREQUENCIES<M>, S = SIDE<M>;
@@ -568,7 +785,7 @@ void weights(const Conv3x3Weights& a, const T* from, int64_t begin, int64_t end)
                             for (int64_t l = 0; l < count; ++l) block[c + l][i][lane] = some[l];
                         });
             }
-            float* to = a.to + (panel * F * a.channels + k) * PANEL + n % PANEL;
+            float* to = static_cast<float*>(a.to) + (panel * F * a.channels + k) * PANEL + n % PANEL;
             for (int64_t c = 0; c < of_k; ++c, to += PANEL)
                 along_both<3, S, filter>(
                     [&](int i, int j) { return load(block[c][3 * i + j]); },
@@ -611,6 +828,40 @@ void conv3x3_products(const Conv3x3Wave& w, int64_t begin, int64_t end) {
 void conv3x3_output(const Conv3x3Wave& w, int64_t begin, int64_t end) {
     with_output_type(w.of.y.dtype, w.of.y.data, [&](auto* y) {
         w.of.tile == 4 ? wave_output<4>(w, y, begin, end) : wave_output<2>(w, y, begin, end);
+    });
+}
+
+// A work item is a pack, and the channels whose weights lie together or ALONG the axis.
+void conv3x3_pack(const Conv3x3Weights& a, int64_t begin, int64_t end) {
+    const int64_t along = a.output_stride == 1 ? PACK : ALONG, blocks = (a.channels + along - 1) / along;
+    with_type(a.from.dtype, a.from.data, [&](const auto* from) {
+        auto* to = static_cast<decltype(packed(*from))*>(a.to);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t pack = item / blocks, k = item % blocks * along;
+            const int64_t count = a.channels - k < along ? a.channels - k : along;
+            pack_filters(a, from + pack * PACK * a.output_stride + k * a.channel_stride, a.outputs - pack * PACK, count,
+                         to + (pack * a.channels + k) * 9 * PACK);
+        }
+    });
+}
+
+// A work item is a tile ..
+void conv3x3_rows_input(const Conv3x3Rows& w, int64_t begin, int64_t end) {
+    with_output_type(w.of.y.dtype, w.of.x.data, [&](auto* x) {
+        const auto* zeros = reinterpret_cast<decltype(x)>(const_cast<float*>(w.zeros));
+        w.of.tile == 4 ? rows_of_input<4>(w, zeros, begin, end) : rows_of_input<2>(w, zeros, begin, end);
+    });
+}
+
+// .. a row of frequencies of a block and a panel ..
+void conv3x3_rows(const Conv3x3Rows& w, int64_t begin, int64_t end, float* scratch) {
+    w.of.tile == 4 ? rows_of_products<4>(w, begin, end, scratch) : rows_of_products<2>(w, begin, end, scratch);
+}
+
+// .. and again a tile.
+void conv3x3_rows_output(const Conv3x3Rows& w, int64_t begin, int64_t end) {
+    with_output_type(w.of.y.dtype, w.of.y.data, [&](auto* y) {
+        w.of.tile == 4 ? rows_of_output<4>(w, y, begin, end) : rows_of_output<2>(w, y, begin, end);
     });
 }
 

@@ -37,7 +37,7 @@ MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
 MOST_STRIDED = 64
 """Pixels of a map that a 3x3 convolution of stride 2 makes by one product."""
-LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 64, 4
+LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
 LEAST_QUERIES, MOST_QUERIES = 128, 1024

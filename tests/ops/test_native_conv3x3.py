@@ -91,15 +91,22 @@ def test_the_gradient_of_a_float32_weight(dtype: torch.dtype, autocast: bool) ->
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "tile"), [(torch.float32, 2), (torch.bfloat16, 4)])
-def test_waves_come_to_what_blocks_come_to(dtype: torch.dtype, tile: int, layout: str) -> None:
-    """To many outputs tiles are taken in waves, of the larger maps in two or three; to few outputs in blocks."""
-    for batch, height, width in ((1, 5, 6), (4, 40, 39)):
-        inputs = convolution(batch, 161, 170, height, width).inputs(dtype, layout)
+def test_rows_waves_and_blocks_come_to_the_same(dtype: torch.dtype, tile: int, layout: str) -> None:
+    """Rows of frequencies, with weights as they are, in one wave or two and of one block or two; what weights are
+    transformed to before, in waves to many outputs, and in blocks to few."""
+    ops = torch.ops.fastddpm
+    for batch, channels, outputs, height, width in ((1, 161, 170, 5, 6), (4, 161, 170, 40, 39), (2, 600, 40, 38, 39)):
+        inputs = convolution(batch, channels, outputs, height, width).inputs(dtype, layout)
         x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
-        y = torch.ops.fastddpm.conv3x3(x, weight, bias, False, tile)
-        for some in (slice(0, 40), slice(140, 170)):
-            few = torch.ops.fastddpm.conv3x3(x, weight[some], bias[some], False, tile)
-            assert torch.equal(y[:, some], few)
+        turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+        for of in (weight.contiguous(), weight.contiguous(memory_format=torch.channels_last)):
+            y = ops.conv3x3(x, of, bias, False, tile)
+            for some in (slice(0, outputs), slice(0, 30), slice(outputs - 20, outputs)):
+                transformed = ops.conv3x3_weights(weight[some], False, tile)
+                one = ops.conv3x3_transformed(x, transformed, bias[some], len(bias[some]))
+                assert torch.equal(y[:, some], one)
+        for of in (turned, turned.contiguous(memory_format=torch.channels_last)):
+            assert torch.equal(y, ops.conv3x3(x, of, bias, True, tile))
 
 
 @pytest.mark.parametrize(
