@@ -143,7 +143,7 @@ def test_the_table_says_what_is_for_the_cooperative_kernel(
 
 def test_what_a_device_has_told_or_been_told_is_kept(plan: Plan) -> None:
     """Of a call in clusters that take more than 48 KB: room for them, and leave to take it; by each thread once."""
-    case = call(64, 2, (32, 32), batch=1, rich=False)
+    case = call(64, 2, (16, 32), batch=1, rich=False)
     inputs = case.inputs(torch.float32, "NHWC")
 
     def counted() -> list[int]:
@@ -156,7 +156,7 @@ def test_what_a_device_has_told_or_been_told_is_kept(plan: Plan) -> None:
             results(case, inputs)
         return [after - number for after, number in zip(counted(), before, strict=True)]
 
-    plan(64, 4, 0)  # 64 KB a block, and twice that in backward
+    plan(64, 2, 0)  # 64 KB a block, and twice that in backward
     assert run()[1] == 2
     assert run() == [0, 2]
     plan(0, 0, 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.gpu_cases import NETWORKS
-from fastddpm._gpu_defaults import CUTS, Cut
+from fastddpm._gpu_defaults import CUTS, RECORD, Cut
 from tests.cuda import emulated
 
 pytestmark = [
@@ -140,6 +140,11 @@ def test_teams_at_levels_of_256_by_256(planned: Planned, arch: int) -> None:
         if plan.way == "team":
             assert plan.slab * (4 if call.wide else 2) >= 64 and plan.slab % 4 == 0, plan
             assert plan.parts * plan.pixels >= 256 * 256 > (plan.parts - 1) * plan.pixels
+
+
+def test_the_table_in_the_code_was_measured() -> None:
+    assert not CUTS or RECORD is not None
+    assert all(cut.numbers() and cut.channels[0] <= cut.channels[1] and cut.pixels[0] <= cut.pixels[1] for cut in CUTS)
 
 
 def test_the_table_decides_what_it_fits(planned: Planned) -> None:

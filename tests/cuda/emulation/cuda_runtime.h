@@ -1,11 +1,12 @@
 // The part of CUDA that the kernels of csrc use, emulated on a CPU: this header takes the place of the toolkit's own.
 //
 // Every thread of a block is a fiber; the blocks of a cluster, and all of a cooperative launch, run together, some slower
-// than others, in an order that FASTDDPM_EMULATION_SEED decides, and switch at each barrier, shuffle and wait alone. So a missing barrier shows, since
-// in one order or another a thread reads what another has not written; shared memory starts as NaN, is as large as the
-// launch says and ends with its block, so that AddressSanitizer sees what lies outside; an asynchronous copy takes place
-// when it is waited for, and no sooner. What it cannot show: races that need two threads at work at the same moment, weak
-// memory order, speed.
+// than others, in an order that FASTDDPM_EMULATION_SEED decides, and switch at each barrier (of a cluster at its arrival,
+// too), shuffle and wait alone. So a missing barrier shows, since in one order or another a thread reads what another has
+// not written; shared memory starts as NaN, is as large as the launch says and ends with its block, so that
+// AddressSanitizer sees what lies outside; an asynchronous copy takes place when it is waited for, and no sooner. What it
+// cannot show: races that need two threads at work at the same moment, weak memory order, speed; nor that a kernel which
+// may start early reads before it waits for the one in front, unless it copies: the binaries are read for that.
 #pragma once
 
 #include <algorithm>
