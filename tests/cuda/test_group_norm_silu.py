@@ -141,6 +141,7 @@ def test_the_table_says_what_is_for_the_cooperative_kernel(
     check_values(case, found, inputs, torch.float32)
 
 
+@pytest.mark.skipif(not os.environ.get("FASTDDPM_EMULATED"), reason="the emulation counts")
 def test_what_a_device_has_told_or_been_told_is_kept(plan: Plan) -> None:
     """Of a call in clusters that take more than 48 KB: room for them, and leave to take it; by each thread once."""
     case = call(64, 2, (16, 32), batch=1, rich=False)
