@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ._gpu_defaults import COOPERATIVE_FROM
+from ._gpu_defaults import CUTS
 
 _CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 _NOT_BUILT = "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
@@ -126,9 +125,10 @@ def _load_cuda() -> str | None:
 
 def hand_over_defaults(library: Path) -> None:
     """Tell a library of CUDA C++ kernels, which is loaded, what `_gpu_defaults` says about how they cut a call."""
-    function = ctypes.CDLL(str(library)).fastddpm_group_norm_cooperative
-    function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64), None
-    function(*(-1 if COOPERATIVE_FROM[p] == math.inf else int(COOPERATIVE_FROM[p]) for p in ("forward", "backward")))
+    numbers = [number for cut in CUTS for number in cut.numbers()]
+    function = ctypes.CDLL(str(library)).fastddpm_group_norm_cuts
+    function.argtypes, function.restype = (ctypes.POINTER(ctypes.c_int64), ctypes.c_int64), None
+    function((ctypes.c_int64 * len(numbers))(*numbers), len(CUTS))
 
 
 def _cuda_build() -> dict[str, Any]:

@@ -320,9 +320,11 @@ cudaError_t over_tables(const AdamEma& a, int64_t chunks, int64_t most_blocks, i
 template <int N>
 cudaError_t run(const AdamEma& a, cudaStream_t stream) {
     const int64_t chunks = workspace_size(a.tensors, a.count) - HEAD;
-    const cudaError_t error = over_tables<N>(a, chunks, 0x7fffffff, 1, gradient_squares_kernel<N>, stream);
+    Device d;
+    cudaError_t error = device(d);
+    if (error == cudaSuccess) error = over_tables<N>(a, chunks, 0x7fffffff, 1, gradient_squares_kernel<N>, stream);
     if (error != cudaSuccess) return error;
-    return over_tables<N>(a, chunks, int64_t(BLOCKS) * device().processors, PIECES, adam_ema_kernel<N>, stream);
+    return over_tables<N>(a, chunks, int64_t(BLOCKS) * d.processors, PIECES, adam_ema_kernel<N>, stream);
 }
 
 }  // namespace
@@ -335,7 +337,8 @@ int64_t workspace_size(const AdamTensor* tensors, int64_t count) {
 
 cudaError_t adam_ema(const AdamEma& a, cudaStream_t stream) {
     int driver = 0;
-    cudaDriverGetVersion(&driver);
+    const cudaError_t error = cudaDriverGetVersion(&driver);
+    if (error != cudaSuccess) return error;
     return a.count <= SOME || driver < 12010 ? run<SOME>(a, stream) : run<MANY>(a, stream);
 }
 

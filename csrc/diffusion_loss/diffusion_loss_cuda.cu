@@ -178,12 +178,12 @@ __global__ void __launch_bounds__(BLOCK) diffusion_loss_kernel(const DiffusionLo
     if (threadIdx.x == 0 && sample.exists) a.sums[b * gridDim.x + blockIdx.x] = total;
 }
 
-// The loss of each sample, and their mean: one block. ``lanes`` neighbours, a power of two, take a sample together.
-__global__ void __launch_bounds__(FINISHING) finish_kernel(const float* __restrict__ sums,
-                                                           float* __restrict__ per_sample,
-                                                           float* __restrict__ loss, const int64_t batch,
-                                                           const int64_t blocks, const int64_t elements,
-                                                           const int lanes) {
+// The loss of each sample, and their mean: one block. ``lanes`` neighbours, a power of two, take a sample together. The
+// sums are no __restrict__ ones: the kernel in front may still write them when this one starts, and such loads take what
+// the processor has kept.
+__global__ void __launch_bounds__(FINISHING) finish_kernel(const float* sums, float* per_sample, float* loss,
+                                                           const int64_t batch, const int64_t blocks,
+                                                           const int64_t elements, const int lanes) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % lanes, together = FINISHING / lanes;

@@ -190,7 +190,7 @@ __device__ __forceinline__ void finish_channels(const Part& part, const Tables& 
 }
 
 template <class Access, bool RESIDUAL>
-__global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : 3) one_read_kernel(const GroupNorm a) {
+__global__ void __launch_bounds__(MOST_THREADS, RESIDUAL ? 2 : 3) one_read_backward_kernel(const GroupNorm a) {
     wait_for_previous_kernel();
     let_next_kernel_start();
     const GroupNormPlan& plan = a.plan;
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(MOST_THREADS, 2) dx_kernel(const GroupNorm a) 
 }
 
 template <class Access>
-__global__ void __launch_bounds__(MOST_THREADS, Access::Out::NHWC ? 3 : 2) cooperative_kernel(const GroupNorm a) {
+__global__ void __launch_bounds__(MOST_THREADS, Access::Out::NHWC ? 3 : 2) cooperative_backward_kernel(const GroupNorm a) {
     let_next_kernel_start();
     const Tables s(a.plan);
     in_teams(a, [&](const Part& part, bool) { leave_sums<Access>(a, part, s); },
@@ -367,7 +367,16 @@ __global__ void __launch_bounds__(MOST_THREADS) over_batch_kernel(const GroupNor
     }
 }
 
+template <class Access>
+auto one_read(const GroupNorm& a) {
+    return a.residual.data ? one_read_backward_kernel<Access, true> : one_read_backward_kernel<Access, false>;
+}
+
 }  // namespace
+
+cudaError_t group_norm_silu_backward_clusters(const GroupNorm& a, int& clusters) {
+    return with_copied(a, [&]<class Access>() { return clusters_for(one_read<Access>(a), over_parts(a, nullptr), clusters); });
+}
 
 cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream) {
     const Launch l = over_parts(a, stream);
@@ -375,11 +384,9 @@ cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream) {
     small.block = dim3(MOST_THREADS), small.shared = MOST_THREADS * sizeof(float), small.cluster = 1;
     cudaError_t error;
     if (a.plan.one_read) {
-        error = with_copied(a, [&]<class Access>() {
-            return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
-        });
+        error = with_copied(a, [&]<class Access>() { return launch(one_read<Access>(a), l, a); });
     } else if (a.plan.cooperative) {
-        error = with_copied(a, [&]<class Access>() { return launch_teams(cooperative_kernel<Access>, a, l); });
+        error = with_copied(a, [&]<class Access>() { return launch_teams(cooperative_backward_kernel<Access>, a, l); });
     } else {
         error = with_access(a, [&]<class Access>() { return launch(sums_kernel<Access>, l, a); });
         small.grid = dim3(static_cast<unsigned>(a.shape.batch * a.groups));

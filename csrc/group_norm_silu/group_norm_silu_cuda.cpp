@@ -65,7 +65,7 @@ std::vector<Tensor> group_norm_silu_op(
     a.y = image(outputs[0], a.shape);
     a.mean = static_cast<double*>(outputs[1].data_ptr()), a.rstd = static_cast<float*>(outputs[2].data_ptr());
     if (residual) a.h = image(outputs[3], a.shape);
-    a.plan = plan(a, residual ? 2 : 1);
+    check(plan(a, residual ? 2 : 1, a.plan), "group_norm_silu");
     MaybeTensor entries;
     if (!a.plan.one_read) {
         const int64_t sizes[] = {a.shape.batch, a.plan.parts, a.shape.channels, 4};
@@ -110,7 +110,7 @@ std::vector<Tensor> group_norm_silu_backward_op(
     if (residual) gradients.push_back(image_like(*residual, a.dresidual));
     if (x2) gradients.push_back(image_like(*x2, a.dx2));
 
-    a.plan = plan(a, residual ? 3 : 2);
+    check(plan(a, residual ? 3 : 2, a.plan), "group_norm_silu");
     const int64_t of_small[] = {3, a.shape.batch, a.shape.channels};
     const Tensor small = new_tensor(x, {of_small, 3}, ScalarType::Float);
     a.small = static_cast<float*>(small.data_ptr());

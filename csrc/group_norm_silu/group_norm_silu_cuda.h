@@ -49,11 +49,22 @@ struct GroupNorm {
     GroupNormPlan plan;
 };
 
+// Calls of such sizes, and how they are cut: what measurements decide (_gpu_defaults.py).
+struct GroupNormCut {
+    int64_t backward, channels[2], pixels[2], size;  // the first and the last; size: bytes of a number
+    int64_t way;          // 0: one read, by a cluster; 1: two reads; 2: the cooperative kernel
+    int64_t slab, parts;  // 0 leaves them to the plan
+};
+
 // ``slabs``: images as large as y that stay on the chip in one_read: x, the residual and, in backward, dy.
-GroupNormPlan plan(const GroupNorm& a, int slabs);
+[[nodiscard]] cudaError_t plan(const GroupNorm& a, int slabs, GroupNormPlan& p);
 
 [[nodiscard]] cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream);
 [[nodiscard]] cudaError_t group_norm_silu_backward(const GroupNorm& a, cudaStream_t stream);
+
+// How many clusters of the plan of a call, which has one, the device runs at once.
+[[nodiscard]] cudaError_t group_norm_silu_clusters(const GroupNorm& a, int& clusters);
+[[nodiscard]] cudaError_t group_norm_silu_backward_clusters(const GroupNorm& a, int& clusters);
 
 }  // namespace fastddpm::cuda
 
@@ -61,6 +72,5 @@ GroupNormPlan plan(const GroupNorm& a, int slabs);
 // where that is possible; way 1: two reads, 2: the cooperative kernel. 0 leaves a choice to the plan.
 extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_plan(int slab, int cluster, int way);
 
-// What fits no cluster, or only in runs of less than 64 bytes in NHWC order, is for the cooperative kernel from so many
-// elements of a call on, forward and backward; below 0: never, which is so until this is called. _gpu_defaults.py decides.
-extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_cooperative(int64_t forward, int64_t backward);
+// From now on calls that a row fits, the first of these, are cut as it says, where that is possible.
+extern "C" __attribute__((visibility("default"))) void fastddpm_group_norm_cuts(const fastddpm::cuda::GroupNormCut* rows, int64_t count);

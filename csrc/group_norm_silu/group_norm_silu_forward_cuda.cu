@@ -281,14 +281,21 @@ __global__ void __launch_bounds__(MOST_THREADS, 3) cooperative_kernel(const Grou
              [&](const Part& part, bool there) { apply<Access>(a, part, s, there); });
 }
 
+template <class Access>
+auto one_read(const GroupNorm& a) {
+    return a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>;
+}
+
 }  // namespace
+
+cudaError_t group_norm_silu_clusters(const GroupNorm& a, int& clusters) {
+    return with_copied(a, [&]<class Access>() { return clusters_for(one_read<Access>(a), over_parts(a, nullptr), clusters); });
+}
 
 cudaError_t group_norm_silu(const GroupNorm& a, cudaStream_t stream) {
     const Launch l = over_parts(a, stream);
     if (a.plan.one_read)
-        return with_copied(a, [&]<class Access>() {
-            return launch(a.residual.data ? one_read_kernel<Access, true> : one_read_kernel<Access, false>, l, a);
-        });
+        return with_copied(a, [&]<class Access>() { return launch(one_read<Access>(a), l, a); });
     if (a.plan.cooperative)
         return with_copied(a, [&]<class Access>() { return launch_teams(cooperative_kernel<Access>, a, l); });
     cudaError_t error = with_access(a, [&]<class Access>() { return launch(moments_kernel<Access>, l, a); });

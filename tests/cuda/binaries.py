@@ -30,43 +30,115 @@ class Hot:
     """What a kernel that takes the time of a training step or of a sampling step must look like.
 
     ``kernel`` is a regular expression for its whole name, ``registers`` what leaves room for the blocks planned (65,536
-    on a multiprocessor), ``narrow`` how many accesses to device memory may move less than 16 bytes: numbers of a
-    sample, a channel or a group. ``loads`` and ``stores``: whether there must be any of 16 bytes.
+    on a multiprocessor). ``loads`` and ``stores``: how many instructions at least move 16 bytes or more of device
+    memory, so that one that is taken apart is missed; ``narrow`` how many at most move less: numbers of a sample, a
+    channel or a group.
     """
 
     kernel: str
     registers: int
+    loads: int
+    stores: int
     narrow: int
-    loads: bool = True
-    stores: bool = True
 
 
 # 64 registers leave room for 1,024 threads on a multiprocessor, 80 for 768, 128 for 512; blocks have 128 or 256.
+HALF = "(?:bf16|f16)"
 HOT = [
-    Hot(r"normal_kernel<Tile<4, [03]>, float>", registers=40, narrow=3, loads=False),
-    Hot(r"normal_kernel<Tile<8, 0>, bf16>", registers=32, narrow=3, loads=False),
-    Hot(r"q_sample_kernel<Elements<., .>, unsigned char, (float|bf16)>", registers=48, narrow=12, loads=False),
-    Hot(r"q_sample_kernel<Pixels<3>, unsigned char, (float|bf16)>", registers=64, narrow=13, loads=False),
-    Hot(r"diffusion_loss_kernel<\(Path\)0, Elements<., .>, .*, (float|bf16)>", registers=48, narrow=9),
-    Hot(r"diffusion_loss_kernel<\(Path\)1, Elements<., .>, .*, (float|bf16)>", registers=48, narrow=19),
-    Hot(r"solver_step_kernel<Tile<4, 0>, float, float, true>", registers=48, narrow=20),
-    Hot(r"solver_step_kernel<Tile<4, 0>, float, bf16, true>", registers=48, narrow=21),
-    # forward and backward: three blocks of 256; two with a residual
-    Hot(r"one_read_kernel<Copied<(bf16|f16), .*>, false>", registers=80, narrow=62),
-    Hot(r"one_read_kernel<Copied<.*>, true>", registers=128, narrow=66),
-    # of NHWC images three blocks of 256, forward and backward, with a residual or without
-    Hot(r"cooperative_kernel<Copied<.*, true> >", registers=80, narrow=134),
-    Hot(r"cooperative_kernel<Copied<.*, false> >", registers=128, narrow=134),
-    Hot(r"forward_rows<bf16, [123]>", registers=72, narrow=55),
-    Hot(r"backward_rows<bf16, 1>", registers=104, narrow=17),
-    Hot(r"gradient_squares_kernel<.*>", registers=64, narrow=39, stores=False),
-    Hot(r"adam_ema_kernel<.*>", registers=64, narrow=62),
+    Hot(r"normal_kernel<Tile<4, 0>, float>", 32, 0, 1, 3),
+    Hot(r"normal_kernel<Tile<4, 3>, float>", 40, 0, 3, 3),
+    Hot(r"normal_kernel<Tile<4, 4>, float>", 40, 0, 4, 3),
+    Hot(rf"normal_kernel<Tile<8, 0>, {HALF}>", 32, 0, 1, 3),
+    Hot(rf"normal_kernel<Tile<8, 3>, {HALF}>", 48, 0, 3, 3),
+    Hot(rf"normal_kernel<Tile<8, 4>, {HALF}>", 64, 0, 4, 3),
+    Hot(r"q_sample_kernel<Elements<4, 2>, unsigned char, float>", 48, 0, 8, 12),
+    Hot(r"q_sample_kernel<Elements<4, 2>, float, float>", 48, 2, 8, 10),
+    Hot(rf"q_sample_kernel<Elements<8, 1>, unsigned char, {HALF}>", 48, 0, 4, 11),
+    Hot(rf"q_sample_kernel<Elements<8, 1>, {HALF}, {HALF}>", 48, 1, 4, 10),
+    # a thread reads 24 bytes of half-precision RGB 8 at a time, and writes them by way of shared memory
+    Hot(r"q_sample_kernel<Pixels<3>, unsigned char, float>", 64, 0, 12, 13),
+    Hot(r"q_sample_kernel<Pixels<3>, float, float>", 64, 3, 12, 10),
+    Hot(rf"q_sample_kernel<Pixels<3>, (?:unsigned char|{HALF}), {HALF}>", 64, 0, 8, 13),
+    Hot(r"q_sample_kernel<Pixels<4>, unsigned char, float>", 80, 1, 16, 10),
+    Hot(r"q_sample_kernel<Pixels<4>, float, float>", 80, 4, 16, 10),
+    Hot(rf"q_sample_kernel<Pixels<4>, unsigned char, {HALF}>", 64, 1, 8, 10),
+    Hot(rf"q_sample_kernel<Pixels<4>, {HALF}, {HALF}>", 64, 2, 8, 10),
+    Hot(r"diffusion_loss_kernel<\(Path\)0, Elements<4, 2>, .*, float>", 48, 2, 2, 9),
+    Hot(rf"diffusion_loss_kernel<\(Path\)0, Elements<8, 1>, .*, {HALF}>", 48, 1, 1, 9),
+    Hot(r"diffusion_loss_kernel<\(Path\)0, Pixels<3>, .*, float>", 64, 3, 3, 9),
+    Hot(rf"diffusion_loss_kernel<\(Path\)0, Pixels<3>, .*, {HALF}>", 48, 0, 2, 12),
+    Hot(r"diffusion_loss_kernel<\(Path\)0, Pixels<4>, .*, float>", 64, 4, 4, 9),
+    Hot(rf"diffusion_loss_kernel<\(Path\)0, Pixels<4>, .*, {HALF}>", 64, 2, 2, 9),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Elements<4, 2>, unsigned char, float>", 48, 2, 2, 18),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Elements<4, 2>, float, float>", 48, 4, 2, 16),
+    Hot(rf"diffusion_loss_kernel<\(Path\)1, Elements<8, 1>, unsigned char, {HALF}>", 48, 1, 1, 17),
+    Hot(rf"diffusion_loss_kernel<\(Path\)1, Elements<8, 1>, {HALF}, {HALF}>", 48, 2, 1, 16),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Pixels<3>, unsigned char, float>", 64, 3, 3, 19),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Pixels<3>, float, float>", 64, 6, 3, 16),
+    Hot(rf"diffusion_loss_kernel<\(Path\)1, Pixels<3>, .*, {HALF}>", 64, 0, 2, 22),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Pixels<4>, unsigned char, float>", 80, 5, 4, 16),
+    Hot(r"diffusion_loss_kernel<\(Path\)1, Pixels<4>, float, float>", 80, 8, 4, 16),
+    Hot(rf"diffusion_loss_kernel<\(Path\)1, Pixels<4>, unsigned char, {HALF}>", 64, 3, 2, 16),
+    Hot(rf"diffusion_loss_kernel<\(Path\)1, Pixels<4>, {HALF}, {HALF}>", 64, 4, 2, 16),
+    # the plain step; then that with every option
+    Hot(r"solver_step_kernel<Tile<4, 0>, float, float, true>", 48, 2, 2, 20),
+    Hot(rf"solver_step_kernel<Tile<4, 0>, float, {HALF}, true>", 48, 1, 2, 21),
+    Hot(rf"solver_step_kernel<Tile<8, 0>, {HALF}, {HALF}, true>", 64, 2, 2, 20),
+    Hot(r"solver_step_kernel<Tile<4, 3>, float, float, true>", 80, 6, 6, 20),
+    Hot(rf"solver_step_kernel<Tile<4, 3>, float, {HALF}, true>", 80, 3, 6, 23),
+    Hot(rf"solver_step_kernel<Tile<4, 3>, {HALF}, {HALF}, true>", 80, 0, 0, 32),  # 24 bytes a thread: 8 at a time
+    Hot(r"solver_step_kernel<Tile<4, 4>, float, float, true>", 128, 8, 8, 20),
+    Hot(rf"solver_step_kernel<Tile<4, 4>, float, {HALF}, true>", 128, 6, 8, 20),
+    Hot(rf"solver_step_kernel<Tile<4, 4>, {HALF}, {HALF}, true>", 128, 4, 4, 20),
+    Hot(r"solver_step_kernel<Tile<4, 0>, float, float, false>", 80, 8, 2, 45),
+    Hot(rf"solver_step_kernel<Tile<4, 0>, float, {HALF}, false>", 80, 5, 2, 48),
+    Hot(rf"solver_step_kernel<Tile<8, 0>, {HALF}, {HALF}, false>", 128, 8, 2, 53),
+    Hot(r"solver_step_kernel<Tile<4, 3>, float, float, false>", 255, 29, 6, 65),
+    Hot(rf"solver_step_kernel<Tile<4, 3>, float, {HALF}, false>", 255, 20, 6, 69),
+    Hot(rf"solver_step_kernel<Tile<4, 3>, {HALF}, {HALF}, false>", 255, 5, 0, 90),  # 8 at a time
+    Hot(r"solver_step_kernel<Tile<4, 4>, float, float, false>", 255, 40, 8, 69),
+    Hot(rf"solver_step_kernel<Tile<4, 4>, float, {HALF}, false>", 255, 28, 8, 73),
+    Hot(rf"solver_step_kernel<Tile<4, 4>, {HALF}, {HALF}, false>", 255, 18, 4, 73),
+    # group_norm_silu, forward: four blocks of 256 in half precision, three in float32; two with a residual (true)
+    Hot(rf"one_read_kernel<Copied<{HALF}, .*>, false>", 64, 8, 1, 30),
+    Hot(r"one_read_kernel<Copied<float, .*>, false>", 80, 8, 1, 30),
+    Hot(r"one_read_kernel<Copied<.*>, true>", 128, 12, 2, 30),
+    Hot(r"moments_kernel<Copied<.*, false> >", 128, 12, 1, 0),  # NCHW
+    Hot(r"moments_kernel<Copied<.*, true> >", 128, 12, 4, 0),  # NHWC
+    Hot(r"apply_kernel<Copied<.*> >", 128, 12, 2, 30),
+    Hot(r"cooperative_kernel<Copied<.*, false> >", 80, 26, 3, 47),
+    Hot(r"cooperative_kernel<Copied<.*, true> >", 80, 26, 6, 47),
+    # backward: three blocks, two with a residual
+    Hot(r"one_read_backward_kernel<Copied<.*>, false>", 80, 8, 1, 62),
+    Hot(rf"one_read_backward_kernel<Copied<{HALF}, true>, true>", 128, 13, 2, 63),
+    Hot(r"one_read_backward_kernel<Copied<(?:.*, false|float, true)>, true>", 128, 14, 2, 62),
+    Hot(r"sums_kernel<Copied<.*, false> >", 128, 13, 1, 30),
+    Hot(rf"sums_kernel<Copied<{HALF}, true> >", 128, 12, 4, 31),
+    Hot(r"sums_kernel<Copied<float, true> >", 128, 13, 4, 30),
+    Hot(r"dx_kernel<Copied<.*> >", 128, 13, 2, 32),
+    Hot(r"cooperative_backward_kernel<Copied<.*, false> >", 128, 28, 4, 133),
+    Hot(rf"cooperative_backward_kernel<Copied<{HALF}, true> >", 80, 27, 7, 134),
+    Hot(r"cooperative_backward_kernel<Copied<float, true> >", 80, 28, 7, 133),
+    *(Hot(rf"forward_rows<{HALF}, {n}>", 72, 2 * n, n, 55) for n in (1, 2, 3)),
+    *(Hot(rf"forward_rows<float, {n}>", 80, 2 * n, n, 60) for n in (1, 2, 3, 4)),
+    *(Hot(rf"backward_rows<{HALF}, {n}>", (104, 128, 168)[n - 1], 4 * n, n, 17) for n in (1, 2, 3)),
+    *(Hot(rf"backward_rows<float, {n}>", 128, 4 * n, n, 17) for n in (1, 2, 3, 4)),
+    Hot(r"forward_tiles<.*>", 64, 2, 2, 45),
+    Hot(r"backward_tiles<.*>", 80, 4, 2, 51),
+    Hot(r"gradient_squares_kernel<.*>", 64, 24, 0, 39),
+    Hot(r"adam_ema_kernel<.*>", 64, 5, 5, 62),
 ]
+# What may not start before the kernel in front of it has ended: words on their own, and cooperative launches.
+NEVER_EARLY = r"philox_words_kernel|cooperative_(?:backward_)?kernel<.*>"
+DEVICE_MEMORY = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")  # and what else points there
+
 
 @dataclass(frozen=True)
 class Binary:
     """A kernel as compiled for one architecture. ``stack`` is in bytes; ``local`` counts the instructions that touch
-    local memory, spills among them; ``loads`` and ``stores`` those to device memory, by the bytes that one moves."""
+    local memory, spills among them; ``loads`` and ``stores`` those to device memory, by the bytes that one moves.
+    ``early``: how many touch it before they wait for the kernel in front, or None where the kernel does not wait;
+    ``kept``: how many loads may take what the processor has kept, which another kernel may have written over."""
 
     kernel: str
     arch: str
@@ -76,6 +148,8 @@ class Binary:
     local: int
     loads: dict[int, int]
     stores: dict[int, int]
+    early: int | None
+    kept: int
 
     @property
     def narrow(self) -> int:
@@ -103,7 +177,9 @@ def binaries(arch: str, library: Path = LIBRARY, sass: bool = True) -> list[Bina
         loads, stores = (accesses(opcodes, names) for names in (("LDG", "LDGSTS"), ("STG",)))
         local = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode in opcodes)
         stack = usage["STACK"] + usage["LOCAL"]
-        found.append(Binary(symbol, arch, usage["REG"], usage["SHARED"], stack, local, loads, stores))
+        kept = sum(opcode.startswith("LDG.") and "CONSTANT" in opcode.split(".") for opcode in opcodes)
+        numbers = (usage["REG"], usage["SHARED"], stack, local)
+        found.append(Binary(symbol, arch, *numbers, loads, stores, before_wait(opcodes), kept))
     names = demangled([binary.kernel for binary in found])
     return sorted((Binary(**asdict(b) | {"kernel": names[b.kernel]}) for b in found), key=lambda b: b.kernel)
 
@@ -139,6 +215,12 @@ def accesses(code: list[str], opcodes: tuple[str, ...]) -> dict[int, int]:
     return dict(sorted(Counter(width(rest) for name, *rest in parts if name in opcodes).items()))
 
 
+def before_wait(code: list[str]) -> int | None:
+    """Accesses to device memory in front of the wait for the kernel before (griddepcontrol.wait); None without one."""
+    names = [opcode.split(".")[0] for opcode in code]
+    return sum(name in DEVICE_MEMORY for name in names[: names.index("ACQBULK")]) if "ACQBULK" in names else None
+
+
 def width(modifiers: list[str]) -> int:
     """Bytes a thread moves: LDG.E.LTC128B.64 has 8, STG.E.U16 has 2, LDG.E has 4."""
     bits = [int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US](8|16)|64|128|256", m)]
@@ -160,11 +242,12 @@ def hot(found: list[Binary]) -> list[tuple[Hot, Binary]]:
 
 def complaints(rule: Hot, binary: Binary) -> list[str]:
     """In what a kernel is not what it must be; empty where it is."""
+    loads, stores = binary.wide(binary.loads), binary.wide(binary.stores)
     checks = {
         f"{binary.registers} registers, and {rule.registers} are planned": binary.registers > rule.registers,
         f"{binary.narrow} accesses of less than 16 bytes, and {rule.narrow} are planned": binary.narrow > rule.narrow,
-        "no load of 16 bytes": rule.loads and not binary.wide(binary.loads),
-        "no store of 16 bytes": rule.stores and not binary.wide(binary.stores),
+        f"{loads} loads of 16 bytes, and {rule.loads} are planned": loads < rule.loads,
+        f"{stores} stores of 16 bytes, and {rule.stores} are planned": stores < rule.stores,
     }
     return [f"{binary.kernel} for {binary.arch}: {words}" for words, wrong in checks.items() if wrong]
 
@@ -175,10 +258,10 @@ def table(found: dict[str, list[Binary]], nvcc: str) -> str:
         "# The CUDA C++ kernels as compiled",
         "",
         f"What `python -m tests.cuda.binaries --table` read from the library that nvcc {nvcc} made: no figure here is",
-        "a speed. `local` counts the instructions that touch local memory, spills among them; `16 bytes` and `less`",
-        "the loads and stores of device memory by width: what belongs to a sample, a channel or a group is narrow.",
+        "a speed. `local`: those that use local memory. `loads` and `stores` count the instructions that move 16 bytes",
+        "of device memory, `less` those that move fewer: what belongs to a sample, a channel or a group is narrow.",
         "",
-        "| architecture | kernels | most registers | with local memory | hot ones | not as planned |",
+        "| architecture | kernels | most registers | local | hot ones | not as planned |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for arch, every in found.items():
@@ -186,17 +269,17 @@ def table(found: dict[str, list[Binary]], nvcc: str) -> str:
         wrong = sum(bool(complaints(rule, b)) for rule, b in rows)
         most = max(b.registers for b in every)
         lines.append(f"| {arch} | {len(every)} | {most} | {local} | {len(rows)} | {wrong} |")
-    lines += [
-        "",
-        f"The hot ones, for {', '.join(arch for arch in found if arch in TABLE_OF or len(found) == 1)}:",
-        "",
-        "| kernel | architecture | registers | shared bytes | local | 16 bytes | less |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    rows = [row for arch, every in found.items() if arch in TABLE_OF or len(found) == 1 for row in hot(every)]
+    archs = [arch for arch in found if arch in TABLE_OF or len(found) == 1]
+    lines += ["", f"The hot ones, for {', '.join(archs)}; one number where these agree:", ""]
+    lines += ["| kernel | registers | loads | stores | less |", "| --- | --- | --- | --- | --- |"]
+    kernels: dict[str, list[Binary]] = {}
+    rows = [row for arch in archs for row in hot(found[arch])]
     for _, b in sorted(rows, key=lambda row: HOT.index(row[0])):
-        wide = b.wide(b.loads) + b.wide(b.stores)
-        lines.append(f"| `{b.kernel}` | {b.arch} | {b.registers} | {b.shared} | {b.local} | {wide} | {b.narrow} |")
+        kernels.setdefault(b.kernel, []).append(b)
+    for name, each in kernels.items():
+        numbers = [[b.registers, b.wide(b.loads), b.wide(b.stores), b.narrow] for b in each]
+        cells = [" / ".join(map(str, n if len(set(n)) > 1 else n[:1])) for n in zip(*numbers, strict=True)]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

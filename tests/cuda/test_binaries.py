@@ -35,6 +35,18 @@ def test_kernels(arch: str) -> None:
         assert any(re.fullmatch(rule.kernel, binary.kernel) for binary in found), f"no kernel is a {rule.kernel}"
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_wait_before_they_touch_what_another_may_still_write(arch: str) -> None:
+    """Those that may start before the kernel in front has ended; sm_90 is the first to let them."""
+    waiting = [binary for binary in compiled(arch) if binary.early is not None]
+    assert [b.kernel for b in waiting if b.early or b.kept] == []
+    others = {b.kernel for b in compiled(arch)} - {b.kernel for b in waiting}
+    if int(arch.removeprefix("sm_")) >= 90:
+        assert [name for name in others if not re.fullmatch(binaries.NEVER_EARLY, name)] == []
+    else:
+        assert not waiting
+
+
 # --- the reading itself
 
 SASS = """
@@ -51,6 +63,11 @@ SASS = """
         /*0010*/                   STL.64 [R1], R4 ;
         /*0020*/                   LDG.E.128.STRONG.GPU R4, desc[UR8][R2.64] ;
         /*0030*/                   LDG.E.ENL2.256 R4, R8, desc[UR8][R2.64] ;
+		Function : third
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   STG.E desc[UR8][R2.64], R1 ;
+        /*0020*/                   ACQBULK ;
+        /*0030*/                   LDG.E.CONSTANT R1, desc[UR8][R2.64] ;
 """
 USAGE = """
 Fatbin elf code:
@@ -65,6 +82,7 @@ def test_instructions_and_their_widths() -> None:
     assert binaries.accesses(code["first"], ("STG",)) == {4: 1}
     assert binaries.accesses(code["second"], ("LDG", "LDGSTS")) == {16: 1, 32: 1}
     assert [code[name].count(op) for name, op in (("first", "LDL"), ("second", "STL.64"))] == [1, 1]
+    assert [binaries.before_wait(code[name]) for name in ("first", "third")] == [None, 1]
     usage = binaries.resources(USAGE)["first"]
     assert (usage["REG"], usage["STACK"], usage["SHARED"]) == (25, 8, 16)
 
@@ -77,8 +95,8 @@ def test_a_name_is_that_of_the_source() -> None:
 
 
 def test_what_is_not_as_planned_is_told() -> None:
-    rule = Hot("k", registers=32, narrow=1)
-    good = Binary("k", "sm_90", 32, 0, 0, 0, loads={4: 1, 16: 2}, stores={16: 1})
-    bad = Binary("k", "sm_90", 33, 0, 0, 0, loads={4: 2}, stores={8: 1})
+    rule = Hot("k", registers=32, loads=2, stores=1, narrow=1)
+    good = Binary("k", "sm_90", 32, 0, 0, 0, loads={4: 1, 16: 2}, stores={16: 1}, early=None, kept=0)
+    bad = Binary("k", "sm_90", 33, 0, 0, 0, loads={4: 2, 16: 1}, stores={8: 1}, early=None, kept=0)
     assert binaries.complaints(rule, good) == []
     assert len(binaries.complaints(rule, bad)) == 4

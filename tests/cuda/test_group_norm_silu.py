@@ -13,6 +13,7 @@ import torch
 import fastddpm
 from benchmarks import gpu_cases, gpu_suite
 from fastddpm import _native
+from fastddpm._gpu_defaults import Cut
 from tests.ops.cases import DTYPES, LAYOUTS, Case, Inputs, drawn, norm_weights, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
 
@@ -121,16 +122,16 @@ def test_what_the_sanitizer_watches_on_a_gpu(plan: Plan) -> None:
     assert cooperative_launches() == before + 4  # forward and backward, in both orders
 
 
-@pytest.mark.parametrize(("backward", "launches"), [(0, 1), (88 * 88 * 32 + 1, 0)])
+@pytest.mark.parametrize(("pixels", "launches"), [(88 * 88, 1), (88 * 88 - 1, 0)])
 def test_the_table_says_what_is_for_the_cooperative_kernel(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, backward: float, launches: int
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, pixels: int, launches: int
 ) -> None:
-    """Of what fits no cluster, and here x does, and x with dy does not; from so many elements on."""
+    """Backward of images of up to so many pixels; forward, and others, go by the estimates."""
     case = call(32, 1, (88, 88), batch=1, rich=False)
     inputs = case.inputs(torch.float32, "NHWC")
     try:
         with monkeypatch.context() as patch, fastddpm.use_backend("native"):
-            patch.setattr(_native, "COOPERATIVE_FROM", {"forward": 0, "backward": backward})
+            patch.setattr(_native, "CUTS", (Cut("backward", (32, 32), (1, pixels), 4, "cooperative"),))
             _native.hand_over_defaults(LIBRARY)
             before = cooperative_launches()
             found = results(case, inputs)
@@ -138,3 +139,28 @@ def test_the_table_says_what_is_for_the_cooperative_kernel(
     finally:
         _native.hand_over_defaults(LIBRARY)
     check_values(case, found, inputs, torch.float32)
+
+
+@pytest.mark.skipif(not os.environ.get("FASTDDPM_EMULATED"), reason="the emulation counts")
+def test_what_a_device_has_told_or_been_told_is_kept(plan: Plan) -> None:
+    """Of a call in clusters that take more than 48 KB: room for them, and leave to take it; by each thread once."""
+    case = call(64, 2, (16, 32), batch=1, rich=False)
+    inputs = case.inputs(torch.float32, "NHWC")
+
+    def counted() -> list[int]:
+        names = ("emulated_questions", "emulated_cluster_launches")
+        return [ctypes.c_int.in_dll(ctypes.CDLL(str(LIBRARY)), name).value for name in names]
+
+    def run() -> list[int]:
+        before = counted()
+        with fastddpm.use_backend("native"):
+            results(case, inputs)
+        return [after - number for after, number in zip(counted(), before, strict=True)]
+
+    plan(64, 2, 0)  # 64 KB a block, and twice that in backward
+    assert run()[1] == 2
+    assert run() == [0, 2]
+    plan(0, 0, 0)
+    asked, launches = run()
+    assert asked > 0 and launches == 2
+    assert run() == [0, 2]

@@ -116,48 +116,90 @@ struct Launch {
 
 // The device at hand: what a launcher decides by.
 struct Device {
-    int processors, architecture, shared_memory;  // architecture: 80, 89, 90 ..; shared_memory: bytes that a block may take
+    int index, processors, architecture, shared_memory;  // architecture: 80, 89, 90 ..; shared_memory: bytes that a block may take
 };
 
-inline Device device() {
+[[nodiscard]] inline cudaError_t device(Device& d) {
     static thread_local Device known[64];
-    int index = 0, major = 0, minor = 0;
-    cudaGetDevice(&index);
-    Device& d = known[index % 64];
-    if (d.processors != 0) return d;
-    cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    cudaDeviceGetAttribute(&d.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    d.architecture = 10 * major + minor;
-    return d;
+    int index = 0;
+    cudaError_t error = cudaGetDevice(&index);
+    if (error != cudaSuccess) return error;
+    Device& kept = known[index % 64];
+    if (kept.processors == 0 || kept.index != index) {
+        Device found{index, 0, 0, 0};
+        int major = 0, minor = 0;
+        const auto ask = [&](int& number, cudaDeviceAttr what) {
+            if (error == cudaSuccess) error = cudaDeviceGetAttribute(&number, what, index);
+        };
+        ask(found.processors, cudaDevAttrMultiProcessorCount);
+        ask(major, cudaDevAttrComputeCapabilityMajor), ask(minor, cudaDevAttrComputeCapabilityMinor);
+        ask(found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        if (error != cudaSuccess) return error;
+        found.architecture = 10 * major + minor;
+        kept = found;
+    }
+    d = kept;
+    return cudaSuccess;
 }
 
+// A kernel takes more than 48 KB, or clusters of more than 8 blocks, once the device has been told that it may: here as
+// much as any kernel may, so that it is told once, and what another thread tells it is the same.
 template <class... P>
-[[nodiscard]] cudaError_t allow_shared_memory(void (*kernel)(P...), size_t bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+[[nodiscard]] cudaError_t allow(void (*kernel)(P...), const Launch& l) {
+    const bool large = l.shared > 48 * 1024, wide = l.cluster > 8;
+    if (!large && !wide) return cudaSuccess;
+    static thread_local struct {
+        void (*kernel)(P...);
+        int device;
+        bool large, wide;
+    } told[64];
+    Device d;
+    cudaError_t error = device(d);
+    if (error != cudaSuccess) return error;
+    auto& last = told[reinterpret_cast<uintptr_t>(kernel) / 16 % 64];
+    if (last.kernel != kernel || last.device != d.index) last = {kernel, d.index, false, false};
+    if (large && !last.large) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_memory);
+    last.large = last.large || (large && error == cudaSuccess);
+    if (error == cudaSuccess && wide && !last.wide) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    last.wide = last.wide || (wide && error == cudaSuccess);
+    return error;
 }
 
 // How many blocks of a kernel the device has room for at once.
 template <class... P>
 [[nodiscard]] cudaError_t room_for(void (*kernel)(P...), const Launch& l, int& blocks) {
-    const cudaError_t error = allow_shared_memory(kernel, l.shared);
+    Device d;
+    cudaError_t error = device(d);
+    if (error == cudaSuccess) error = allow(kernel, l);
     if (error != cudaSuccess) return error;
     int of_processor = 0;
     const int threads = static_cast<int>(l.block.x * l.block.y * l.block.z);
-    const cudaError_t found = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, l.shared);
-    blocks = of_processor * device().processors;
-    return found != cudaSuccess ? found : blocks ? cudaSuccess : cudaErrorInvalidConfiguration;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, threads, l.shared);
+    blocks = of_processor * d.processors;
+    return error != cudaSuccess ? error : blocks ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+// How many clusters of a kernel the device has room for at once; none where its processors, or those of a slice of it,
+// do not stand together in such numbers.
+template <class... P>
+[[nodiscard]] cudaError_t clusters_for(void (*kernel)(P...), const Launch& l, int& clusters) {
+    const cudaError_t error = allow(kernel, l);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {l.cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(l.cluster), config.blockDim = l.block, config.dynamicSmemBytes = l.shared;
+    config.attrs = &attribute, config.numAttrs = 1;
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
 }
 
 // Run a kernel; nothing where the grid is empty. Returns the error of the launch, which nobody may forget.
 template <class... P, class... A>
 [[nodiscard]] cudaError_t launch(void (*kernel)(P...), const Launch& l, const A&... arguments) {
     if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return cudaSuccess;
-    cudaError_t error = allow_shared_memory(kernel, l.shared);
-    if (error == cudaSuccess && l.cluster > 8)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    Device d;
+    cudaError_t error = device(d);
+    if (error == cudaSuccess) error = allow(kernel, l);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[3];
     cudaLaunchConfig_t config{};
@@ -171,7 +213,7 @@ template <class... P, class... A>
         attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
         attributes[config.numAttrs++].val.cooperative = 1;
     }
-    if (l.dependent && device().architecture >= 90) {
+    if (l.dependent && d.architecture >= 90) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }

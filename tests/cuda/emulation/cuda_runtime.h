@@ -1,11 +1,12 @@
 // The part of CUDA that the kernels of csrc use, emulated on a CPU: this header takes the place of the toolkit's own.
 //
 // Every thread of a block is a fiber; the blocks of a cluster, and all of a cooperative launch, run together, some slower
-// than others, in an order that FASTDDPM_EMULATION_SEED decides, and switch at each barrier, shuffle and wait alone. So a missing barrier shows, since
-// in one order or another a thread reads what another has not written; shared memory starts as NaN, is as large as the
-// launch says and ends with its block, so that AddressSanitizer sees what lies outside; an asynchronous copy takes place
-// when it is waited for, and no sooner. What it cannot show: races that need two threads at work at the same moment, weak
-// memory order, speed.
+// than others, in an order that FASTDDPM_EMULATION_SEED decides, and switch at each barrier (of a cluster at its arrival,
+// too), shuffle and wait alone. So a missing barrier shows, since in one order or another a thread reads what another has
+// not written; shared memory starts as NaN, is as large as the launch says and ends with its block, so that
+// AddressSanitizer sees what lies outside; an asynchronous copy takes place when it is waited for, and no sooner. What it
+// cannot show: races that need two threads at work at the same moment, weak memory order, speed; nor that a kernel which
+// may start early reads before it waits for the one in front, unless it copies: the binaries are read for that.
 #pragma once
 
 #include <algorithm>
@@ -60,6 +61,9 @@ void copy_later(void* to, const void* from, size_t size, size_t zeros);
 void commit_copies();
 void wait_copies(size_t still_under_way);
 void wait_for_kernel_before();
+void arrive_at_cluster();   // says that this thread needs the others no longer, and goes on
+void wait_for_cluster();    // until all threads of the cluster have arrived
+void allow(const void* kernel, size_t shared, bool wide);  // what it may take beyond 48 KB and 8 blocks
 [[noreturn]] void fail(const char* format, ...);  // ends the process, saying which thread did what
 
 struct Launch {
@@ -67,8 +71,10 @@ struct Launch {
     size_t shared;
     unsigned cluster;
     bool cooperative, dependent;
+    const void* kernel;
 };
 int run(const Launch& launch, const std::function<void()>& kernel);  // a cudaError_t
+int clusters_at_once(const Launch& launch);  // room for them: up to FASTDDPM_EMULATION_CLUSTER blocks each, 16 where it is not set
 constexpr int PROCESSORS = 4, BLOCKS_OF_PROCESSOR = 2;  // at once, of any kernel: room for a cooperative launch
 extern int compute_capability;  // FASTDDPM_EMULATION_ARCH, 90 where it is not set: what the device says that it is
 
@@ -131,8 +137,8 @@ static inline int __any_sync(unsigned mask, int predicate) { return __ballot_syn
 static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 // Clusters (sm_90 and later).
-static inline void __cluster_barrier_arrive() {}  // whoever waits has arrived: here both happen then
-static inline void __cluster_barrier_wait() { emulation::wait(emulation::Barrier::cluster); }
+static inline void __cluster_barrier_arrive() { emulation::arrive_at_cluster(); }
+static inline void __cluster_barrier_wait() { emulation::wait_for_cluster(); }
 static inline unsigned __clusterRelativeBlockRank() { return emulation::cluster_rank; }
 static inline unsigned __clusterSizeInBlocks() { return emulation::cluster_size; }
 static inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
@@ -198,9 +204,9 @@ struct cudaLaunchConfig_t {
     cudaLaunchAttribute* attrs;
     unsigned numAttrs;
 };
-template <class... P, class... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-    emulation::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false, false};
+namespace emulation {
+inline Launch launch_of(const cudaLaunchConfig_t* config, const void* kernel) {
+    Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, false, false, kernel};
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = config->attrs[i];
         if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
@@ -208,11 +214,26 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
             launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
     }
-    return emulation::run(launch, [&] { kernel(P(arguments)...); });
+    return launch;
+}
+}  // namespace emulation
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+    return emulation::run(emulation::launch_of(config, reinterpret_cast<const void*>(kernel)), [&] { kernel(P(arguments)...); });
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
+    *clusters = emulation::clusters_at_once(emulation::launch_of(config, reinterpret_cast<const void*>(kernel)));
+    return cudaSuccess;
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
-template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+    const bool wide = attribute == cudaFuncAttributeNonPortableClusterSizeAllowed;
+    emulation::allow(reinterpret_cast<const void*>(kernel), wide ? 0 : value, wide && value);
+    return cudaSuccess;
+}
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
     cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrL2CacheSize

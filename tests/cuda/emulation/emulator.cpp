@@ -1,6 +1,7 @@
 // The machine behind cuda_runtime.h: fibers, and who may run next.
 
 #include <cstdarg>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,7 +19,8 @@
 #endif
 
 extern "C" {
-int emulated_cooperative_launches = 0;  // so far: tests look which kernels a plan has chosen
+int emulated_cooperative_launches = 0, emulated_cluster_launches = 0;  // so far: tests look which kernels a plan has chosen
+int emulated_questions = 0;  // to the device about a kernel, or orders: what a call need not say again
 }
 
 uint3 threadIdx, blockIdx;
@@ -59,6 +61,13 @@ uint64_t random_number() {
 
 struct Block;
 
+// The blocks of a cluster, and its barrier: how many threads have arrived since all had the last time, and how often that was.
+struct Cluster {
+    std::vector<Block*> blocks;
+    size_t arrived = 0;
+    uint64_t phase = 0;
+};
+
 struct Fiber {
     uint3 thread, block;
     unsigned rank;
@@ -77,6 +86,8 @@ struct Fiber {
     // two places to show values in: a lane may be one exchange ahead of those that still read
     std::vector<unsigned char> shown[2];
     unsigned exchanges = 0;
+    bool arrived = false;  // at the barrier of the cluster, in this phase, without having waited
+    uint64_t phase = 0;
     bool early = false;  // may have started before the kernel in front of its own has ended
 };
 
@@ -85,7 +96,7 @@ struct Block {
     unsigned char* shared = nullptr;
     size_t shared_size = 0, left = 0;
     uint64_t slowness = random_number() >> 60;  // sixteenths of the occasions to go on that it lets pass
-    std::vector<Block*>* cluster = nullptr;
+    Cluster* cluster = nullptr;
 };
 
 Fiber* current = nullptr;
@@ -107,7 +118,8 @@ void body() {
     SANITIZED(__sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size));
     (*kernel)();
     Fiber* fiber = current;
-    if (fiber->early) fail("a kernel that may start early does not wait for the one before it");
+    if (fiber->early) fail("a kernel that may start early ends and does not wait for the one before it");
+    if (fiber->arrived) fail("a thread has arrived at the barrier of its cluster and ends without waiting there");
     fiber->state = Fiber::done;  // copies that were not waited for never take place
     if (--fiber->home->left == 0) {
         free(fiber->home->shared);  // whoever reads it from another block now is seen by AddressSanitizer
@@ -164,7 +176,9 @@ bool release(std::vector<Block*>& blocks, bool hold_back) {
         for (auto& fiber : block->fibers) {
             members.push_back(&fiber);
             all_at_block = all_at_block && fiber.state == Fiber::waiting && fiber.at == Barrier::block;
-            if (fiber.state == Fiber::waiting && fiber.at == Barrier::memory && *fiber.watched != fiber.seen) woken.push_back(&fiber);
+            if (fiber.state != Fiber::waiting) continue;
+            if (fiber.at == Barrier::memory && *fiber.watched != fiber.seen) woken.push_back(&fiber);
+            if (fiber.at == Barrier::cluster && block->cluster->phase != fiber.phase) woken.push_back(&fiber);
         }
         if (hold_back && random_number() >> 60 < block->slowness) continue;
         let_go(woken);
@@ -193,18 +207,6 @@ bool release(std::vector<Block*>& blocks, bool hold_back) {
             }
         }
     }
-    for (size_t i = 0; i < blocks.size();) {
-        std::vector<Block*>& cluster = *blocks[i]->cluster;
-        bool all = true;
-        std::vector<Fiber*> members;
-        for (Block* block : cluster)
-            for (auto& fiber : block->fibers) {
-                all = all && fiber.state == Fiber::waiting && fiber.at == Barrier::cluster;
-                members.push_back(&fiber);
-            }
-        if (all) let_go(members);
-        i += cluster.size();
-    }
     return any;
 }
 
@@ -223,7 +225,8 @@ void run_together(std::vector<Block*>& blocks) {
             }
         }
         if (all_done) return;
-        if (ready.empty() && !later && !(blocks.size() > 1 && release(blocks, true)) && !release(blocks, false)) {
+        // also while a slow block lets its turn pass: those who need it no longer go on
+        if (ready.empty() && !(blocks.size() > 1 && release(blocks, true)) && !later && !release(blocks, false)) {
             std::string who;
             int shown = 0, ended = 0;
             for (Block* block : blocks)
@@ -261,6 +264,7 @@ void fail(const char* format, ...) {
 
 void wait(Barrier barrier, unsigned mask) {
     Fiber* fiber = current;
+    if (fiber->early) fail("a kernel that may start early comes to a barrier or shuffle and does not wait for the one before it");
     if (barrier == Barrier::warp && !(mask >> fiber->lane & 1)) fail("lane %u waits with the others of mask %08x", fiber->lane, mask);
     fiber->state = Fiber::waiting;
     fiber->at = barrier;
@@ -273,14 +277,31 @@ void wait_for_change(const unsigned* p, unsigned seen) {
     wait(Barrier::memory);
 }
 
+void arrive_at_cluster() {
+    Fiber* fiber = current;
+    Cluster* cluster = fiber->home->cluster;
+    if (fiber->arrived) fail("a thread arrives at the barrier of its cluster again and has not waited there");
+    fiber->arrived = true, fiber->phase = cluster->phase;
+    size_t threads = 0;
+    for (Block* block : cluster->blocks) threads += block->fibers.size();
+    if (++cluster->arrived == threads) cluster->arrived = 0, ++cluster->phase;
+    to_scheduler(fiber, false);  // others may be well ahead before this thread goes on
+}
+
+void wait_for_cluster() {
+    if (!current->arrived) fail("a thread waits at the barrier of its cluster and has not arrived there");
+    wait(Barrier::cluster);
+    current->arrived = false;
+}
+
 void* shared_memory() { return current->home->shared; }
 
 void* peer_shared_memory(const void* own, unsigned rank) {
     Block* home = current->home;
     const ptrdiff_t offset = static_cast<const unsigned char*>(own) - home->shared;
     if (offset < 0 || static_cast<size_t>(offset) >= home->shared_size) fail("what is mapped to another block is not shared memory");
-    if (rank >= home->cluster->size()) fail("block %u of a cluster of %zu", rank, home->cluster->size());
-    Block* peer = (*home->cluster)[rank];
+    if (rank >= home->cluster->blocks.size()) fail("block %u of a cluster of %zu", rank, home->cluster->blocks.size());
+    Block* peer = home->cluster->blocks[rank];
     if (!peer->shared) fail("block %u of the cluster has ended, and its shared memory is gone", rank);
     return peer->shared + offset;
 }
@@ -307,6 +328,7 @@ void shown(void* value, size_t size, unsigned lane, unsigned mask) {
 }
 
 void copy_later(void* to, const void* from, size_t size, size_t zeros) {
+    if (current->early) fail("a kernel that may start early copies and does not wait for the one before it");
     if (size != 4 && size != 8 && size != 16) fail("an asynchronous copy of %zu bytes", size);
     if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
         fail("an asynchronous copy of %zu bytes from or to an address that is not a multiple of it", size);
@@ -332,6 +354,34 @@ void wait_copies(size_t still_under_way) {
 
 void wait_for_kernel_before() { current->early = false; }
 
+namespace {
+
+struct Allowed {
+    size_t shared = 48 << 10;
+    bool wide = false;
+};
+std::map<const void*, Allowed> allowed;
+
+}  // namespace
+
+void allow(const void* kernel, size_t shared, bool wide) {
+    ++emulated_questions;
+    Allowed& may = allowed[kernel];
+    if (shared) may.shared = shared;
+    may.wide = may.wide || wide;
+}
+
+bool is_allowed(const Launch& launch) {
+    const Allowed may = allowed[launch.kernel];
+    return launch.shared <= may.shared && (launch.cluster <= 8 || may.wide);
+}
+
+int clusters_at_once(const Launch& launch) {
+    ++emulated_questions;
+    static const int most = number_from("FASTDDPM_EMULATION_CLUSTER", 16);
+    return is_allowed(launch) && launch.cluster <= static_cast<unsigned>(most) ? 1 : 0;
+}
+
 int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     const uint64_t grid = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
@@ -344,7 +394,8 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     if (launch.cooperative && grid > uint64_t(PROCESSORS * BLOCKS_OF_PROCESSOR)) return cudaErrorCooperativeLaunchTooLarge;
     if (cluster > 1 && (compute_capability < 90 || cluster > 16 || launch.grid.x % cluster))
         return cudaErrorInvalidConfiguration;
-    emulated_cooperative_launches += launch.cooperative;
+    if (!is_allowed(launch)) return cudaErrorInvalidValue;
+    emulated_cooperative_launches += launch.cooperative, emulated_cluster_launches += cluster > 1;
     static const uint64_t seed = number_from("FASTDDPM_EMULATION_SEED", 1);
     random_state = seed * 0x9E3779B97F4A7C15ull + 1;
     kernel = &body_of_kernel;
@@ -356,7 +407,7 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     for (size_t left = order.size(); left > 1; --left) std::swap(order[random_number() % left], order[left - 1]);
     for (const uint64_t group : order) {
         std::vector<std::unique_ptr<Block>> blocks;
-        std::vector<std::vector<Block*>> clusters(together / cluster);
+        std::vector<Cluster> clusters(together / cluster);
         std::vector<Block*> all;
         for (uint64_t i = 0; i < together; ++i) {
             const uint64_t index = group * together + i;
@@ -368,7 +419,7 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
             block->shared = static_cast<unsigned char*>(shared);
             block->left = threads;
             block->cluster = &clusters[i / cluster];
-            clusters[i / cluster].push_back(block.get());
+            clusters[i / cluster].blocks.push_back(block.get());
             block->fibers = std::vector<Fiber>(threads);
             for (unsigned t = 0; t < threads; ++t) {
                 Fiber& fiber = block->fibers[t];

@@ -27,7 +27,13 @@ enum Mistake {
     no_meeting,                // a block reads the sums of others that have not written them
     meeting_for_some,          // a block does not come
     too_many_blocks,           // more than the device has room for at once
-    no_wait_for_kernel,        // of the first kernel again, which may start early: does not wait for the one before it
+    of_the_first,              // from here on of the first kernel again
+    no_wait_for_kernel = of_the_first,  // which may start early: does not wait for the one before it
+    late_wait_for_kernel,      // copies before it waits
+    early_arrival,             // arrives at the barrier of the cluster before it has read what others hold
+    no_arrival,                // waits there without
+    two_arrivals,              // without waiting in between
+    end_behind_arrival,        // ends without waiting
 };
 
 constexpr int THREADS = 64, WARPS = THREADS / 32, BLOCKS = 2;
@@ -36,8 +42,11 @@ __global__ void sum_kernel(const float* x, float* out, const Mistake mistake) {
     float* tile = shared_memory<float>();  // [THREADS]
     float* sums = tile + THREADS;          // [WARPS + 1], the last that of the block
     const int t = threadIdx.x, at = blockIdx.x * THREADS + t;
-    if (mistake != no_wait_for_kernel) wait_for_previous_kernel();
+    const bool late = mistake == late_wait_for_kernel;
+    if (mistake == no_wait_for_kernel) return;
+    if (!late) wait_for_previous_kernel();
     if (t % 4 == 0) copy_16_bytes(tile + t, x + at + (mistake == misaligned));
+    if (late) wait_for_previous_kernel();
     commit_copies();
     if (mistake != no_wait_for_copies) wait_for_copies();
     if (mistake != no_block_barrier) __syncthreads();
@@ -50,12 +59,15 @@ __global__ void sum_kernel(const float* x, float* out, const Mistake mistake) {
     __syncthreads();
     if (t == 0) sums[WARPS + (mistake == beyond_shared)] = sums[0] + sums[1];
     if (mistake != no_cluster_barrier) cluster_sync();
+    if (mistake == early_arrival || mistake == two_arrivals) cluster_arrive();
     if (t == 0 && cluster_rank() == 0) {
         float total = 0;
         for (unsigned rank = 0; rank < BLOCKS; ++rank) total += *in_block(sums + WARPS, rank);
         *out = total + (mistake == nothing_written ? tile[THREADS + WARPS + 1] : 0);
     }
-    if (mistake != no_last_cluster_barrier) cluster_sync();
+    if (mistake == no_last_cluster_barrier) return;
+    if (mistake != early_arrival && mistake != no_arrival) cluster_arrive();  // has read what the others hold
+    if (mistake != end_behind_arrival) cluster_wait();
 }
 
 // Every block leaves a sum in device memory, and adds up those of all, which must be the same.
@@ -96,7 +108,7 @@ int main(int, char** arguments) {
     const auto mistake = static_cast<Mistake>(atoi(arguments[1]));
     std::vector<float> x(BLOCKS * THREADS);
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
-    if (mistake >= cooperative && mistake != no_wait_for_kernel) return together(x, mistake);
+    if (mistake >= cooperative && mistake < of_the_first) return together(x, mistake);
     float out = -1;
     Launch l;
     l.grid = dim3(BLOCKS), l.block = dim3(THREADS), l.cluster = BLOCKS, l.dependent = true;
