@@ -41,7 +41,8 @@ def norm_case(channels: int, spatial: tuple[int, int], **options: Any) -> Case:
 
     given = ("weight", "scale", "shift") if channels >= MANY else ()
     name = f"{channels} channels of {spatial[0]}x{spatial[1]}"
-    return Case("rms_norm_silu", name, make, gradients=("x", *given))
+    # x / |x| of one channel does not depend on |x|: its gradient is 0 but for rounding
+    return Case("rms_norm_silu", name, make, gradients=("x", *given) if channels > 1 else ())
 
 
 Run = Callable[..., Any]
