@@ -27,7 +27,8 @@ OPS = emulated.ops()
 ERRORS = {"FASTDDPM_EMULATION_ERRORS": "1"}
 Passed = Callable[..., int]
 CONTRACT = "values or mixed or two_runs or new_tensors or other_strides or empty_batch"
-NORMAL = ["tests/ops/test_native.py", "-k", "normal_numbers or integers"]  # not an op of the contract tests
+ONE_SET = SETS[0] if SETS else "none"  # of the instructions for a CPU, of which none run
+NORMAL = f"{ONE_SET} and (normal_numbers or integers)"  # not an op of the contract tests
 
 
 @pytest.fixture(scope="session")
@@ -50,43 +51,39 @@ def passed(record_property: Callable[[str, object], None]) -> Passed:
     return run
 
 
-QUICK = ["diffusion_loss", "q_sample", "solver_step"]  # in one process, which takes longer to start than to test one
+QUICK = ["diffusion_loss", "normal", "q_sample", "solver_step"]  # in one process, which takes long to start
+
+
+def contract(ops: list[str], of: str = CONTRACT) -> list[str]:
+    native = " or ".join(f"{op}-native" for op in ops)
+    return ["tests/ops/test_contract.py", "tests/ops/test_native.py", "-k", f"({native}) and ({of})"]
 
 
 @pytest.mark.parametrize("ops", [QUICK, *([op] for op in OPS if op not in QUICK)], ids=" and ".join)
 def test_contract(passed: Passed, library: Path, ops: list[str]) -> None:
-    native = " or ".join(f"{op}-native" for op in ops)
-    tests = NORMAL if ops == ["normal"] else ["tests/ops/test_contract.py", "-k", f"({native}) and ({CONTRACT})"]
-    assert passed(library, *tests) > 10 * len(ops)
+    *files, cases = contract(ops)
+    assert passed(library, *files, f"{cases} or {NORMAL}" if "normal" in ops else cases) > 10 * len(ops)
 
 
-ONE_SET = f"{SETS[0]}-" if SETS else "none"  # of the instructions for a CPU, where none run
-VECTORS = {
-    "adam_ema": f"tests/ops/test_native_rms_adam.py -k ({ONE_SET}) and (more_tensors or around_a_chunk or beyond)",
-    "q_sample and diffusion_loss": "tests/ops/test_native_pictures.py -k (cpu-) and (pictures_from or velocity or "
-    "losses and eps-) and (float32-NHWC or bfloat16-NCHW or float16-NHWC)",
-}
-
-
-@pytest.mark.parametrize("what", VECTORS)
-def test_vectors_chunks_and_tables(passed: Passed, library: Path, what: str) -> None:
+def test_vectors_chunks_and_tables(passed: Passed, library: Path) -> None:
     """What the cases of the contract are too small for, or too few."""
-    assert passed(library, *VECTORS[what].split(" ", 2), "--timeout=120") > 8
+    adam = f"{ONE_SET} and (more_tensors or around_a_chunk or beyond)"
+    pictures = "cpu- and (pictures_from or velocity or losses and eps-) and (float32-NHWC or bfloat16-NCHW)"
+    files = ("tests/ops/test_native_rms_adam.py", "tests/ops/test_native_pictures.py")
+    assert passed(library, *files, "-k", f"{adam} or {pictures}", "--timeout=120") == 2 + 4 + 15 + 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rms_adam", "pictures"])
 def test_every_vector_chunk_and_table(passed: Passed, library: Path, name: str) -> None:
-    one = ONE_SET if name == "rms_adam" else "cpu-"
+    one = ONE_SET if name == "rms_adam" else "cpu-"  # there each test runs with one
     passed(library, f"tests/ops/test_native_{name}.py", "-k", f"{one} and not threads", "--timeout=0")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ops", [QUICK, *([op] for op in OPS if op not in QUICK)], ids=" and ".join)
-def test_values_without_errors_of_the_instructions(passed: Passed, library: Path, ops: list[str]) -> None:
-    native = " or ".join(f"{op}-native" for op in ops)
-    tests = NORMAL if ops == ["normal"] else ["tests/ops/test_contract.py", "-k", f"({native}) and values"]
-    passed(library, *tests, FASTDDPM_EMULATION_ERRORS="0")
+def test_values_without_errors_of_the_instructions(passed: Passed, library: Path) -> None:
+    *files, cases = contract(OPS, "values")
+    passed(library, *files, f"{cases} or {NORMAL}", "--timeout=0", FASTDDPM_EMULATION_ERRORS="0")
 
 
 def test_errors_a_hundred_times_as_large_are_found(library: Path) -> None:
@@ -246,7 +243,7 @@ PLANTED = {
         "return first + i < elements;",
         "return first + i + 1 < elements;",
         "normal",
-        NORMAL,
+        ["tests/ops/test_native.py", "-k", NORMAL],
         WRONG_NORMALS,
     ),
 }
