@@ -50,7 +50,7 @@ struct Item {
 // 1 / (1 + exp(-a)) by the two approximate instructions.
 __device__ __forceinline__ float sigmoid(float a) {
 #if defined(FASTDDPM_EMULATED)
-    return 1.0f / (1.0f + exp2f(-1.4426950408889634f * a));
+    return emulation::rcp_approx(1.0f + emulation::ex2_approx(-1.4426950408889634f * a));
 #else
     float power, result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * a));
@@ -71,7 +71,7 @@ __device__ __forceinline__ float before_activation(float dy, float a, bool activ
 // sqrt(x) and 1 / x to 2^-23, by one instruction and its scaling: the exact ones call a function, which needs a stack.
 __device__ __forceinline__ float approximate_sqrt(float x) {
 #if defined(FASTDDPM_EMULATED)
-    return sqrtf(x);
+    return emulation::sqrt_approx(x);
 #else
     float result;
     asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -80,7 +80,7 @@ __device__ __forceinline__ float approximate_sqrt(float x) {
 }
 __device__ __forceinline__ float approximate_inverse(float x) {
 #if defined(FASTDDPM_EMULATED)
-    return 1.0f / x;
+    return emulation::rcp_approx(x);
 #else
     float result;
     asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -6,7 +6,8 @@ each test of the native ops is one of the CUDA kernels and of their host code. B
     python -m tests.cuda.emulated tests/ops/test_contract.py -k group_norm_silu-native
 
 FASTDDPM_EMULATION_SEED decides the order of the threads, FASTDDPM_EMULATION_ARCH (80, 90 ..) what the device says that
-it is, FASTDDPM_EMULATED_PLAN (slab, cluster, way) how group_norm_silu is cut; see fastddpm_group_norm_plan.
+it is, FASTDDPM_EMULATION_ERRORS (0 where it is not set) how many times the largest documented error its approximate
+instructions err, FASTDDPM_EMULATED_PLAN (slab, cluster, way) how group_norm_silu is cut; see fastddpm_group_norm_plan.
 """
 
 from __future__ import annotations

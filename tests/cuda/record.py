@@ -29,6 +29,7 @@ from fastddpm import _native
 from tests.cuda import binaries, emulated
 
 TESTS = ("tests/cuda", "tests/ops/test_triton_binaries.py")
+RECORD = Path(__file__).parent / "records" / "test-all.json"
 SLOWEST = 12
 PLUGIN = "tests.cuda.record"
 
@@ -66,6 +67,13 @@ def outcomes(junit: Path) -> dict[str, Any]:
         "tests under the emulation": inside,
         "slowest, seconds": slowest,
     }
+
+
+def sources() -> str:
+    """A digest of the kernels' sources and of the emulation: what a record is of."""
+    of_cuda = [p for p in (emulated.ROOT / "csrc").rglob("*") if "cuda" in str(p.relative_to(emulated.ROOT / "csrc"))]
+    files = sorted(p for p in (*of_cuda, *emulated.EMULATION.iterdir()) if p.is_file())
+    return emulated.digest([str(p.relative_to(emulated.ROOT)) for p in files], files)
 
 
 def kernels(arch: str) -> dict[str, int]:
@@ -110,6 +118,7 @@ def run(jobs: str, tests: tuple[str, ...] = TESTS, archs: list[str] | None = Non
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": said(["git", "rev-parse", "--short", "HEAD"]),
         "changed": said(["git", "status", "--short", "--untracked-files=no"]) is not None,
+        "sources": sources(),
         "exit status": done.returncode,
         **found,
         "seconds": round(seconds),

@@ -216,6 +216,7 @@ def test_beside_a_torch_without_cuda_the_library_stays_where_it_is() -> None:
 
 @pytest.mark.nvcc
 @pytest.mark.cuda
+@(pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.cuda)  # of those that a GPU is asked for
 def test_it_loads_beside_a_torch_for_cuda() -> None:
     assert _native.cuda_reason() is None
     assert _native.cuda_reason((9, 0)) is None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.cuda import emulated, record
 
@@ -17,6 +21,10 @@ JUNIT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
+def committed() -> Any:
+    return json.loads(record.RECORD.read_text(encoding="utf-8"))
+
+
 def test_outcomes(tmp_path: Path) -> None:
     (tmp_path / "junit.xml").write_text(JUNIT, encoding="utf-8")
     found = record.outcomes(tmp_path / "junit.xml")
@@ -26,7 +34,7 @@ def test_outcomes(tmp_path: Path) -> None:
 
 
 def test_the_committed_record_is_of_every_architecture_and_without_a_failure() -> None:
-    found = json.loads((Path(record.__file__).parent / "records" / "test-all.json").read_text(encoding="utf-8"))
+    found = committed()
     shipped = re.search(r"^CUDA_ARCHS = (\[.*\])$", (emulated.ROOT / "setup.py").read_text(encoding="utf-8"), re.M)
     assert shipped is not None
     assert set(found["architectures"]) == {f"sm_{arch}" for arch in json.loads(shipped[1])}
@@ -34,3 +42,33 @@ def test_the_committed_record_is_of_every_architecture_and_without_a_failure() -
     assert found["changed"] is False and "--run-slow" in found["command"]
     for about in found["architectures"].values():
         assert about["with local memory"] == about["hot kernels not as planned"] == 0 < about["hot kernels"]
+
+
+def test_the_committed_record_is_of_these_sources(request: pytest.FixtureRequest) -> None:
+    """A change of a kernel does not fail `make test`, which warns; it does fail `make test-all`, whose record it is."""
+    if request.config.pluginmanager.has_plugin(record.PLUGIN):
+        pytest.skip("the record is being made")
+    if committed().get("sources") == record.sources():
+        return
+    text = "tests/cuda/records/test-all.json is of other CUDA kernels or another emulation: make it again (record.py)"
+    if request.config.getoption("--run-slow"):
+        pytest.fail(text)
+    warnings.warn(text, stacklevel=1)
+
+
+def test_a_change_of_a_kernel_or_of_the_emulation_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    csrc, emulation = tmp_path / "csrc", tmp_path / "emulation"
+    files = [csrc / "op" / "op_cuda.cu", csrc / "common" / "cuda" / "vec.cuh", emulation / "emulator.cpp"]
+    other = csrc / "op" / "op_cpu.cpp"
+    for file in (*files, other):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    monkeypatch.setattr(emulated, "ROOT", tmp_path)
+    monkeypatch.setattr(emulated, "EMULATION", emulation)
+    seen = {record.sources()}
+    for file in files:
+        file.write_text("2")
+        seen.add(record.sources())
+    assert len(seen) == 4
+    other.write_text("2")
+    assert record.sources() in seen

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only, tree_map_with_path
@@ -33,6 +34,10 @@ HALVED = {
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 FLOAT = "the dtype of the test"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+AT_HAND = "cuda" if torch.cuda.is_available() else "cpu"
+OF_A_GPU = [pytest.mark.gpu] if AT_HAND == "cuda" else []
+"""Marks of tests of kernels for a GPU that run there and, where there is none, on a CPU."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -208,6 +213,13 @@ CASES = [
             pixel_scale=2 / 16, returns="x0", dtype=FLOAT, **drawn(1),
         ),
     ),
+    Case(
+        "q_sample",
+        "vectors of 16 bytes, drawn",  # and four pixels at a time
+        lambda g: dict(
+            x0=images(g, 2, 3, 8, 16), t=torch.tensor([3, 7]), table=signal_sigma(), dtype=FLOAT, **drawn(2),
+        ),
+    ),
     # diffusion_loss
     Case(
         "diffusion_loss",
@@ -260,6 +272,15 @@ CASES = [
         gradients=("pred",),
         compiled=True,
     ),
+    Case(
+        "diffusion_loss",
+        "v, vectors of 16 bytes, drawn",
+        lambda g: dict(
+            pred=randn(g, 2, 3, 8, 16), t=torch.tensor([3, 7]), objective="v", table=signal_sigma(),
+            x0=images(g, 2, 3, 8, 16), **drawn(2),
+        ),
+        gradients=("pred",),
+    ),
     # solver_step
     Case(
         "solver_step",
@@ -297,6 +318,14 @@ CASES = [
             seed=7, sample=torch.tensor([0, 5]), step=torch.tensor(6), inplace=True,
         ),
         written=("x", "pred_prev"),
+    ),
+    Case(
+        "solver_step",
+        "no option, vectors of 16 bytes, drawn",
+        lambda g: dict(
+            x=randn(g, 2, 3, 8, 16), out=randn(g, 2, 3, 8, 16), table=solver_table(g), seed=7,
+            sample=torch.tensor([0, 5]), step=2,
+        ),
     ),
     # group_norm_silu
     Case(
@@ -348,6 +377,12 @@ CASES = [
     ),
     Case(
         "group_norm_silu",
+        "vectors of 16 bytes",
+        lambda g: dict(x=3 + randn(g, 2, 64, 4, 8), num_groups=16, **norm_weights(g, 64)),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
+        "group_norm_silu",
         "one channel, alone",  # the name seeds the numbers: a single sum must not be exact in float32 by luck
         lambda g: dict(x=randn(g, 2, 1, 7, 5), num_groups=1, **norm_weights(g, 1)),
         gradients=("x", "weight", "bias"),
@@ -377,6 +412,12 @@ CASES = [
         ),
         gradients=("x", "weight", "shift"),
     ),
+    Case(
+        "rms_norm_silu",
+        "vectors of 16 bytes",
+        lambda g: dict(x=randn(g, 2, 32, 4, 8), weight=1 + 0.3 * randn(g, 32)),
+        gradients=("x", "weight"),
+    ),
     # conv3x3
     Case(
         "conv3x3",
@@ -405,6 +446,12 @@ CASES = [
     ),
     # adam_ema
     Case("adam_ema", "plain", lambda g: optimizer_state(g, *SHAPES), written=STATE),
+    Case(
+        "adam_ema",
+        "more than a chunk",
+        lambda g: optimizer_state(g, (8200,), (4096,)),
+        written=STATE,
+    ),
     Case(
         "adam_ema",
         "every option",

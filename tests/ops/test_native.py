@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import fastddpm
 from fastddpm import _native
 from fastddpm.ops import normal, philox
-from tests.ops.cases import CASES, DTYPES, LAYOUTS, Case, drawn, images, randn, signal_sigma
+from tests.ops.cases import CASES, DEVICES, DTYPES, LAYOUTS, Case, drawn, images, randn, signal_sigma
 from tests.ops.test_contract import check_values, results
 from tests.tolerance import assert_near_peer, assert_normals_within
 
@@ -20,18 +21,33 @@ pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code
 SETS = _native.build_info()["native"]["kernel_instruction_sets"] if _native.available() else []
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
     """Run the kernels with this set, where the processor has it."""
     from fastddpm import _C
 
     before = _C.instruction_set()
     try:
-        _C.use_instruction_set(request.param)
+        _C.use_instruction_set(name)
     except ValueError as lacks:
-        pytest.skip(f"{request.param}: {lacks}")
-    yield request.param
+        pytest.skip(f"{name}: {lacks}")
+    yield
     _C.use_instruction_set(before)
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the kernels with each set that the processor has."""
+    with using(request.param):
+        yield request.param
+
+
+@pytest.fixture(name="device", params=[*SETS, *DEVICES[1:]])
+def device_fixture(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where to run the kernels: on the CPU with each set that it has, or on a GPU."""
+    on_cpu = request.param in SETS
+    with using(request.param) if on_cpu else contextlib.nullcontext():
+        yield "cpu" if on_cpu else request.param
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -52,9 +68,9 @@ def test_every_instruction_set(instruction_set: str, case: Case, layout: str) ->
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 63, 64, 65, 1000])
-def test_the_integers_are_those_of_the_reference(instruction_set: str, n: int) -> None:
-    sample = torch.tensor([0, 5, 2**32 - 1])
-    for seed, step in ((2**63 + 11, 2**32 - 1), (torch.tensor(-5), torch.tensor(7))):
+def test_the_integers_are_those_of_the_reference(device: str, n: int) -> None:
+    sample = torch.tensor([0, 5, 2**32 - 1], device=device)
+    for seed, step in ((2**63 + 11, 2**32 - 1), (torch.tensor(-5, device=device), torch.tensor(7, device=device))):
         numbers = (*_pair(seed), sample, *_pair(step), 3)
         words = torch.ops.fastddpm.philox_words(n, *numbers)
         assert torch.equal(words, philox.integers(n, seed=seed, sample=sample, step=step, stream=3))
@@ -65,8 +81,9 @@ def _pair(x: torch.Tensor | int) -> tuple[int, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 7), (2, 2047), (2, 2048), (2, 2049), (1, 3, 40, 37)])
-def test_normal_numbers(instruction_set: str, shape: tuple[int, ...]) -> None:
+def test_normal_numbers(device: str, shape: tuple[int, ...]) -> None:
     draw = drawn(shape[0])
+    draw["sample"] = draw["sample"].to(device)
     with fastddpm.use_backend("native"):
         z = normal(shape, stream=1, **draw)
         halves = [normal((1, *shape[1:]), stream=1, **draw | dict(sample=draw["sample"][[i]])) for i in range(shape[0])]

@@ -1,7 +1,8 @@
 """q_sample and diffusion_loss of the native kernels where the way they deal out a picture changes.
 
 Rows that a run of 4 or 8 elements divides or does not, pixels in NHWC order by fours, any number of channels, images
-that begin at any element of memory, batches larger than a grid. The kernels for CUDA run them too (tests/cuda).
+that begin at any element of memory, batches larger than a grid. The kernels for CUDA run them too: on a GPU and, on a
+CPU, emulated (tests/cuda/test_kernels.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 import fastddpm
 from fastddpm import _native
 from tests.ops.cases import (
+    DEVICES,
     DTYPES,
     FLOAT,
     LAYOUTS,
@@ -76,9 +78,9 @@ def diffusion_loss(
     return Case("diffusion_loss", name, make, gradients=("pred",))
 
 
-def check(case: Case, dtype: torch.dtype, layout: str, offset: int = 0) -> None:
+def check(case: Case, device: str, dtype: torch.dtype, layout: str, offset: int = 0) -> None:
     """Against the reference; images begin ``offset`` elements behind the start of their memory."""
-    inputs = case.inputs(dtype, layout)
+    inputs = case.inputs(dtype, layout, device)
 
     def op(**given: Any) -> Any:
         pictures = {name: shifted(x, offset) for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 4}
@@ -92,48 +94,54 @@ def check(case: Case, dtype: torch.dtype, layout: str, offset: int = 0) -> None:
 def shifted(x: Tensor, offset: int) -> Tensor:
     if not offset:
         return x
-    memory = torch.empty(x.numel() + offset, dtype=x.dtype)
+    memory = torch.empty(x.numel() + offset, dtype=x.dtype, device=x.device)
     return memory[offset:].as_strided(x.shape, x.stride()).copy_(x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pictures_from_bytes_and_floats(dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_pictures_from_bytes_and_floats(device: str, dtype: torch.dtype, layout: str) -> None:
     options = [("uint8", "x_t", True), ("uint8", "noise", False), ("float", "v", True), ("float", "x0", False)]
     for shape, option in itertools.product(SHAPES, options):
-        check(q_sample(shape, *option), dtype, layout)
+        check(q_sample(shape, *option), device, dtype, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("objective", ["eps", "x0", "bound"])
-def test_losses(objective: str, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_losses(device: str, objective: str, dtype: torch.dtype, layout: str) -> None:
     for shape in SHAPES:
-        check(diffusion_loss(shape, objective.replace("bound", "eps"), bound=objective == "bound"), dtype, layout)
+        case = diffusion_loss(shape, objective.replace("bound", "eps"), bound=objective == "bound")
+        check(case, device, dtype, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_losses_of_a_velocity(dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_losses_of_a_velocity(device: str, dtype: torch.dtype, layout: str) -> None:
     for shape, (stored, flip) in itertools.product(SHAPES, [("uint8", True), ("float", True), ("float", False)]):
-        check(diffusion_loss(shape, "v", stored, flip), dtype, layout)
+        check(diffusion_loss(shape, "v", stored, flip), device, dtype, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_images_begin_anywhere(dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_begin_anywhere(device: str, dtype: torch.dtype, layout: str) -> None:
     for shape, offset in itertools.product([(3, 16, 16), (4, 8, 8), (16, 8, 8), (3, 5, 7)], (1, 2, 4)):
         for stored in ("uint8", "float"):
-            check(q_sample(shape, stored, "x_t", True), dtype, layout, offset)
-            check(diffusion_loss(shape, "v", stored), dtype, layout, offset)
-        check(diffusion_loss(shape, "eps", bound=True), dtype, layout, offset)
+            check(q_sample(shape, stored, "x_t", True), device, dtype, layout, offset)
+            check(diffusion_loss(shape, "v", stored), device, dtype, layout, offset)
+        check(diffusion_loss(shape, "eps", bound=True), device, dtype, layout, offset)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_sums_of_a_sample_do_not_depend_on_its_batch(layout: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sums_of_a_sample_do_not_depend_on_its_batch(device: str, layout: str) -> None:
     of_batch = {"pred", "t", "index", "flip", "sample", "weight"}
     for shape in SHAPES:
-        inputs = diffusion_loss(shape, "v", batch=5).inputs(torch.float32, layout)
+        inputs = diffusion_loss(shape, "v", batch=5).inputs(torch.float32, layout, device)
         with fastddpm.use_backend("native"):
             _, together = fastddpm.diffusion_loss(**inputs)
             for b in range(5):
@@ -143,6 +151,7 @@ def test_the_sums_of_a_sample_do_not_depend_on_its_batch(layout: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batches_larger_than_a_side_of_a_grid(layout: str, shape: tuple[int, int, int]) -> None:
-    check(q_sample(shape, "uint8", "x_t", False, 65537), torch.float32, layout)
-    check(diffusion_loss(shape, "eps", flip=False, batch=65537), torch.float32, layout)
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_larger_than_a_side_of_a_grid(device: str, layout: str, shape: tuple[int, int, int]) -> None:
+    check(q_sample(shape, "uint8", "x_t", False, 65537), device, torch.float32, layout)
+    check(diffusion_loss(shape, "eps", flip=False, batch=65537), device, torch.float32, layout)

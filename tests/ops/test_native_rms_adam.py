@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import fastddpm
 from fastddpm import _native
 from tests.ops.cases import DTYPES, LAYOUTS, STATE, Case, Inputs, copied, rand, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
-from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+from tests.ops.test_native import device_fixture, instruction_set  # noqa: F401, the fixtures
 from tests.tolerance import assert_equal_to_rounding
 
-pytestmark = [
-    pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}"),
-    pytest.mark.usefixtures("instruction_set"),  # each test runs with every set that the processor has
-]
+pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 
 ALL_DTYPES = (*DTYPES, torch.float64)
 CHUNK = 8192  # elements, as in csrc/adam_ema/adam_ema.cpp
@@ -42,17 +41,32 @@ def norm_case(channels: int, spatial: tuple[int, int], **options: Any) -> Case:
 
     given = ("weight", "scale", "shift") if channels >= MANY else ()
     name = f"{channels} channels of {spatial[0]}x{spatial[1]}"
-    return Case("rms_norm_silu", name, make, gradients=("x", *given))
+    # x / |x| of one channel does not depend on |x|: its gradient is 0 but for rounding
+    return Case("rms_norm_silu", name, make, gradients=("x", *given) if channels > 1 else ())
 
 
-def native(case: Case, inputs: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    with fastddpm.use_backend("native"), poisoned_memory():
-        return results(case, inputs, dtype)
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def native(device: str) -> Run:
+    """Run a case on each device; what it finds is on the CPU."""
+
+    def run(case: Case, inputs: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        with fastddpm.use_backend("native"), poisoned_memory():
+            return on("cpu", results(case, on(device, inputs), dtype))
+
+    return run
+
+
+def on(device: str, values: dict[str, Any]) -> dict[str, Any]:
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda x: x.to(device), values)
+    return moved
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", SPATIAL, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_rows_around_a_vector(spatial: tuple[int, int], layout: str) -> None:
+def test_rows_around_a_vector(native: Run, spatial: tuple[int, int], layout: str) -> None:
     """A row is the channels of a pixel in NHWC order, the pixels of a channel in NCHW order: short, whole, or more."""
     for i, channels in enumerate(CHANNELS):
         case, dtype = norm_case(channels, spatial, activation=i % 4 != 3), DTYPES[i % 3]
@@ -62,7 +76,7 @@ def test_rows_around_a_vector(spatial: tuple[int, int], layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixels", [127, 128, 129, 255, 256, 257, 1025])  # a block has about 128 where channels are few
-def test_pixels_around_a_block(pixels: int, layout: str) -> None:
+def test_pixels_around_a_block(native: Run, pixels: int, layout: str) -> None:
     for channels, dtype in ((3, torch.bfloat16), (16, torch.float16), (21, torch.float32)):
         case = norm_case(channels, (1, pixels))
         inputs = case.inputs(dtype, layout)
@@ -70,7 +84,7 @@ def test_pixels_around_a_block(pixels: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_sample_of_a_batch_is_that_sample_alone(layout: str) -> None:
+def test_a_sample_of_a_batch_is_that_sample_alone(native: Run, layout: str) -> None:
     for channels, spatial in itertools.product((3, 20, 129), ((1, 1), (3, 3), (9, 15))):
         case = norm_case(channels, spatial)
         inputs = case.inputs(torch.bfloat16, layout)
@@ -81,7 +95,7 @@ def test_a_sample_of_a_batch_is_that_sample_alone(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_numbers_that_are_none_stay_in_their_pixel(layout: str) -> None:
+def test_numbers_that_are_none_stay_in_their_pixel(native: Run, layout: str) -> None:
     """Vectors overlap and rows are padded: what is NaN or infinite in one pixel reaches no other."""
     for channels, spatial in itertools.product((3, 5, 20, 37), ((1, 3), (3, 3), (5, 7))):
         case = norm_case(channels, spatial)
@@ -99,7 +113,7 @@ def test_numbers_that_are_none_stay_in_their_pixel(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pixels_of_zeros(layout: str) -> None:
+def test_pixels_of_zeros(native: Run, layout: str) -> None:
     """There eps is the divisor, a constant."""
     for channels in (3, 16, 21):
         case = norm_case(channels, (5, 7), eps=1e-3)
@@ -109,7 +123,7 @@ def test_pixels_of_zeros(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_change_no_bit_of_the_norm(layout: str) -> None:
+def test_threads_change_no_bit_of_the_norm(native: Run, layout: str) -> None:
     for channels, spatial in ((3, (101, 97)), (129, (31, 33)), (512, (3, 3))):
         case = norm_case(channels, spatial)
         inputs = case.inputs(torch.bfloat16, layout)
@@ -157,7 +171,7 @@ def step_inputs(case: Case, first: int = 0) -> Inputs:
 
 
 @pytest.mark.parametrize("first", range(4), ids=lambda i: str(ALL_DTYPES[i]).removeprefix("torch."))
-def test_sizes_around_a_chunk(first: int) -> None:
+def test_sizes_around_a_chunk(native: Run, first: int) -> None:
     # large enough, all of them, that the rule has something to average over
     case = step_case(3 * CHUNK + 5, CHUNK - 1, CHUNK, CHUNK + 1, 1023, 1025, 65)
     inputs = step_inputs(case, first)
@@ -168,7 +182,7 @@ def test_sizes_around_a_chunk(first: int) -> None:
 
 
 @pytest.mark.parametrize("count", [57, 505])
-def test_more_tensors_than_a_launch_takes(count: int) -> None:
+def test_more_tensors_than_a_launch_takes(native: Run, count: int) -> None:
     """The kernels for a GPU take a table of 56 tensors, or of 504, in their parameters; empty ones take no place."""
     case = step_case(CHUNK + 1, *(0 if i % 9 == 5 else 30 + i % 7 for i in range(count + count // 8)))
     inputs = step_inputs(case)
@@ -186,19 +200,19 @@ def test_more_tensors_than_a_launch_takes(count: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65])
-def test_no_element_beyond_the_end_is_touched(size: int) -> None:
+def test_no_element_beyond_the_end_is_touched(native: Run, device: str, size: int) -> None:
     """Short tensors amid memory that must stay as it is, beside a longer one to compare numbers with."""
     case = step_case(512)
     inputs = step_inputs(case)
     whole = native(case, inputs)
     names = ("params", "grads", "exp_avg", "exp_avg_sq", "ema", "mirror")
-    memory = {name: inputs[name][0].clone() for name in names}
+    memory = on(device, {name: inputs[name][0].clone() for name in names})
     part = {name: [x[32 : 32 + size]] for name, x in memory.items()}
-    alone = inputs | part | dict(max_grad_norm=None, step=torch.tensor(3), found_inf=torch.tensor(0.0))
+    alone = on(device, inputs | dict(step=torch.tensor(3), found_inf=torch.tensor(0.0))) | part
     unclipped = native(case, inputs | dict(max_grad_norm=None))
     with fastddpm.use_backend("native"):
-        fastddpm.adam_ema(**alone)
-    for name, x in memory.items():
+        fastddpm.adam_ema(**alone | dict(max_grad_norm=None))
+    for name, x in on("cpu", memory).items():
         before = inputs[name][0]
         changed = unclipped.get(f"{name} 0", before)[32 : 32 + size]
         assert torch.equal(x, torch.cat([before[:32], changed, before[32 + size :]])), name
@@ -206,48 +220,48 @@ def test_no_element_beyond_the_end_is_touched(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-22, 1e-18, 1e-12, 1.0, 1e15, 1e18, 1e19, 1e30])
-def test_the_norm_of_gradients_of_any_size(size: float) -> None:
+def test_the_norm_of_gradients_of_any_size(device: str, size: float) -> None:
     """Their squares do not fit a float; the norm does."""
     g = torch.Generator().manual_seed(0)
     grads = [size * torch.randn(n, generator=g) for n in (CHUNK + 3, 17, 1)]
     grads[1] *= 1e-3
     expected = torch.cat(grads).double().norm().float()
-    norm = stepped(grads)["norm"]
+    norm = step_from_zero(device, grads)["norm"]
     assert (norm - expected).abs() <= 1e-6 * expected + 1e-45, (norm, expected)
-    assert stepped([torch.zeros(100)])["norm"] == 0
+    assert step_from_zero(device, [torch.zeros(100)])["norm"] == 0
 
 
-def test_the_norm_where_large_and_small_gradients_are_neighbours() -> None:
+def test_the_norm_where_large_and_small_gradients_are_neighbours(device: str) -> None:
     """What is too small for the square of a float counts neither twice nor not at all beside what is not."""
     for dtype, small in itertools.product((torch.float32, torch.bfloat16), (1e-30, 1e-14, 1e18)):
         for begin, end in ((0, 4), (4, 1024), (1, CHUNK - 1), (CHUNK // 2, CHUNK)):
             grads = [torch.full((CHUNK + 5,), small, dtype=dtype)]
             grads[0][begin:end] = 1.5
             expected = grads[0].double().norm().float()
-            norm = stepped(grads)["norm"]
+            norm = step_from_zero(device, grads)["norm"]
             assert (norm - expected).abs() <= 1e-6 * expected, (dtype, small, begin, end)
 
 
-def stepped(grads: list[Tensor], **options: Any) -> dict[str, Any]:
+def step_from_zero(device: str, grads: list[Tensor]) -> dict[str, Any]:
     """A step from zero moments; everything that it may write, by name."""
     numbers = torch.arange(max(len(x) for x in grads), dtype=torch.float32)
     state: dict[str, Any] = {name: [numbers[: len(x)].clone() for x in grads] for name in ("params", "ema")}
     state |= {name: [torch.zeros(len(x)) for x in grads] for name in ("exp_avg", "exp_avg_sq")}
     state |= dict(mirror=[x.bfloat16() for x in state["params"]], step=torch.tensor(5), found_inf=torch.tensor(0.0))
-    state |= options
+    there = on(device, state | dict(grads=grads))
     with fastddpm.use_backend("native"):
-        norm = fastddpm.adam_ema(grads=grads, lr=0.1, ema_decay=0.5, **state)
-    return state | dict(norm=norm)
+        norm = fastddpm.adam_ema(lr=0.1, ema_decay=0.5, **there)
+    return on("cpu", there | dict(norm=norm))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_a_gradient_that_is_no_number_skips_the_step(dtype: torch.dtype, bad: float) -> None:
+def test_a_gradient_that_is_no_number_skips_the_step(device: str, dtype: torch.dtype, bad: float) -> None:
     sizes = (CHUNK + 3, 17, 1)
     for which, size in enumerate(sizes):
         grads = [torch.ones(n, dtype=dtype) for n in sizes]
         grads[which][size - 1] = bad
-        found = stepped(grads)
+        found = step_from_zero(device, grads)
         assert not found["norm"].isfinite() and found["found_inf"] == 1 and found["step"] == 5
         for i, n in enumerate(sizes):
             numbers = torch.arange(n, dtype=torch.float32)
@@ -256,12 +270,12 @@ def test_a_gradient_that_is_no_number_skips_the_step(dtype: torch.dtype, bad: fl
             assert not found["exp_avg"][i].any() and not found["exp_avg_sq"][i].any()
 
 
-def test_a_norm_too_large_for_a_float_skips_the_step() -> None:
-    found = stepped([torch.full((100,), 3e38)])
+def test_a_norm_too_large_for_a_float_skips_the_step(device: str) -> None:
+    found = step_from_zero(device, [torch.full((100,), 3e38)])
     assert found["norm"] == math.inf and found["found_inf"] == 1 and found["step"] == 5
 
 
-def test_threads_change_no_bit_of_the_step() -> None:
+def test_threads_change_no_bit_of_the_step(native: Run) -> None:
     case = step_case(*(CHUNK * k + k - 2 for k in range(2, 6)), *range(40), 3 * CHUNK)
     inputs = step_inputs(case)
     of_threads(lambda: native(case, inputs))
@@ -269,6 +283,7 @@ def test_threads_change_no_bit_of_the_step() -> None:
 
 @pytest.mark.parametrize("name", ["params", "exp_avg", "exp_avg_sq", "ema", "mirror", "step", "found_inf"])
 @pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.usefixtures("instruction_set")
 def test_autograd_knows_what_was_written_over(backend: str, name: str) -> None:
     """A graph that kept one of these values does not go backward with another in its place."""
     inputs = step_case(7).inputs()
@@ -281,6 +296,7 @@ def test_autograd_knows_what_was_written_over(backend: str, name: str) -> None:
         kept.backward()
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_memory_orders_of_a_step() -> None:
     """In any dense order the step gives the same numbers; tensors of a parameter that lie differently are refused."""
     shape = (4, 3, 5, 7)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm import _native
 from tests.ops import random_cases
 from tests.ops.cases import holder_of
 from tests.ops.random_cases import MAKE, OPTIONS, check, make_case, numbered, pairwise
+from tests.ops.test_contract import ON_A_GPU as CALLED_ON_A_GPU
 
 NATIVE, TRITON, PART = 2000, 150, 50
 
@@ -37,6 +39,30 @@ def test_triton(first: int) -> None:
         pytest.skip("on a GPU the contract tests run these kernels: the cases here are on the CPU")
     for op, number in numbered(10, first, "triton"):
         check(op, number, "triton", most=512)
+
+
+ON_A_GPU = {"native": 50, "triton": 12}  # of each op; of Triton's each compiles kernels
+LARGE = 2**16  # elements: more than a block, or a cluster, of most kernels
+
+
+def check_on(device: str, op: str, backend: str, count: int, most: int) -> None:
+    for number in range(count):
+        check(op, number, backend, most, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("op", "backend"), [(o, b) for o, b in CALLED_ON_A_GPU if b in ON_A_GPU])
+def test_on_a_gpu(op: str, backend: str) -> None:
+    check_on("cuda", op, backend, ON_A_GPU[backend], LARGE)
+
+
+def test_the_same_on_a_cpu() -> None:
+    """A few, of the code that runs on a GPU."""
+    for op, backend in CALLED_ON_A_GPU:
+        if backend == "native" and not _native.available():
+            continue
+        check_on("cpu", op, backend, 2, 512 if backend == "triton" else LARGE)
 
 
 @pytest.mark.parametrize("op", sorted(MAKE))

@@ -17,12 +17,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastddpm
 from fastddpm.ops import normal, philox
-from tests.ops.cases import CASES, LAYOUTS, Case, Inputs, drawn, holder_of, op_of, rand, randn, solver_table
+from tests.ops.cases import (
+    AT_HAND,
+    CASES,
+    LAYOUTS,
+    OF_A_GPU,
+    Case,
+    Inputs,
+    drawn,
+    holder_of,
+    op_of,
+    rand,
+    randn,
+    solver_table,
+)
 from tests.ops.test_contract import Recorded, check_values, results
 from tests.ops.test_native import sized
 from tests.tolerance import assert_normals_within
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = OF_A_GPU
 tl = triton.language
 
 from fastddpm.ops import triton_common  # noqa: E402
@@ -30,7 +44,6 @@ from fastddpm.ops.diffusion_loss import triton_impl as diffusion_loss  # noqa: E
 from fastddpm.ops.group_norm_silu import triton_impl as group_norm  # noqa: E402
 
 interpreted = pytest.mark.skipif(not triton_common.INTERPRETED, reason="runs in Triton's interpreter")
-DEVICE = "cpu" if triton_common.INTERPRETED else "cuda"
 
 
 @triton.jit
@@ -50,8 +63,8 @@ def words_kernel(out, sample, seed_low, seed_high, step, stream, BLOCKS: tl.cons
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 + 11, 2**64 - 1])
 def test_the_integers_are_those_of_the_reference(seed: int) -> None:
-    sample = torch.tensor([0, 5, 2**32 - 1], device=DEVICE)
-    out = torch.empty(3, 64, dtype=torch.int64, device=DEVICE)
+    sample = torch.tensor([0, 5, 2**32 - 1], device=AT_HAND)
+    out = torch.empty(3, 64, dtype=torch.int64, device=AT_HAND)
     low, high = (triton_common.word(x) for x in (seed, seed >> 32))
     words_kernel[(3,)](out, sample, low, high, triton_common.word(2**32 - 2), 3, BLOCKS=16)
     assert torch.equal(out, philox.integers(64, seed=seed, sample=sample, step=2**32 - 2, stream=3))
@@ -61,7 +74,7 @@ def test_the_integers_are_those_of_the_reference(seed: int) -> None:
 def test_normal_numbers(n: int) -> None:
     draw = drawn(2, tensors=True)
     with fastddpm.use_backend("triton"):
-        z = normal((2, n), stream=1, **{name: x.to(DEVICE) for name, x in draw.items()}).cpu()
+        z = normal((2, n), stream=1, **{name: x.to(AT_HAND) for name, x in draw.items()}).cpu()
     assert_normals_within(z, philox.normal((2, n), stream=1, dtype=torch.float64, **draw))
 
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ float unit(uint32_t word) { return __uint2float_rn(wo
 // The square root by the one approximate instruction; 0 below 2^-126.
 __device__ __forceinline__ float fast_sqrt(float x) {
 #if defined(FASTDDPM_EMULATED)
-    return sqrtf(x);
+    return emulation::sqrt_approx(x);
 #else
     float result;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -59,7 +59,7 @@ __device__ __forceinline__ float fast_sqrt(float x) {
 
 __device__ __forceinline__ float fast_log2(float x) {
 #if defined(FASTDDPM_EMULATED)
-    return log2f(x);
+    return emulation::lg2_approx(x);
 #else
     float result;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

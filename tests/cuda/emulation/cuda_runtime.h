@@ -19,6 +19,8 @@
 #include <functional>
 #include <type_traits>
 
+#include "approximate.h"
+
 #ifndef FASTDDPM_EMULATED
 #define FASTDDPM_EMULATED 1
 #endif
@@ -171,14 +173,15 @@ static inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uns
 static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float __uint2float_rn(unsigned u) { return static_cast<float>(u); }
-#define __logf(x) logf(x)  // the C library has a function of this name
-#define __log2f(x) log2f(x)  // the C library has a function of this name
-#define __expf(x) expf(x)  // the C library has a function of this name
-#define __sinf(x) sinf(x)  // the C library has a function of this name
-#define __cosf(x) cosf(x)  // the C library has a function of this name
+// macros: the C library has functions of some of these names
+#define __logf(x) (emulation::lg2_approx(x) * 0.6931471805599453f)
+#define __log2f(x) emulation::lg2_approx(x)
+#define __expf(x) emulation::ex2_approx((x) * 1.4426950408889634f)
+#define __sinf(x) emulation::sin_approx(x)
+#define __cosf(x) emulation::cos_approx(x)
 static inline float __frcp_rn(float x) { return 1.0f / x; }
 static inline float __fsqrt_rn(float x) { return sqrtf(x); }
-static inline float __fdividef(float x, float y) { return x / y; }
+static inline float __fdividef(float x, float y) { return emulation::div_approx(x, y); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 using std::max;
 using std::min;

@@ -40,6 +40,7 @@ int number_from(const char* name, int otherwise) {
 }  // namespace
 
 int compute_capability = number_from("FASTDDPM_EMULATION_ARCH", 90);
+int errors = number_from("FASTDDPM_EMULATION_ERRORS", 0);
 
 namespace {
 
@@ -397,7 +398,8 @@ int run(const Launch& launch, const std::function<void()>& body_of_kernel) {
     if (!is_allowed(launch)) return cudaErrorInvalidValue;
     emulated_cooperative_launches += launch.cooperative, emulated_cluster_launches += cluster > 1;
     static const uint64_t seed = number_from("FASTDDPM_EMULATION_SEED", 1);
-    random_state = seed * 0x9E3779B97F4A7C15ull + 1;
+    static uint64_t launches = 0;  // each in an order of its own, the same in every run of the process
+    random_state = (seed * 0x9E3779B97F4A7C15ull ^ ++launches * 0xBF58476D1CE4E5B9ull) | 1;
     kernel = &body_of_kernel;
     blockDim = launch.block, gridDim = launch.grid, cluster_size = cluster;
 
