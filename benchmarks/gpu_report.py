@@ -63,7 +63,8 @@ def markdown(lines: list[Line], parts: list[str], picture: str | None = None, of
     text += [_line(case) for case in cases_of(timings)]
     text += ["", "## Whole networks, all norms of a pass, ms", "", *_networks(timings)]
     text += ["", "## Sweep of group_norm_silu", "", *_sweep(rows)]
-    text += ["", "## Proposed entries for fastddpm/_gpu_defaults.py", "", "```python", *proposed(timings), "```", ""]
+    text += ["", "## Proposed entries for fastddpm/_gpu_defaults.py", "", "```python"]
+    text += [*proposed(timings), *proposed_cuts(rows), "```", ""]
     failures = [row for row in [*rows, *gpu_record.steps(lines)] if row.get("error")]
     text += ["## Failures", "", *(f"- {r['key']}, {r['contestant']}: {r['error']}" for r in failures)]
     failed = [line for line in lines if line.get("kind") == "floor" and line.get("error")]
@@ -236,6 +237,28 @@ def proposed(rows: list[Line]) -> list[str]:
         entries = ", ".join(f"Range({'math.inf' if n == float('inf') else f'{n:_}'}, {w})" for n, w in ranges)
         text.append(f'    "{op}": ({entries},),')
     return [*text, "}"] if totals else ["# not measured"]
+
+
+WAYS = ("cluster", "two reads", "cooperative")  # by what `gpu_timing.planned` is given, of which 0 is also by plan
+WORTH = 0.98  # of the time of the plan's own choice, at most: less is noise
+
+
+def proposed_cuts(rows: list[Line]) -> list[str]:
+    """For each shape of the sweep how CUDA C++ is to cut it, where that is faster than what it chooses itself."""
+    text = []
+    for case in cases_of([row for row in rows if row["part"] == "sweep" and row["seconds"] is not None]):
+        plan = case.get("native, by plan")
+        best = min(case.values(), key=lambda row: row["seconds"])
+        if plan is None or best["seconds"] > WORTH * plan["seconds"]:
+            continue
+        direction = "backward" if " backward" in best["case"] else "forward"
+        _, channels, height, width = map(int, best["case"].rpartition(" ")[2].split("x"))
+        pixels, size = height * width, 4 if best["dtype"] == "float32" else 2
+        text.append(
+            f'    Cut("{direction}", ({channels}, {channels}), ({pixels}, {pixels}), {size}, "{WAYS[best["way"]]}", '
+            f"{best['slab']}, {best['cluster']}),"
+        )
+    return ["CUTS = (", *text, ")"] if text else ["# CUTS: not measured, or nothing faster than by estimates"]
 
 
 def plot(lines: list[Line], path: Path) -> bool:

@@ -311,9 +311,10 @@ def full_record() -> list[dict[str, Any]]:
     lines.append({"kind": "stopped", "part": "tests", "seconds": 240.0, "reason": "the time was over"})
     failed: dict[str, Any] = dict(ok=False, summary="1 failed", failures=["FAILED tests/x.py"])
     lines.append({"kind": "check", "part": "tests", "name": "tests, normal"} | failed)
-    for label, seconds in (("by plan", 5e-6), ("slab 64, cluster 4", 4e-6)):
+    for label, seconds, cut in (("by plan", 5e-6, (0, 0, 0)), ("slab 64, cluster 4", 4e-6, (64, 4, 0))):
         key = next(case.key for case in CASES if case.op == "group_norm_silu")
-        lines.append(row(key, f"native, {label}", seconds) | {"key": f"sweep {key}", "part": "sweep"})
+        about = dict(zip(("slab", "cluster", "way"), cut, strict=True), key=f"sweep {key}", part="sweep")
+        lines.append(row(key, f"native, {label}", seconds) | about)
     return lines
 
 
@@ -360,6 +361,16 @@ def test_defaults_are_proposed_by_size() -> None:
     sizes = [case.elements for case in CASES if case.op == "group_norm_silu"]
     assert max(n for n in sizes if n <= 10**6) == ranges[0].up_to
     assert gpu_report.proposed([]) == ["# not measured"]
+
+
+def test_cuts_are_proposed_where_they_are_faster() -> None:
+    rows = gpu_record.rows(full_record())
+    scope: dict[str, Any] = {"Cut": _gpu_defaults.Cut}
+    exec("\n".join(gpu_report.proposed_cuts(rows)), scope)
+    assert scope["CUTS"] == (_gpu_defaults.Cut("forward", (128, 128), (1024, 1024), 2, "cluster", 64, 4),)
+    assert gpu_report.WAYS == _gpu_defaults.WAYS
+    as_fast = [r | {"seconds": 4.95e-6} if r.get("slab") == 64 else r for r in rows]
+    assert gpu_report.proposed_cuts(as_fast)[0].startswith("# CUTS")
 
 
 def test_table_and_plot_are_written(tmp_path: Path) -> None:
