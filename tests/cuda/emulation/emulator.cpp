@@ -98,6 +98,8 @@ struct Block {
     size_t shared_size = 0, left = 0;
     uint64_t slowness = random_number() >> 60;  // sixteenths of the occasions to go on that it lets pass
     Cluster* cluster = nullptr;
+    size_t arrived = 0;   // threads, at the barrier of the cluster
+    bool asleep = false;  // since all of them have: until nobody else can go on
 };
 
 Fiber* current = nullptr;
@@ -220,14 +222,21 @@ void run_together(std::vector<Block*>& blocks) {
         for (Block* block : blocks) {
             const bool held_back = blocks.size() > 1 && random_number() >> 60 < block->slowness;
             for (Fiber& fiber : block->fibers) {
-                if (fiber.state == Fiber::ready && held_back) later = true;
-                if (fiber.state == Fiber::ready && !held_back) ready.push_back(&fiber);
+                if (fiber.state == Fiber::ready && held_back && !block->asleep) later = true;
+                if (fiber.state == Fiber::ready && !held_back && !block->asleep) ready.push_back(&fiber);
                 all_done = all_done && fiber.state == Fiber::done;
             }
         }
         if (all_done) return;
         // also while a slow block lets its turn pass: those who need it no longer go on
         if (ready.empty() && !(blocks.size() > 1 && release(blocks, true)) && !later && !release(blocks, false)) {
+            std::vector<Block*> asleep;
+            for (Block* block : blocks)
+                if (block->asleep) asleep.push_back(block);
+            if (!asleep.empty()) {
+                asleep[random_number() % asleep.size()]->asleep = false;
+                continue;
+            }
             std::string who;
             int shown = 0, ended = 0;
             for (Block* block : blocks)
@@ -286,6 +295,7 @@ void arrive_at_cluster() {
     size_t threads = 0;
     for (Block* block : cluster->blocks) threads += block->fibers.size();
     if (++cluster->arrived == threads) cluster->arrived = 0, ++cluster->phase;
+    if (++fiber->home->arrived == fiber->home->fibers.size()) fiber->home->arrived = 0, fiber->home->asleep = random_number() >> 63;
     to_scheduler(fiber, false);  // others may be well ahead before this thread goes on
 }
 
