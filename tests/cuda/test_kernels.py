@@ -253,6 +253,11 @@ PLANTED = {
 QUICKLY_FOUND = ("missing barrier", "read out of bounds", "wrong tail")
 
 
+def needed(plant: Plant) -> list[str]:
+    """The op, and the normal numbers that it is held against."""
+    return sorted({plant.op, "normal"})
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICKLY_FOUND else [pytest.mark.slow]) for n in PLANTED]
 )
@@ -264,7 +269,7 @@ def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
     source = (csrc / plant.file).read_text(encoding="utf-8")
     assert source.count(plant.right) == 1, f"{plant.file} has {plant.right!r} {source.count(plant.right)} times"
     (csrc / plant.file).write_text(source.replace(plant.right, plant.wrong), encoding="utf-8")
-    result = emulated.pytest(emulated.library([plant.op], csrc), *plant.test)
+    result = emulated.pytest(emulated.library(needed(plant), csrc), *plant.test)
     assert result.returncode != 0 and re.search(plant.found, result.stdout), result.stdout[-6000:]
     if plant.found in (WRONG, WRONG_NORMALS):
         failed = re.findall(r"^FAILED ([\w/.]+)::", result.stdout, re.M)
@@ -274,6 +279,6 @@ def test_a_planted_mistake_is_found(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_where_none_is_planted_nothing_is_found(passed: Passed, name: str) -> None:
-    """By the same tests, of a library of the same op alone."""
+    """By the same tests, of a library of the same ops."""
     plant = PLANTED[name]
-    assert passed(emulated.library([plant.op]), *plant.test) > 3
+    assert passed(emulated.library(needed(plant)), *plant.test) > 0
