@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import _dispatch, _graph, _tape
-from .ops.conv3x3 import Transformed, keep_transformed
+from .ops.kept import Transformed, keep_transformed
 
 KINDS = 8
 """Kinds of calls of one function that are recorded: on a GPU each keeps its activations."""

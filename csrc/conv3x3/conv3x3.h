@@ -2,11 +2,11 @@
 
 #include "common/data.h"
 #include "common/isa.h"
+#include "common/panels.h"
 
 namespace fastddpm {
 
 enum : int64_t {
-    PANEL = 32,              // output channels whose weights lie together
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
     WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
@@ -16,11 +16,8 @@ enum : int64_t {
     CHUNK = 32,              // tiles at a time of the gradient
     KEPT = 96,               // of x, at most: with the sums they lie in the second cache
     PACK = 16,               // output channels whose weights lie together as they are
-    TERMS = 64,              // of a sum of products
     ALONG = 128,             // channels of a work item that packs weights, along the axis that they lie along
     FEW = 4,                 // tiles of a block are a multiple of this, with such weights
-    LINE = 64,               // bytes of the cache
-    APART = 16,              // floats between matrices: a power of two apart they would meet in one place of the cache
 };
 
 // Channels of a work item of the gradient: its sums, of each frequency, shall lie in the second cache.

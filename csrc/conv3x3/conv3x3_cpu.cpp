@@ -17,17 +17,10 @@
 
 #include "conv3x3/conv3x3.h"
 
-#include "common/vec.h"
+#include "common/products.h"
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
-
-constexpr int N = PANEL / W;                         // vectors of a panel
-constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // of a matrix product in registers; each divides BLOCK
-constexpr int REST = W == 16 ? 4 : 1;                // of those that are left
-constexpr int GRADIENT_ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
-
-INLINE VF spread(float x) { return x - VF{}; }
 
 // a b + c d, of which c d is rounded wherever it is compiled.
 INLINE VF sum_of_products(float a, VF b, float c, VF d) { return fused(splat(a), b, c * d); }
@@ -217,73 +210,6 @@ INLINE void read_gradient(const Conv3x3& a, int64_t tile, int64_t first, int64_t
                                                SIDE<M> * apart, apart);
 }
 
-// out[R, 32] = v[R, channels] u[channels, 32], as a sum of sums of TERMS, which are rounded less than one of all. Of what
-// will be ``next`` a line is asked for every so many bytes.
-template <int R>
-INLINE void multiply(const float* v, int64_t v_row, int64_t channels, const float* u, float* out, const char* next,
-                     int64_t apart) {
-    int64_t k = 0;
-    do {
-        const int64_t first = k, end = channels - k < TERMS ? channels : k + TERMS;
-        VF total[R][N]{};
-        for (; k < end; ++k, u += PANEL) {
-            __builtin_prefetch(next + k * apart, 0, 2);
-            VF b[N];
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const VF one = spread(v[r * v_row + k]);
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
-            }
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) {
-                float* to = out + r * PANEL + n * W;
-                store(to, first == 0 ? total[r][n] : load(to) + total[r][n]);
-            }
-    } while (k < channels);
-}
-
-// The same of any number of rows, a multiple of REST. What is ``next`` is asked for in two halves.
-void multiply_rows(const float* v, int64_t rows, int64_t channels, const float* u, float* out, const float* next) {
-    int64_t t = 0;
-    const char* of_next = reinterpret_cast<const char*>(next);
-    for (; t + ROWS <= rows; t += ROWS)
-        multiply<ROWS>(v + t * channels, channels, channels, u, out + t * PANEL, of_next + t / ROWS % 2 * LINE, 2 * LINE);
-    for (; t < rows; t += REST) multiply<REST>(v + t * channels, channels, channels, u, out + t * PANEL, of_next, 2 * LINE);
-}
-
-// out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], from 0 on if it is the ``first``. Rows of d are HIGH
-// floats, of v WIDE.
-template <int64_t WIDE>
-INLINE void accumulate(const float* d, const float* v, int64_t count, bool first, float* out) {
-    VF total[GRADIENT_ROWS][N]{};
-    if (!first)
-#pragma GCC unroll 16
-        for (int r = 0; r < GRADIENT_ROWS; ++r)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) total[r][n] = load(out + r * PANEL + n * W);
-    for (int64_t t = 0; t < count; ++t, d += HIGH, v += WIDE) {
-        VF b[N];
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) b[n] = load(v + n * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < GRADIENT_ROWS; ++r) {
-            const VF one = spread(d[r]);
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < GRADIENT_ROWS; ++r)
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) store(out + r * PANEL + n * W, total[r][n]);
-}
-
 // A^T m A of the 32 channels of a panel, and the bias, to the pixels of a tile.
 template <int M, class T>
 INLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, const float* m, int64_t apart,
@@ -323,14 +249,6 @@ INLINE void sum_pixels(const Conv3x3& a, const T* dy, int64_t begin, int64_t end
     for (int64_t c = 0; c < count; ++c) sums[c] = static_cast<float>(total[c]);
 }
 
-INLINE void read_bias(const Values& v, int64_t first, int64_t count, float* out) {
-    memset(out, 0, 4 * PANEL);
-    if (v.data)
-        with_type(v.dtype, v.data, [&](const auto* p) {
-            for_vectors(count, [&](int64_t i, int64_t n) { store(out + i, load(p + first + i, n), n); });
-        });
-}
-
 template <int M, class T>
 void forward(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch) {
     constexpr int F = FREQUENCIES<M>;
@@ -357,14 +275,6 @@ void forward(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch)
         read_bias(a.bias, first, a.outputs - first < PANEL ? a.outputs - first : PANEL, bias);
         for (int64_t t = 0; t < count; ++t) write_tile<M>(a, y, tile + t, first, m + t * PANEL, m_apart, bias);
     }
-}
-
-// Where the sums of output channel r and channel c lie, of a work item: what registers hold at a time lies together, for
-// the sums are read and written for every CHUNK of tiles, from the second cache.
-template <int64_t WIDE>
-INLINE int64_t place_of_sum(int64_t r, int64_t c) {
-    const int64_t block = r / GRADIENT_ROWS * (WIDE / PANEL) + c / PANEL;
-    return (block * GRADIENT_ROWS + r % GRADIENT_ROWS) * PANEL + c % PANEL;
 }
 
 template <int M, class T>
@@ -651,35 +561,6 @@ INLINE bf16 packed(bf16 x) { return x; }
 INLINE f16 packed(f16 x) { return x; }
 INLINE float packed(double x) { return static_cast<float>(x); }
 
-// Rows to columns, of as many vectors as lanes.
-INLINE void transpose(float (&block)[W][W]) {
-#if FASTDDPM_VECTOR_BYTES == 64
-    VF rows[W];
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) rows[r] = load(block[r]);
-#pragma GCC unroll 4
-    for (int h = W / 2; h > 0; h /= 2) {
-        VI low, high;
-        for (int l = 0; l < W; ++l) low[l] = l & h ? W + l - h : l, high[l] = l & h ? W + l : l + h;
-#pragma GCC unroll 16
-        for (int r = 0; r < W; ++r)
-            if (!(r & h)) {
-                const __m512 a = (__m512)rows[r], b = (__m512)rows[r + h];
-                rows[r] = (VF)_mm512_permutex2var_ps(a, (__m512i)low, b);
-                rows[r + h] = (VF)_mm512_permutex2var_ps(a, (__m512i)high, b);
-            }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < W; ++r) store(block[r], rows[r]);
-#else
-    for (int r = 0; r < W; ++r)
-        for (int c = 0; c < r; ++c) {
-            const float x = block[r][c];
-            block[r][c] = block[c][r], block[c][r] = x;
-        }
-#endif
-}
-
 // To of[k][9][PACK], of a pack of which so many outputs are there, ``count`` channels.
 template <class T, class O>
 INLINE void pack_filters(const Conv3x3Weights& a, const T* from, int64_t outputs, int64_t count, O* to) {
@@ -738,7 +619,7 @@ void gradient(const Conv3x3Gradient& g, const T* dy, int64_t begin, int64_t end,
             for (int64_t i = 0; i < F; ++i)
                 for (int64_t r = 0; r < of_n; r += GRADIENT_ROWS)
                     for (int64_t c = 0; c < of_k; c += PANEL)
-                        accumulate<WIDE>(d + i * D_APART + r, of_v + i * v_apart + c, count, chunk == 0,
+                        accumulate<WIDE, HIGH>(d + i * D_APART + r, of_v + i * v_apart + c, count, chunk == 0,
                                          u + i * U_APART + place_of_sum<WIDE>(r, c));
         }
         const auto transform = [&](int64_t r, int64_t c, int64_t lanes) {

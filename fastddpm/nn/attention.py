@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear, in_float32, self_attention
+from .layers import Linear, attended
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -60,14 +60,10 @@ class SelfAttention(nn.Module):
         b, c, h, w = x.shape
         z = x if self.norm is None else self.norm(x)
         tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
-        y = in_float32(self._attend, tokens)
-        out: Tensor = x + y.view(b, h, w, c).permute(0, 3, 1, 2)
+        of_x = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
+        y = attended(tokens, self.qkv, self.proj, self.num_heads, of_x)
+        out: Tensor = y.view(b, h, w, c).permute(0, 3, 1, 2)
         return out if self.output_scale == 1 else out / self.output_scale
-
-    def _attend(self, tokens: Tensor) -> Tensor:
-        """[B, H*W, C] to the same."""
-        y: Tensor = self.proj(self_attention(self.qkv(tokens), self.num_heads))
-        return y
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

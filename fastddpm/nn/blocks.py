@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv2d, UpsampledConv2d, conv2d, repeat_pixels
+from .layers import Conv2d, UpsampledConv2d, conv1x1, conv2d, reads_apart, repeat_pixels
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -112,16 +112,17 @@ class ResBlock(nn.Module):
             layer=self.layer,
             **noise,
         )
-        out: Tensor = self._shortcut(x, skip) + self.conv2(h)
+        out = self._shortcut(x, skip, self.conv2(h))
         return out if self.output_scale == 1 else out / self.output_scale
 
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def _shortcut(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
+        """What the input gives, + h."""
         if skip is None:
             x = self._resampled(x)
-            return x if self.shortcut is None else self.shortcut(x)
-        assert self.shortcut is not None and self.resample is None  # what joins has more channels than it gives
-        first, second = self.shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        return conv2d(x, first, self.shortcut.bias) + conv2d(skip, second)
+        if self.shortcut is None:
+            return x + h
+        assert skip is None or self.resample is None  # what joins has more channels than it gives
+        return conv1x1(x, self.shortcut.weight, self.shortcut.bias, x2=skip, residual=h)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -200,13 +201,3 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.contiguous(memory_format=torch.channels_last) for part in dy.split(ctx.channels, dim=1))
-
-
-def reads_apart(x: Tensor) -> bool:
-    """Whether a block reads what it joins from two tensors, in place of one that is their copy.
-
-    The norm and the shortcut then read both, and the copy is neither written nor read nor kept for backward: 6 bytes an
-    element in half precision less, on a GPU (not measured). On the CPU it changes the time of a block by less than what
-    two runs differ by, at 8 x (128..512) x (8..32)^2 in bfloat16: there the two are joined.
-    """
-    return x.is_cuda

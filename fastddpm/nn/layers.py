@@ -26,7 +26,9 @@ from torch.autograd.function import once_differentiable
 from .. import _dispatch, _native
 from .._checks import is_nhwc
 from .._dispatch import _constant
-from ..ops.conv3x3 import conv3x3, is_kept, kept
+from ..ops.conv3x3 import conv3x3
+from ..ops.kept import is_kept
+from ..ops.linear import linear as own_linear
 from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -95,9 +97,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     kind = (*weight.shape[2:], stride, padding)
     if _is_own(x):
         if kind == (1, 1, 1, 0):
-            pixels = x.permute(0, 2, 3, 1)
-            y = _kept_linear(pixels, weight, bias) if _keeps(x) else linear(pixels, weight.flatten(1), bias)
-            return y.permute(0, 3, 1, 2)
+            return conv1x1(x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_transformed(x, weight):
             return conv3x3(x, weight, bias)
         if kind == (3, 3, 1, 1) and _is_small(x):
@@ -107,6 +107,38 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     if computes_in_float32(x):
         return cast(Tensor, _Conv2d.apply(x, weight, bias, stride, padding))  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+def conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A 1x1 convolution of x [B, K, H, W], and x2 [B, K2, H, W] joined to it, with weight [N, K + K2, 1, 1]; +
+    residual."""
+    x, x2 = _autocast(x), None if x2 is None else _autocast(x2)
+    if _is_own(x) and (residual is None or residual.dtype == x.dtype):
+        rows = [None if p is None else p.permute(0, 2, 3, 1) for p in (x, x2, residual)]
+        assert rows[0] is not None
+        return linear(rows[0], weight, bias, x2=rows[1], residual=rows[2]).permute(0, 3, 1, 2)
+    if x2 is None:
+        y = conv2d(x, weight, bias)
+    else:
+        first, second = weight.split([x.shape[1], x2.shape[1]], dim=1)
+        y = conv2d(x, first, bias) + conv2d(x2, second)
+    return y if residual is None else y + residual
+
+
+def reads_apart(x: Tensor) -> bool:
+    """Whether a block reads what it joins from two tensors, in place of one that is their copy.
+
+    The norm and the shortcut then read both, and the copy is neither written nor read nor kept for backward: 6 bytes an
+    element in half precision less (on a GPU not measured).
+    """
+    return x.is_cuda or _is_own(x)
 
 
 def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -162,42 +194,41 @@ def _in_float32(
         return function(x, weight.float(), None if bias is None else bias.float())
 
 
-def in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, a function made of layers: where they compute in float32, nothing is rounded between them."""
-    x = _autocast(x)
-    if not computes_in_float32(x):
-        return function(x)
-    with torch.autocast("cpu", enabled=False):
-        return function(x.float()).to(x.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` of x [.., K] and weight [N, K]."""
-    x = _autocast(x)
-    if _keeps(x):
-        return _kept_linear(x, weight, bias)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` of x [.., K], and x2 [.., K2] beside it, with weight [N, K + K2], + residual."""
+    x, x2 = _autocast(x), None if x2 is None else _autocast(x2)
+    if _has_own_linear(x):
+        return own_linear(x, weight, bias, x2=x2, residual=residual, dtype=dtype)
+    inputs, weight = x if x2 is None else torch.cat((x, x2), dim=-1), weight.flatten(1)
     if computes_in_float32(x):
-        y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-    if x.dtype == torch.float32 and weight.dtype in HALF:  # within `in_float32`
-        weight, bias = weight.float(), None if bias is None else bias.float()
-    return F.linear(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            y = F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
+    else:
+        if x.dtype == torch.float32 and weight.dtype in HALF:  # within `attended`
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        y = F.linear(inputs, weight, bias)
+    y = y if residual is None else residual + y
+    return y.to(dtype or x.dtype) if computes_in_float32(x) or dtype is not None else y
 
 
-def _keeps(x: Tensor) -> bool:
-    """Whether the weight of a linear layer is kept, transposed and in float32, which is what is computed in."""
-    if not is_kept() or x.device.type != "cpu" or _plain:
+def _has_own_linear(x: Tensor) -> bool:
+    """Whether `fastddpm.linear` computes it: what torch has keeps more, and converts in passes of its own."""
+    if x.device.type != "cpu" or _plain or _dispatch._forced == "triton":  # which has no kernel of it
         return False
     return computes_in_float32(x) or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
 
 
-def _kept_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [.., K] times weight [N, K] or [N, K, 1, 1], which lies as products read it: few rows take half the time."""
-    columns = kept(weight, "columns", lambda: weight.detach().flatten(1).t().float().contiguous())
-    rows = x.reshape(-1, x.shape[-1]).float()
-    with torch.autocast("cpu", enabled=False):
-        y = rows @ columns if bias is None else torch.addmm(bias.float(), rows, columns)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+def _keeps(x: Tensor) -> bool:
+    """Whether this is a sampling on a CPU that computes in float32."""
+    return is_kept() and _has_own_linear(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -221,6 +252,18 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
         return y
     q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     return attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+
+
+def attended(tokens: Tensor, qkv: Linear, proj: Linear, heads: int, residual: Tensor) -> Tensor:
+    """residual + proj(attention(qkv(tokens))); where layers compute in float32, nothing is rounded between them."""
+    tokens = _autocast(tokens)
+    y: Tensor
+    if not _has_own_linear(tokens):
+        y = residual + proj(self_attention(qkv(tokens), heads))
+        return y
+    with torch.autocast("cpu", enabled=False):
+        y = proj(self_attention(qkv(tokens, dtype=torch.float32), heads), residual=residual, dtype=residual.dtype)
+    return y
 
 
 def _keeps_weights(qkv: Tensor) -> bool:
@@ -253,9 +296,9 @@ class UpsampledConv2d(nn.Conv2d):
 class Linear(nn.Linear):
     """A linear layer by `linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., K] to [.., N]."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """[.., K] to [.., N], + residual [.., N], in ``dtype``: that of x by default."""
+        return linear(x, self.weight, self.bias, residual=residual, dtype=dtype)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -281,26 +324,6 @@ class _Conv2d(torch.autograd.Function):
         of = zip(found, (x, weight, bias), mask, strict=True)
         gradients = (g.to(p.dtype) if wanted else None for g, p, wanted in of)
         return *gradients, None, None
-
-
-class _Linear(torch.autograd.Function):
-    """In float32, with what is kept for backward in half precision."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        g = dy.float().flatten(0, -2)
-        with torch.autocast("cpu", enabled=False):
-            dx = (g @ weight.float()).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-            dweight = (g.t() @ x.float().flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dweight, g.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
 
 
 class _SelfAttention(torch.autograd.Function):

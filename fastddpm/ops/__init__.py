@@ -4,6 +4,7 @@ from .adam_ema import adam_ema
 from .conv3x3 import conv3x3
 from .diffusion_loss import diffusion_loss
 from .group_norm_silu import group_norm_silu
+from .linear import linear
 from .normal import normal
 from .q_sample import q_sample
 from .rms_norm_silu import rms_norm_silu
@@ -14,6 +15,7 @@ __all__ = [
     "conv3x3",
     "diffusion_loss",
     "group_norm_silu",
+    "linear",
     "normal",
     "q_sample",
     "rms_norm_silu",

@@ -13,7 +13,7 @@ from .._calls import Loop, Loops
 from .._checks import check_dtype, check_shape
 from .._graph import Replayed
 from ..ops import philox
-from ..ops.conv3x3 import keep_transformed
+from ..ops.kept import keep_transformed
 from ..ops.normal import normal
 from ..ops.solver_step import solver_step
 from ..schedule import Schedule

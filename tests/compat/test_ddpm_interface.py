@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastddpm.compat import denoising_diffusion_pytorch as ddp
 from fastddpm.compat.denoising_diffusion_pytorch.blocks import Attention, LinearAttention
-from fastddpm.ops.conv3x3 import is_kept
+from fastddpm.ops.kept import is_kept
 from tests.compat.peers import seeded
 from tests.tolerance import assert_equal_to_rounding
 

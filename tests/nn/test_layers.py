@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddpm import UNet
 from fastddpm.nn import layers
-from fastddpm.ops.conv3x3 import keep_transformed
+from fastddpm.ops.kept import keep_transformed
 from tests.nn.networks import TINY, filled
 from tests.tolerance import assert_within
 
@@ -143,20 +143,18 @@ def test_attention_of_one_head_in_sampling(tokens: int, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("slow_half")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_rounded_between_layers_in_float32(autocast: bool) -> None:
-    q, k, v = numbers(dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)), torch.float32)
-    x, w, b = numbers(CALLS["linear"][2], torch.float32 if autocast else torch.bfloat16)
-
-    def function(x: Tensor) -> Tensor:
-        return layers.attention(q, k, v).sum() + layers.linear(layers.linear(x, w, b), w.t())
-
+def test_nothing_is_rounded_within_an_attention(autocast: bool) -> None:
+    kept = torch.float32 if autocast else torch.bfloat16
+    qkv, proj = (layers.Linear(8, n).to(kept) for n in (24, 8))
+    x, residual = numbers(dict(x=(2, 9, 8), residual=(2, 9, 8)), torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, apart = layers.in_float32(function, x), function(x)
-    rounded = x.bfloat16()
-    wide = F.scaled_dot_product_attention(q, k, v).sum() + F.linear(
-        F.linear(rounded.float(), w.float(), b.float()), w.t().float()
-    )
-    assert torch.equal(found, wide.bfloat16()) and not torch.equal(found, apart.bfloat16())
+        found = layers.attended(x.float() if autocast else x, qkv, proj, 2, residual)
+        apart = residual + proj(layers.self_attention(qkv(x), 2))
+    q, k, v = (p.view(2, 9, 2, 4).transpose(1, 2) for p in qkv.float()(x.float()).chunk(3, dim=2))
+    wide = proj.float()(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 8)) + residual.float()
+    assert found.dtype == torch.bfloat16
+    assert_within(found, wide.double(), wide, "an attention")
+    assert not torch.equal(found, apart.bfloat16())
 
 
 @pytest.mark.usefixtures("slow_half")

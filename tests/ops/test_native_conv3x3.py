@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastddpm
-from fastddpm.ops.conv3x3 import is_kept, keep_transformed, native_impl
+from fastddpm.ops.conv3x3 import native_impl
+from fastddpm.ops.kept import is_kept, keep_transformed
 from tests.ops.cases import LAYOUTS, Case, randn
 from tests.ops.test_contract import check_values, results
 from tests.ops.test_native import instruction_set  # noqa: F401, the fixture

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._checks import is_nhwc
-from ...ops.conv3x3 import keep_transformed
+from ...ops.kept import keep_transformed
 from ...schedule import Schedule, cosine_beta_schedule, extract, linear_beta_schedule
 
 if TYPE_CHECKING:

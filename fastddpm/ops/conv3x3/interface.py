@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
 from ..._dispatch import Op, own
+from ..kept import transform_anew
 from . import reference
-from .kept import transform_anew
 
 OP = Op(__package__, reference)
 

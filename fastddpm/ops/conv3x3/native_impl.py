@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import dense_gradient
+from ..kept import is_kept, kept
 from ..native_common import like_in_order, reason_against, register_fake
-from .kept import is_kept, kept
 
 Saved = tuple[Tensor, ...]
 HALF = (torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Transformed = WeakIdKeyDictionary
 """Weight to what it was transformed to, by the kind of transform: of a 3x3 convolution the size of the tiles, or 0:
-packed, to be transformed on the way."""
+packed, to be transformed on the way; of a linear layer "panels"."""
 
 
 class _Thread(threading.local):

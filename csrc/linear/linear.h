@@ -1,0 +1,54 @@
+#pragma once
+
+#include "common/data.h"
+#include "common/isa.h"
+#include "common/panels.h"
+
+namespace fastddpm {
+
+constexpr int64_t ROWS_OF_BLOCK = 96;  // of x, which stay in the second cache while all panels of the weight are read for them
+constexpr int64_t WIDE = 128;          // inputs of a work item of the gradient of the weight ..
+constexpr int64_t TALL = 128;          // .. and outputs
+constexpr int64_t TOKENS = 32;         // rows that it takes at a time
+constexpr int64_t DEEP = 128;          // inputs of a work item that packs a weight
+
+// y[rows, outputs] = [x, x2][rows, inputs] times the weight, + bias + residual. Rows lie one after the other.
+struct Linear {
+    int64_t rows, inputs, outputs;
+    int64_t blocks;        // of rows: an item is one with a panel
+    int64_t of_x;          // of the inputs: the others are those of x2
+    Values x, x2;
+    Values bias;           // [outputs], or none
+    Values residual;       // [rows, outputs] in the dtype of y, or none
+    DType dtype;           // of y
+    void* y;
+    const float* weights;  // packed: [panels, inputs, 32]
+};
+
+// A weight of any strides to [panels, inputs, 32]: 0 in the outputs of a panel beyond the last.
+struct LinearWeight {
+    int64_t inputs, outputs, input_stride, output_stride;
+    Values from;
+    float* to;
+};
+
+// dw[outputs, inputs] = dy[rows, outputs]^T x[rows, inputs]: a work item is TALL outputs by WIDE inputs of a slice of the rows.
+struct LinearGradient {
+    int64_t rows, inputs, outputs;
+    int64_t slices;  // as many whatever the threads, for their sums come to the same then
+    Values x, dy;
+    float* sums;     // [slices, outputs, inputs]
+    float* bias;     // [slices, outputs], or nullptr
+    DType dtype;     // of what they come to
+    void* gradient;  // [outputs, inputs]
+};
+
+constexpr int64_t FORWARD_SCRATCH(int64_t inputs) { return ROWS_OF_BLOCK * (inputs + PANEL) + PANEL; }
+constexpr int64_t GRADIENT_SCRATCH = TOKENS * (WIDE + TALL) + WIDE * TALL + 2 * APART;
+
+FASTDDPM_DECLARE(linear_pack, const LinearWeight& a, int64_t begin, int64_t end)
+FASTDDPM_DECLARE(linear_forward, const Linear& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(linear_gradient, const LinearGradient& a, int64_t begin, int64_t end, float* scratch)
+FASTDDPM_DECLARE(linear_sum, const LinearGradient& a, int64_t begin, int64_t end)
+
+}  // namespace fastddpm

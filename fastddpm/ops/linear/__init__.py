@@ -1,0 +1,3 @@
+from .interface import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,121 @@
+"""linear by the kernels of csrc/linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kept import is_kept, kept
+from ..native_common import reason_against, register_fake
+from . import reference
+
+Saved = tuple[Tensor, ...]
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW, LARGE = 16, 1 << 16
+"""Rows, and numbers of a weight, for which a product of torch takes less time than to bring the weight to panels."""
+
+
+def unsupported(*, x: Tensor, dtype: torch.dtype | None = None, **_: Any) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if x.is_cuda:
+        return "the kernels are for the CPU: on a GPU torch.nn.functional.linear has tensor cores"
+    return reason_against(x) or reason_against(x, dtype=dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Saved]:
+    """Returns y, and what backward wants beside the inputs: nothing."""
+    if _is_large_beside(weight, x) and not is_kept():
+        return reference.forward(x, weight, bias, x2, residual, dtype)
+    x, x2 = x.contiguous(), None if x2 is None else x2.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    kind = TYPES.index(dtype)
+    if is_kept():
+        packed = kept(weight, "panels", lambda: torch.ops.fastddpm.linear_weight(weight.flatten(1)))
+        y = torch.ops.fastddpm.linear_packed(x, x2, packed, weight.shape[0], bias, residual, kind)
+    else:
+        y = torch.ops.fastddpm.linear(x, x2, weight.flatten(1), bias, residual, False, kind)
+    return y, ()
+
+
+def backward(
+    dy: Tensor,
+    saved: Saved,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x2: Tensor | None,
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and x2, as far as wanted, from that of y."""
+    dx = dweight = dbias = dx2 = None
+    dy, taps = dy.contiguous(), weight.flatten(1)
+    if _is_large_beside(weight, x):
+        dx, _, _, dx2 = reference.backward(dy, saved, x, weight, bias, x2, (wanted[0], False, False, wanted[3]))
+    else:
+        if wanted[0]:
+            dx = _product(dy, taps[:, : x.shape[-1]], x)
+        if wanted[3]:
+            assert x2 is not None
+            dx2 = _product(dy, taps[:, x.shape[-1] :], x2)
+    if wanted[1] or wanted[2]:
+        of_bias = bias if wanted[2] else None
+        found = torch.ops.fastddpm.linear_gradient(dy, x.contiguous(), taps[:, : x.shape[-1]], of_bias)
+        dbias = found[1] if wanted[2] else None
+        if wanted[1]:
+            dtaps = found[0]
+            if x2 is not None:
+                others = torch.ops.fastddpm.linear_gradient(dy, x2.contiguous(), taps[:, x.shape[-1] :], None)
+                dtaps = torch.cat((dtaps, others[0]), dim=1)
+            dweight = dtaps.view(weight.shape)
+    return dx, dweight, dbias, dx2
+
+
+def _is_large_beside(weight: Tensor, x: Tensor) -> bool:
+    return x.numel() < FEW * x.shape[-1] and weight.numel() >= LARGE
+
+
+def _product(dy: Tensor, taps: Tensor, like: Tensor) -> Tensor:
+    """dy times taps, in the dtype of ``like``."""
+    y: Tensor = torch.ops.fastddpm.linear(dy, None, taps, None, None, True, TYPES.index(like.dtype))
+    return y
+
+
+@register_fake("linear_weight")
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(((weight.shape[0] + 31) // 32, weight.shape[1], 32), dtype=torch.float32)
+
+
+@register_fake("linear_packed")
+def _(
+    x: Tensor,
+    x2: Tensor | None,
+    weights: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    type: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs), dtype=TYPES[type])
+
+
+@register_fake("linear")
+def _(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    turned: bool,
+    type: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1 if turned else 0]), dtype=TYPES[type])
+
+
+@register_fake("linear_gradient")
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    return [weight.new_empty(weight.shape), *(() if bias is None else (torch.empty_like(bias),))]
