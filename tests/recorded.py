@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastddpm import _graph
 from fastddpm.nn import layers
+from fastddpm.ops.linear import native_impl
 
 Operator = tuple[Any, Any, Any, list[Tensor]]
 
@@ -37,7 +38,8 @@ def record_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_graph, "can_record", lambda device: True)
     monkeypatch.setattr(_graph, "beside", lambda function, device: function())
     monkeypatch.setattr(_graph, "capture", capture)
-    monkeypatch.setattr(layers, "is_kept", lambda: False)  # on a GPU no weights are kept transformed
+    for module in (layers, native_impl):
+        monkeypatch.setattr(module, "is_kept", lambda: False)  # on a GPU no weights are kept transformed
     return happened
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv2d, UpsampledConv2d, conv1x1, conv2d, reads_apart, repeat_pixels
+from .layers import Conv1x1, Conv2d, UpsampledConv2d, conv2d, reads_apart, repeat_pixels
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.shortcut = Conv1x1(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, e: Tensor, key: DropoutKey | None = None, skip: Tensor | None = None) -> Tensor:
         """Apply the block.
@@ -122,7 +122,8 @@ class ResBlock(nn.Module):
         if self.shortcut is None:
             return x + h
         assert skip is None or self.resample is None  # what joins has more channels than it gives
-        return conv1x1(x, self.shortcut.weight, self.shortcut.bias, x2=skip, residual=h)
+        out: Tensor = self.shortcut(x, x2=skip, residual=h)
+        return out
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":

@@ -282,6 +282,14 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution by `conv1x1`, with no other options."""
+
+    def forward(self, x: Tensor, *, x2: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """[B, K, H, W], and [B, K2, H, W] joined to it, to [B, N, H, W], + residual."""
+        return conv1x1(x, self.weight, self.bias, x2=x2, residual=residual)
+
+
 class UpsampledConv2d(nn.Conv2d):
     """A convolution by `upsampled_conv2d`: of kernel 3 and padding 1, behind a repetition of each pixel 2x2."""
 
