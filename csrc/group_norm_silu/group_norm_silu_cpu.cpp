@@ -16,10 +16,17 @@
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
-// A block: ``rows`` rows of ``cols`` neighbouring elements, ``stride`` elements apart, first element (channel, pixel).
-// In NHWC order a row is a pixel and a column a channel; in NCHW order a row is a channel and a column a pixel.
+// A block: ``rows`` rows of ``cols`` neighbouring elements, ``stride`` elements apart in x and dx, ``apart`` in what has all
+// channels beside each other; first element (channel, pixel). In NHWC order a row is a pixel and a column a channel; in NCHW
+// order a row is a channel and a column a pixel.
 struct Block {
-    int64_t sample, channel, pixel, rows, cols, stride;
+    int64_t sample, channel, pixel, rows, cols, stride, apart;
+};
+
+// Element i of vector k is at + i step + k gap, in x or in what has all channels.
+struct Walk {
+    int64_t at, gap, step;
+    __attribute__((always_inline)) int64_t operator()(int64_t i, int64_t k) const { return at + i * step + k * gap; }
 };
 
 // The number that belongs to a channel, for each lane.
@@ -42,8 +49,8 @@ struct Strip {
 };
 constexpr int MANY = W == 16 ? 8 : 4, HALF = MANY / 2;  // vectors side by side: AVX2 has registers for fewer
 
-// Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, offset, gap, count, step, n)
-// for vectors of n lanes at offset + i step + k gap, i < count, k < K. In NHWC order a few rows are walked together:
+// Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, in x, in all, count, n)
+// for vectors of n lanes, i < count, k < K. In NHWC order a few rows are walked together:
 // what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
 constexpr int64_t ROWS = 32;
 template <bool NHWC, class F>
@@ -55,7 +62,8 @@ INLINE void for_strips(const Block& b, F f) {
             while (r + K <= b.rows) {
                 const int64_t count = (b.rows - r < most ? b.rows - r : most) / K;
                 for_vectors(b.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                    f(strip, c, r * b.stride + c, b.stride, count, K * b.stride, n);
+                    f(strip, c, Walk{r * b.stride + c, b.stride, K * b.stride}, Walk{r * b.apart + c, b.apart, K * b.apart},
+                      count, n);
                 });
                 r += K * count;
             }
@@ -65,10 +73,13 @@ INLINE void for_strips(const Block& b, F f) {
     }
     for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t many = b.cols / (MANY * W), ones = b.cols / W - MANY * many, rest = b.cols % W;
-        const int64_t row = r * b.stride;
-        if (many) f(Strip<MANY>{}, r, row, W, many, MANY * W, W);
-        if (ones) f(Strip<1>{}, r, row + MANY * W * many, 0, ones, W, W);
-        if (rest) f(Strip<1>{}, r, row + b.cols - rest, 0, 1, 0, rest);
+        const auto walk = [&](auto strip, int64_t c, int64_t gap, int64_t count, int64_t step, int64_t n)
+                              __attribute__((always_inline)) {
+            f(strip, r, Walk{r * b.stride + c, gap, step}, Walk{r * b.apart + c, gap, step}, count, n);
+        };
+        if (many) walk(Strip<MANY>{}, 0, W, many, MANY * W, W);
+        if (ones) walk(Strip<1>{}, MANY * W * many, 0, ones, W, W);
+        if (rest) walk(Strip<1>{}, b.cols - rest, 0, 1, 0, rest);
     }
 }
 
@@ -82,12 +93,11 @@ INLINE VF added(const VF* x) {
 // Sums over the pixels of a block, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_pixels(const Block& b, const T* x, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
-                            int64_t n) __attribute__((always_inline)) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{};
         for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) total[k] += load(x + at + i * step + k * gap, n);
+            for (int k = 0; k < K; ++k) total[k] += load(x + in(i, k), n);
         add_to_channel<NHWC>(out, c, added<K>(total), n);
     });
 }
@@ -95,13 +105,12 @@ INLINE void sum_pixels(const Block& b, const T* x, float* out) {
 // Of d = x - centre: the sum, and that of the squares.
 template <bool NHWC, class T>
 INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
-                            int64_t n) __attribute__((always_inline)) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF total[K]{}, squares[K]{}, mid = of_channel<NHWC>(centre, c, n);
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                VF d = load(x + at + i * step + k * gap, n) - mid;
+                VF d = load(x + in(i, k), n) - mid;
                 total[k] += d;
                 squares[k] += d * d;
             }
@@ -114,17 +123,21 @@ INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* 
 // channel bias, rounded; what the rounding took away is in the offset, so that a large mean costs no digits.
 struct Affine {
     const float *centre, *gain, *offset;
+    Affine from(int64_t c) const { return {centre + c, gain + c, offset + c}; }
 };
 
-// f(Strip<K>, offset, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
+// f(Strip<K>, offset in x, and in all, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
 template <bool NHWC, class F>
 INLINE void for_runs(const Block& b, F f) {
     for (int64_t r = 0; r < b.rows; ++r) {
         int64_t c = 0;
-        for (; c + MANY * W <= b.cols; c += MANY * W) f(Strip<MANY>{}, r * b.stride + c, NHWC ? c : r, W);
-        for (; c + HALF * W <= b.cols; c += HALF * W) f(Strip<HALF>{}, r * b.stride + c, NHWC ? c : r, W);
-        for (; c + W <= b.cols; c += W) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, W);
-        if (c < b.cols) f(Strip<1>{}, r * b.stride + c, NHWC ? c : r, b.cols - c);
+        const auto run = [&](auto strip, int64_t n) __attribute__((always_inline)) {
+            f(strip, r * b.stride + c, r * b.apart + c, NHWC ? c : r, n);
+        };
+        for (; c + MANY * W <= b.cols; c += MANY * W) run(Strip<MANY>{}, W);
+        for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<HALF>{}, W);
+        for (; c + W <= b.cols; c += W) run(Strip<1>{}, W);
+        if (c < b.cols) run(Strip<1>{}, b.cols - c);
     }
 }
 
@@ -150,16 +163,16 @@ INLINE void prefetch_lines(const void* p, bool to_write) {
 template <bool NHWC, class T>
 INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
                       int64_t to_next = 0) {
-    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
         const bool at_page = starts_page(y + at, K * W);
         if (at_page) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE, true);
         // half-precision numbers are few bytes for their arithmetic, which every line can come behind
-        if (to_next && (at_page || sizeof(T) == 2)) prefetch_lines(x + at + to_next, false);
+        if (to_next && (at_page || sizeof(T) == 2)) prefetch_lines(x + in + to_next, false);
         VF a[K];
         side_by_side<K>([&](int k) {
-            a[k] = (load(x + at + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
+            a[k] = (load(x + in + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
         });
         if (activation) silus<sizeof(T) == 2>(a);
         if (factor) side_by_side<K>([&](int k) { a[k] = a[k] * load(factor + at + k * W, n); });
@@ -180,14 +193,14 @@ INLINE void before_activation(VF (&dy)[N], const VF (&a)[N], bool activation) {
 // What is summed in backward, one float for each channel of the block.
 struct BlockSums {
     float *da, *da_centred, *centred, *dh;
+    BlockSums from(int64_t c) const { return {da + c, da_centred + c, centred + c, dh + c}; }
 };
 
 // ``kept``, where it is given, takes da, in the rows of x.
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
-                            int64_t n) __attribute__((always_inline)) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF da_sum{}, da_centred_sum{}, centred_sum{};
         const VF centre = of_channel<NHWC>(p.centre, c, n);
@@ -196,13 +209,13 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
         for (int64_t i = 0; i < count; ++i) {
             VF centred[K], a[K], da[K];
             side_by_side<K>([&](int k) {
-                const int64_t e = at + i * step + k * gap;
-                centred[k] = load(x + e, n) - centre, da[k] = load(dy + e, n);
+                const int64_t e = all(i, k);
+                centred[k] = load(x + in(i, k), n) - centre, da[k] = load(dy + e, n);
                 if (factor) da[k] = da[k] * load(factor + e, n);
                 a[k] = centred[k] * gain + offset;
             });
             before_activation(da, a, activation);
-            if (kept) side_by_side<K>([&](int k) { store(kept + at + i * step + k * gap, da[k], n); });
+            if (kept) side_by_side<K>([&](int k) { store(kept + all(i, k), da[k], n); });
             da_sum += added<K>(da), centred_sum += added<K>(centred);
             side_by_side<K>([&](int k) { centred[k] = da[k] * centred[k]; });
             da_centred_sum += added<K>(centred);
@@ -217,13 +230,13 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
 template <bool NHWC, class T>
 INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
                           const float* level, bool activation, const float* factor, const float* kept, T* dx) {
-    for_runs<NHWC>(b, [&](auto strip, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
+    for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
         VF centred[K], a[K], da[K];
         side_by_side<K>([&](int k) {
             const int64_t e = at + k * W;
-            centred[k] = load(x + e, n) - of(p.centre, k), da[k] = kept ? load(kept + e, n) : load(dy + e, n);
+            centred[k] = load(x + in + k * W, n) - of(p.centre, k), da[k] = kept ? load(kept + e, n) : load(dy + e, n);
             if (factor && !kept) da[k] = da[k] * load(factor + e, n);
         });
         if (!kept) {
@@ -232,20 +245,19 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
         }
         side_by_side<K>([&](int k) {
             VF d = da[k] * of(p.gain, k) + (centred[k] * of(slope, k) + of(level, k));
-            if (dh) d += load(dh + at + k * W, n);
-            store(dx + at + k * W, d, n);
+            if (dh) d += load(dh + in + k * W, n);
+            store(dx + in + k * W, d, n);
         });
     });
 }
 
 template <bool NHWC>
 INLINE void add_channels(const Block& b, const float* bias, float* x) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, int64_t at, int64_t gap, int64_t count, int64_t step,
-                            int64_t n) __attribute__((always_inline)) {
+    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         for (int64_t i = 0; i < count; ++i)
             for (int k = 0; k < K; ++k) {
-                float* e = x + at + i * step + k * gap;
+                float* e = x + in(i, k);
                 store(e, load(e, n) + of_channel<NHWC>(bias, c, n), n);
             }
     });
@@ -316,9 +328,10 @@ INLINE int64_t first_channels(const GroupNorm& a) {
     return a.x2.data ? a.shape.channels - a.channels2 : a.shape.channels;
 }
 
-// Whether a block is worked on where it lies in x; otherwise it is gathered as floats, its rows side by side.
+// Whether a block is worked on where it lies in x, and in x2; otherwise it is gathered as floats, its rows side by side.
 INLINE bool in_place(const GroupNorm& a) {
-    return !a.x2.data && !a.residual.data && (a.shape.nhwc || !a.draw.sample);
+    if (a.residual.data) return false;
+    return a.shape.nhwc ? !a.x2.data || a.x2.channel_stride == 1 : !a.x2.data && !a.draw.sample;
 }
 
 // 1 / (1 - p) where an element is kept, else 0, for each of a dense block.
@@ -418,8 +431,8 @@ INLINE void for_blocks(const GroupNorm& a, int64_t item, F f, int64_t most = 0) 
         n = 3 * (p - first) < most ? 3 * (p - first) : most;
         n = n < a.block ? a.block : n;
         n = end - p < n ? end - p : n;
-        if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels});
-        else f(Block{sample, span * of_group, p, of_group, n, pixels});
+        if (NHWC) f(Block{sample, 0, p, n, a.shape.channels, a.shape.channels, a.shape.channels});
+        else f(Block{sample, span * of_group, p, of_group, n, pixels, pixels});
     }
 }
 
@@ -429,8 +442,19 @@ INLINE int64_t offset_of(const Image& t, const Block& b) {
 }
 
 INLINE Block dense(Block b) {
-    b.stride = b.cols;
+    b.stride = b.apart = b.cols;
     return b;
+}
+
+// f(part of a block, first channel, x or x2, dx or dx2) where it is worked on in place.
+template <class F>
+INLINE void for_parts(const GroupNorm& a, const Block& b, F f) {
+    Block part = b;
+    if (a.x2.data) part.cols = part.stride = first_channels(a);
+    f(part, 0, a.x, a.dx);
+    if (!a.x2.data) return;
+    part.cols = part.stride = a.channels2;
+    f(part, b.cols - a.channels2, a.x2, a.dx2);
 }
 
 // A gradient of an output, which nobody may have asked for.
@@ -456,9 +480,10 @@ INLINE void merge(Moments& a, const Moments& b) {  // Chan, Golub and LeVeque 19
 
 // Moments of the groups of a block, merged to those of the blocks before; ``bias`` is added to each channel. They are
 // taken about the mean so far, or, of the first block, about its own, for which it is swept twice. A block far from the
-// mean so far costs no digits: its distance is in the deviation of the whole. ``scratch``: five rows of the channels.
-template <bool NHWC, class T>
-INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of_group, const float* bias,
+// mean so far costs no digits: its distance is in the deviation of the whole. ``parts(f)`` calls f(part of the block, first
+// channel, x). ``scratch``: five rows of the channels.
+template <bool NHWC, class P>
+INLINE void block_moments(const Block& b, const P& parts, int64_t groups, int64_t of_group, const float* bias,
                           Scratch scratch, Moments* moments) {
     const int64_t pixels = NHWC ? b.rows : b.cols, channels = groups * of_group;
     const double count = double(of_group) * pixels, of_one = 1 / count;
@@ -467,7 +492,7 @@ INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of
     const bool first_block = moments[0].count == 0;
     if (first_block) {
         memset(sums, 0, 4 * channels);
-        sum_pixels<NHWC>(b, x, sums);
+        parts([&](const Block& part, int64_t first, const auto* x) { sum_pixels<NHWC>(part, x, sums + first); });
     }
     for (int64_t g = 0, c = 0; g < groups; ++g) {
         double total = 0;
@@ -477,7 +502,9 @@ INLINE void block_moments(const Block& b, const T* x, int64_t groups, int64_t of
     }
     centre_channels(channels, mean, bias, centre, rest);
     memset(sums, 0, 4 * channels), memset(squares, 0, 4 * channels);
-    sum_centred<NHWC>(b, x, centre, sums, squares);
+    parts([&](const Block& part, int64_t first, const auto* x) {
+        sum_centred<NHWC>(part, x, centre + first, sums + first, squares + first);
+    });
     for_vectors(channels, [&](int64_t c, int64_t n) {  // of h - mean, which is less by the rest
         const VF sum = load(sums + c, n), r = load(rest + c, n), moved = sum - float(pixels) * r;
         store(sums + c, moved, n);
@@ -509,12 +536,16 @@ void statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) 
         for_blocks<NHWC>(a, item, [&](const Block& b) {
             const float* of_block = bias + b.channel;
             if (in_place(a)) {
-                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
-                    block_moments<NHWC>(b, x + offset_of(a.x, b), groups, of_group, of_block, rows, moments);
-                });
+                const auto parts = [&](auto f) {
+                    for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image&) {
+                        with_output_type(t.dtype, t.data, [&](auto* x) { f(part, first, x + offset_of(t, b)); });
+                    });
+                };
+                block_moments<NHWC>(b, parts, groups, of_group, of_block, rows, moments);
             } else {
                 gather_input(a, b, buffer);
-                block_moments<NHWC>(dense(b), buffer, groups, of_group, of_block, rows, moments);
+                const auto parts = [&](auto f) { f(dense(b), 0, buffer); };
+                block_moments<NHWC>(b, parts, groups, of_group, of_block, rows, moments);
             }
         }, in_place(a) ? MOST_PIXELS : 0);
     }
@@ -530,7 +561,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     float *input = s.take(size), *out = s.take(size);
     // the next sample, where the cache of a core holds it beside x and y of this one
     const int64_t bytes = a.x.sample_stride * (a.x.dtype == DType::f32 ? 4 : 2);
-    const int64_t to_next = bytes <= 1 << 19 ? a.x.sample_stride : 0;
+    const bool is_near = bytes <= 1 << 19;
     for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // what the pass before read last is nearest
         if (item / a.spans != last) {
             last = item / a.spans;
@@ -542,9 +573,12 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
             const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
             if (factors) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
-                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
-                    auto* y = static_cast<decltype(x)>(a.y.data);  // which has the dtype of x
-                    normalise<NHWC>(b, x + offset_of(a.x, b), p, a.activation, factors, y + offset_of(a.y, b), to_next);
+                for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image&) {
+                    with_output_type(t.dtype, t.data, [&](auto* x) {
+                        auto* y = static_cast<decltype(x)>(a.y.data) + offset_of(a.y, b) + first;  // in the dtype of x
+                        normalise<NHWC>(part, x + offset_of(t, b), p.from(first), a.activation,
+                                        factors ? factors + first : nullptr, y, is_near ? t.sample_stride : 0);
+                    });
                 });
                 return;
             }
@@ -589,10 +623,14 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
             memset(sums, 0, 16 * here);
             if (factors) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
-                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
-                    const auto* dy = static_cast<decltype(x)>(a.dy.data);
-                    sum_gradients<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), p, a.activation, factors,
-                                        of_block, kept_at(a, b));
+                float* kept = kept_at(a, b);
+                for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image&) {
+                    with_output_type(t.dtype, t.data, [&](auto* x) {
+                        const auto* dy = static_cast<decltype(x)>(a.dy.data) + offset_of(a.dy, b) + first;
+                        sum_gradients<NHWC>(part, x + offset_of(t, b), dy, p.from(first), a.activation,
+                                            factors ? factors + first : nullptr, of_block.from(first),
+                                            kept ? kept + first : nullptr);
+                    });
                 });
             } else {
                 gather_input(a, b, input);
@@ -630,11 +668,14 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
             const float *k1 = slope + b.channel, *k0 = level + b.channel, *kept = kept_at(a, b);
             if (factors && !kept) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
-                with_output_type(a.x.dtype, a.x.data, [&](auto* x) {
-                    using T = decltype(x);
-                    const T dy = static_cast<T>(a.dy.data), none = nullptr;
-                    differentiate<NHWC>(b, x + offset_of(a.x, b), dy + offset_of(a.dy, b), none, p, k1, k0,
-                                        a.activation, factors, kept, static_cast<T>(a.dx.data) + offset_of(a.dx, b));
+                for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image& dt) {
+                    with_output_type(t.dtype, t.data, [&](auto* x) {
+                        using T = decltype(x);
+                        const T dy = static_cast<T>(a.dy.data) + offset_of(a.dy, b) + first, none = nullptr;
+                        differentiate<NHWC>(part, x + offset_of(t, b), dy, none, p.from(first), k1 + first, k0 + first,
+                                            a.activation, factors ? factors + first : nullptr,
+                                            kept ? kept + first : nullptr, static_cast<T>(dt.data) + offset_of(dt, b));
+                    });
                 });
                 return;
             }
