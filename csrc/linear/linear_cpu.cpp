@@ -43,6 +43,7 @@ void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) 
     const int64_t panels = (a.outputs + PANEL - 1) / PANEL;
     float *v = scratch, *products = v + ROWS_OF_BLOCK * a.inputs, *bias = products + ROWS_OF_BLOCK * PANEL;
     const T* residual = static_cast<const T*>(a.residual.data);
+    const bool far = a.outputs * sizeof(T) > 2048;  // rows of y: a processor does not ask for the next by itself
     for (int64_t item = begin, last = -1; item < end; ++item) {
         const int64_t block = item / panels, panel = item % panels, row = first_of_block(a, block);
         const int64_t count = first_of_block(a, block + 1) - row, rows = (count + REST - 1) / REST * REST;
@@ -58,8 +59,11 @@ void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) 
         }
         last = block;
         const float* u = a.weights + panel * a.inputs * PANEL;
-        multiply_rows(v, rows, a.inputs, u, products, panel + 1 < panels ? u + a.inputs * PANEL : a.weights);
         const int64_t first = panel * PANEL, of_n = a.outputs - first < PANEL ? a.outputs - first : PANEL;
+        for (int64_t t = 0; t < count && far; ++t)
+            for (int64_t i = 0; i < of_n; i += LINE / sizeof(T))
+                __builtin_prefetch(y + (row + t) * a.outputs + first + i, 1, 2);
+        multiply_rows(v, rows, a.inputs, u, products, panel + 1 < panels ? u + a.inputs * PANEL : a.weights);
         read_bias(a.bias, first, of_n, bias);
         for (int64_t t = 0; t < count; ++t) {
             const int64_t at = (row + t) * a.outputs + first;
