@@ -94,6 +94,16 @@ def test_weights_are_kept_within_the_block_alone() -> None:
         assert torch.equal(fastddpm.linear(x, weight), 2 * first)
 
 
+def test_operators_of_kept_weights_pass_opcheck() -> None:
+    inputs = product(5, 20, 4, 33).inputs(HALF) | dict(dtype=SINGLE)
+    with fastddpm.use_backend("native"), torch.no_grad(), keep_transformed(), Recorded() as recorded:
+        fastddpm.linear(**inputs)
+    registered = [call for call in recorded.calls if call[0].namespace == "fastddpm"]
+    assert len(registered) == 2
+    for func, args, kwargs in registered:
+        torch.library.opcheck(func, args, kwargs)
+
+
 # few rows, of which torch makes the product
 
 
