@@ -206,6 +206,28 @@ def conv3x3_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return conv3x3(shape, dtype, gradient=True)
 
 
+def linear(shape: Sequence[int], dtype: torch.dtype, gradient: bool = False) -> Contest:
+    """Rows times a matrix, of (rows, inputs, outputs); or its gradients. Arithmetic limits it, not the bytes."""
+    rows, inputs, outputs = shape
+    x = torch.randn(rows, inputs, dtype=dtype, device=DEVICE)
+    weight = torch.randn(outputs, inputs, dtype=dtype, device=DEVICE).div_(inputs**0.5)
+    bias = torch.rand(outputs, dtype=dtype, device=DEVICE)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return fastddpm.linear(x, weight, bias)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return F.linear(x, weight, bias)
+
+    x, weight, bias = (p.requires_grad_(gradient) for p in (x, weight, bias))
+    size = (x.numel() + weight.numel()) * (2 if gradient else 1) + rows * outputs
+    return Contest((x, weight, bias), ours, eager, size * dtype.itemsize, timed="gradient" if gradient else "call")
+
+
+def linear_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return linear(shape, dtype, gradient=True)
+
+
 def adam_ema(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     """Clip, AdamW and EMA over 40 tensors: gradients for their norm, then five tensors read and four written."""
     params = [torch.randn(shape, device=DEVICE) for _ in range(40)]

@@ -20,6 +20,8 @@ from benchmarks.contests import (
     diffusion_loss,
     group_norm_silu,
     group_norm_silu_backward,
+    linear,
+    linear_backward,
     name_of,
     normal,
     q_sample,
@@ -35,7 +37,9 @@ NORMS = [  # of the U-Nets for CIFAR-10, LSUN, ImageNet-64 and Stable Diffusion
     (16, 256, 32, 32), (16, 384, 32, 32), (16, 256, 16, 16), (16, 512, 8, 8), (16, 256, 4, 4), (1, 128, 256, 256),
     (4, 192, 64, 64), (16, 576, 16, 16), (2, 320, 64, 64),
 ]  # fmt: skip
-CONVOLUTIONS = [(8, 128, 32, 32), (8, 256, 16, 16)] if not torch.cuda.is_available() else []  # on a GPU, those of cuDNN
+# On a GPU, those of cuDNN and cuBLAS. Of linear layers: the projections of an attention, and a shortcut.
+CONVOLUTIONS = [(8, 128, 32, 32), (8, 256, 16, 16)] if not torch.cuda.is_available() else []
+LINEAR = [(2048, 256, 768), (8192, 256, 128)] if not torch.cuda.is_available() else []
 # case, shape, dtype, whether torch.compile takes part (5 to 20 seconds each)
 CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     (normal, CIFAR, F32, False), (normal, (8, 3, 256, 256), F32, False), (normal, CIFAR, BF16, False),
@@ -49,6 +53,7 @@ CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     (rms_norm_silu, HOT, BF16, False), (rms_norm_silu_backward, HOT, BF16, False),
     *((make, shape, dtype, False) for shape in CONVOLUTIONS for dtype in (F32, BF16)
       for make in (conv3x3, conv3x3_backward)),
+    *((make, shape, dtype, False) for shape in LINEAR for dtype in (F32, BF16) for make in (linear, linear_backward)),
     (adam_ema, (256, 256, 3, 3), F32, False),
 ]  # fmt: skip
 
@@ -63,7 +68,7 @@ def test_op(
 ) -> None:
     torch.manual_seed(0)
     if benchmark.disabled:  # no timing: whether it runs is the question
-        shape, with_compile = [min(n, limit) for n, limit in zip(shape, (1, shape[1], 4, 4), strict=True)], False
+        shape, with_compile = [min(n, limit) for n, limit in zip(shape, (1, shape[1], 4, 4), strict=False)], False
     contest = make(shape, dtype)
     functions = {"eager": contest.eager, "fastddpm": contest.ours}
     if with_compile:

@@ -81,7 +81,8 @@ std::vector<Tensor> linear_gradient(const Tensor dy, const Tensor x, const Tenso
     a.x = values(x, 0), a.dy = values(dy, 0);
     Tensor dweight = new_tensor({a.outputs, a.inputs}, weight.scalar_type());
     a.dtype = dtype(dweight), a.gradient = dweight.data_ptr();
-    const int64_t items = parts(a.inputs, WIDE) * parts(a.outputs, TALL);
+    a.wide = std::max<int64_t>(1, parts(a.inputs, WIDE)), a.tall = parts(a.outputs, TALL);
+    const int64_t items = a.wide * a.tall;
     a.slices = std::clamp<int64_t>(parts(12, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, a.rows / 64));
     const bool are_the_sum = a.slices == 1 && a.dtype == DType::f32;
     a.sums = are_the_sum ? static_cast<float*>(a.gradient) : scratch<OF_SUMS>(a.slices * a.outputs * a.inputs);

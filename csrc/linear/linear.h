@@ -19,13 +19,13 @@ struct Linear {
     int64_t of_x;          // of the inputs: the others are those of x2
     Values x, x2;
     Values bias;           // [outputs], or none
-    Values residual;       // [rows, outputs] in the dtype of y, or none
+    Values residual;       // [rows, outputs], or none
     DType dtype;           // of y
     void* y;
     const float* weights;  // packed: [panels, inputs, 32]
 };
 
-// A weight of any strides to [panels, inputs, 32]: 0 in the outputs of a panel beyond the last.
+// A weight of which one stride is 1 to [panels, inputs, 32]: 0 in the outputs of a panel beyond the last.
 struct LinearWeight {
     int64_t inputs, outputs, input_stride, output_stride;
     Values from;
@@ -35,12 +35,13 @@ struct LinearWeight {
 // dw[outputs, inputs] = dy[rows, outputs]^T x[rows, inputs]: a work item is TALL outputs by WIDE inputs of a slice of the rows.
 struct LinearGradient {
     int64_t rows, inputs, outputs;
-    int64_t slices;  // as many whatever the threads, for their sums come to the same then
+    int64_t wide, tall;  // work items along the inputs, at least one, which sums the bias, and along the outputs
+    int64_t slices;      // as many whatever the threads, for their sums come to the same then
     Values x, dy;
-    float* sums;     // [slices, outputs, inputs]
-    float* bias;     // [slices, outputs], or nullptr
-    DType dtype;     // of what they come to
-    void* gradient;  // [outputs, inputs]
+    float* sums;         // [slices, outputs, inputs]
+    float* bias;         // [slices, outputs], or nullptr
+    DType dtype;         // of what they come to
+    void* gradient;      // [outputs, inputs]
 };
 
 constexpr int64_t FORWARD_SCRATCH(int64_t inputs) { return ROWS_OF_BLOCK * (inputs + PANEL) + PANEL; }

@@ -42,7 +42,6 @@ template <class T>
 void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) {
     const int64_t panels = (a.outputs + PANEL - 1) / PANEL;
     float *v = scratch, *products = v + ROWS_OF_BLOCK * a.inputs, *bias = products + ROWS_OF_BLOCK * PANEL;
-    const T* residual = static_cast<const T*>(a.residual.data);
     const bool far = a.outputs * sizeof(T) > 2048;  // rows of y: a processor does not ask for the next by itself
     for (int64_t item = begin, last = -1; item < end; ++item) {
         const int64_t block = item / panels, panel = item % panels, row = first_of_block(a, block);
@@ -65,14 +64,16 @@ void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) 
                 __builtin_prefetch(y + (row + t) * a.outputs + first + i, 1, 2);
         multiply_rows(v, rows, a.inputs, u, products, panel + 1 < panels ? u + a.inputs * PANEL : a.weights);
         read_bias(a.bias, first, of_n, bias);
-        for (int64_t t = 0; t < count; ++t) {
-            const int64_t at = (row + t) * a.outputs + first;
-            for_vectors(of_n, [&](int64_t i, int64_t n) {
-                VF sum = load(products + t * PANEL + i) + load(bias + i);
-                if (residual) sum += load(residual + at + i, n);
-                store(y + at + i, sum, n);
-            });
-        }
+        with_type(a.residual.dtype, a.residual.data, [&](const auto* residual) {
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t at = (row + t) * a.outputs + first;
+                for_vectors(of_n, [&](int64_t i, int64_t n) {
+                    VF sum = load(products + t * PANEL + i) + load(bias + i);
+                    if (residual) sum += load(residual + at + i, n);
+                    store(y + at + i, sum, n);
+                });
+            }
+        });
     }
 }
 
@@ -107,9 +108,8 @@ void linear_forward(const Linear& a, int64_t begin, int64_t end, float* scratch)
 
 void linear_gradient(const LinearGradient& a, int64_t begin, int64_t end, float* scratch) {
     float *v = scratch, *d = v + TOKENS * WIDE + APART, *u = d + TOKENS * TALL + APART;
-    const int64_t wide = (a.inputs + WIDE - 1) / WIDE, tall = (a.outputs + TALL - 1) / TALL;
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t slice = item / (wide * tall), k = item / tall % wide * WIDE, n = item % tall * TALL;
+        const int64_t slice = item / (a.wide * a.tall), k = item / a.tall % a.wide * WIDE, n = item % a.tall * TALL;
         const int64_t of_k = a.inputs - k < WIDE ? a.inputs - k : WIDE, of_n = a.outputs - n < TALL ? a.outputs - n : TALL;
         const int64_t from = slice * a.rows / a.slices, to = (slice + 1) * a.rows / a.slices;
         double total[TALL] = {};

@@ -23,6 +23,7 @@ Inputs = dict[str, Any]
 
 HALVED = {
     "conv3x3": {"x", "weight"},
+    "linear": {"x", "weight", "x2", "residual"},
     "q_sample": {"x0", "noise"},
     "diffusion_loss": {"pred", "target", "x0", "weight"},
     "solver_step": {"x", "out", "pred_prev", "out_uncond", "clamp", "noise", "known", "known_noise", "mask"},
@@ -443,6 +444,43 @@ CASES = [
         "several blocks of tiles, several sums",
         lambda g: dict(x=randn(g, 2, 16, 34, 33), weight=0.1 * randn(g, 65, 16, 3, 3), bias=randn(g, 65)),
         gradients=("x", "weight", "bias"),
+    ),
+    # linear; images of rows have one channel, so that they lie in both orders
+    Case(
+        "linear",
+        "plain",
+        lambda g: dict(x=randn(g, 5, 7), weight=0.3 * randn(g, 9, 7), bias=randn(g, 9)),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
+        "linear",
+        "rows of two tensors, residual",
+        lambda g: dict(
+            x=randn(g, 4, 6, 20), x2=1 + randn(g, 4, 6, 9), weight=0.2 * randn(g, 11, 29), bias=randn(g, 11),
+            residual=randn(g, 4, 6, 11), dtype=FLOAT,
+        ),
+        gradients=("x", "x2", "weight", "bias", "residual"),
+        compiled=True,
+    ),
+    Case(
+        "linear",
+        "images, filters of one pixel",
+        lambda g: dict(
+            x=randn(g, 3, 1, 5, 20), weight=0.3 * randn(g, 8, 20, 1, 1), residual=randn(g, 3, 1, 5, 8),
+        ),
+        gradients=("x", "weight", "residual"),
+    ),
+    Case(
+        "linear",
+        "more outputs than a panel, a row more than a block",
+        lambda g: dict(x=5 + randn(g, 97, 70), weight=0.1 * randn(g, 37, 70), bias=randn(g, 37)),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
+        "linear",
+        "several items and sums of the gradient, float32 of any dtype",
+        lambda g: dict(x=randn(g, 2, 130, 140), weight=0.1 * randn(g, 135, 140), dtype=torch.float32),
+        gradients=("x", "weight"),
     ),
     # adam_ema
     Case("adam_ema", "plain", lambda g: optimizer_state(g, *SHAPES), written=STATE),

@@ -81,6 +81,11 @@ OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
     },
     "rms_norm_silu": COMMON | {"scale": YES_NO, "shift": YES_NO, "activation": YES_NO, "eps": (1e-12, 3.0)},
     "conv3x3": COMMON | {"bias": YES_NO, "outputs": (8, 31, 32, 33, 65, 170), "mean": (0.0, 100.0)},
+    "linear": {
+        "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "bias": YES_NO, "residual": YES_NO, "x2": (0, 1, 12, 33, 128),
+        "outputs": (8, 12, 16, 31, 32, 33, 64, 65, 128, 170), "weight": ("matrix", "filters", "columns"),
+        "mean": (0.0, 100.0), "float32 y": YES_NO,
+    },
     "adam_ema": {
         "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "clip": YES_NO, "ema": YES_NO, "mirror": YES_NO,
         "scale": YES_NO, "found_inf": ("none", "no", "yes"), "tensors": YES_NO, "decay": (0.0, 0.1),
@@ -275,6 +280,28 @@ def _conv3x3(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     return Case("conv3x3", "", make, gradients=("x", "weight", *(["bias"] if choice["bias"] else [])))
 
 
+def _linear(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
+    batch, inputs, height, width = shape
+    outputs, more = choice["outputs"], choice["x2"]
+    rows = (batch, height * width)
+
+    def make(g: torch.Generator) -> Inputs:
+        columns = randn(g, inputs + more, outputs) / (inputs + more) ** 0.5
+        weight = columns.t() if choice["weight"] == "columns" else columns.t().contiguous()
+        given: Inputs = dict(x=choice["mean"] + randn(g, *rows, inputs))
+        given["weight"] = weight[:, :, None, None] if choice["weight"] == "filters" else weight
+        if choice["bias"]:
+            given["bias"] = randn(g, outputs)
+        if more:
+            given["x2"] = choice["mean"] + randn(g, *rows, more)
+        if choice["residual"]:
+            given["residual"] = randn(g, *rows, outputs)
+        return given | (dict(dtype=torch.float32) if choice["float32 y"] else {})
+
+    optional = {"bias": choice["bias"], "x2": more, "residual": choice["residual"]}
+    return Case("linear", "", make, gradients=("x", "weight", *(name for name, on in optional.items() if on)))
+
+
 def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     def make(g: torch.Generator) -> Inputs:
         inputs = optimizer_state(g, shape, shape[1:2], ()) | dict(weight_decay=choice["decay"])
@@ -301,7 +328,7 @@ def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
 MAKE = {
     "q_sample": _q_sample, "diffusion_loss": _diffusion_loss, "solver_step": _solver_step,
     "group_norm_silu": _group_norm_silu, "rms_norm_silu": _rms_norm_silu, "adam_ema": _adam_ema,
-    "conv3x3": _conv3x3,
+    "conv3x3": _conv3x3, "linear": _linear,
 }  # fmt: skip
 
 

@@ -36,7 +36,8 @@ IMAGES = [p for p in EVERY if p.values[1].op != "adam_ema"]
 # Without a GPU, Triton's kernels run in its interpreter, which torch.compile and opcheck cannot see into.
 REGISTERED = [p for p in EVERY if p.values[0] != "triton" or torch.cuda.is_available()]
 COMPILED = [p for p in REGISTERED if p.values[1].compiled]
-ON_A_GPU = [(op, backend) for op, backend in IMPLEMENTATIONS if op != "conv3x3"]  # there the network takes cuDNN's
+OF_A_CPU = ("conv3x3", "linear")  # on a GPU the network takes those of cuDNN and cuBLAS
+ON_A_GPU = [(op, backend) for op, backend in IMPLEMENTATIONS if op not in OF_A_CPU]
 FIRST = {op: next(case for case in CASES if case.op == op) for op in OPS}
 
 
@@ -217,11 +218,11 @@ def test_autocast_around_changes_nothing(backend: str, case: Case) -> None:
 
 def strided(x: Tensor, kind: str) -> Tensor:
     """The same values with other strides."""
-    if kind == "other order":
+    if kind == "other order" and x.dim() == 4:
         other = torch.channels_last if x.is_contiguous() else torch.contiguous_format
         return x.contiguous(memory_format=other)
-    if kind == "transposed":
-        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if kind in ("other order", "transposed"):
+        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
     assert kind == "with gaps"
     return torch.stack([x, x + 1], dim=-1)[..., 0]
 
@@ -254,9 +255,9 @@ def of_no_rows(case: Case) -> Inputs:
     inputs = case.inputs(torch.float32, "NHWC")
     batch = len(inputs["sample"] if inputs.get("sample") is not None else next(iter(inputs.values())))
     rows = {"t", "sample", "index", "flip", "weight", "vlb_weight", "clamp", "scale", "shift", "channel_bias"}
-    per_channel = {"weight", "bias"} if case.op.endswith("norm_silu") else set()
+    per_channel = {"weight", "bias"} if case.op.endswith("norm_silu") or case.op == "linear" else set()
     for name, x in inputs.items():
-        image = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == batch
+        image = isinstance(x, Tensor) and (x.dim() == 4 or name in PICTURES) and x.shape[0] == batch
         of_batch = name in rows - per_channel and isinstance(x, Tensor) and x.shape[0] == batch
         if (image and not (name == "x0" and "index" in inputs)) or of_batch:
             inputs[name] = x[:0]
@@ -300,7 +301,10 @@ PICTURES = {
         pytest.param(case, name, id=f"{case.op}-{case.name}-{name}")
         for case in CASES
         for name, x in case.inputs().items()
-        if name in PICTURES and isinstance(x, Tensor) and x.numel() > 6
+        if case.op != "linear"  # which takes rows of any strides
+        and name in PICTURES
+        and isinstance(x, Tensor)
+        and x.numel() > 6
     ],
 )
 def test_other_strides_raise_and_name_the_remedy(case: Case, name: str) -> None:
@@ -458,6 +462,26 @@ ERRORS: list[tuple[str, str | None, Change, type[Exception], str]] = [
     ("conv3x3", None, dict(bias=Z(7)), ValueError, r"bias of shape \[9\]"),
     ("conv3x3", None, dict(bias=Z(9, dtype=I64)), TypeError, "bias of dtype"),
     ("conv3x3", None, dict(weight=Z(9, 7, 3, 3, device="meta")), ValueError, "weight on cpu, got meta"),
+    # linear
+    ("linear", None, dict(x=Z(())), ValueError, r"x of shape \[\.\., K\], got \[\]"),
+    ("linear", None, dict(x=None), TypeError, "x to be a torch.Tensor, got NoneType"),
+    ("linear", None, dict(x=Z(5, 7, dtype=I64)), TypeError, "x of dtype"),
+    ("linear", None, dict(x2=Z(4, 3)), ValueError, r"x2 of shape \[5, K2\], got \[4, 3\]"),
+    ("linear", None, dict(x2=Z(())), ValueError, r"x2 of shape \[5, K2\], got \[\]"),
+    ("linear", None, dict(x2=Z(5, 3, dtype=I64)), TypeError, "x2 of dtype"),
+    ("linear", None, dict(x2=Z(5, 3)), ValueError, r"weight of shape \[N, 10\], .*; x and x2 have 10 columns"),
+    ("linear", None, dict(weight=Z(9, 6)), ValueError, r"weight of shape \[N, 7\], got \[9, 6\]; x has 7 columns"),
+    ("linear", None, dict(weight=Z(7)), ValueError, r"weight of shape \[N, 7\], got \[7\]"),
+    ("linear", None, dict(weight=Z(9, 7, 1)), ValueError, r"weight of shape \[N, 7\], got \[9, 7, 1\]"),
+    ("linear", None, dict(weight=Z(9, 7, 3, 3)), ValueError, r"weight of shape \[N, 7\], got \[9, 7, 3, 3\]"),
+    ("linear", None, dict(weight=Z(9, 7, dtype=I64)), TypeError, "weight of dtype"),
+    ("linear", None, dict(bias=Z(7)), ValueError, r"bias of shape \[9\]"),
+    ("linear", None, dict(bias=Z(9, dtype=I64)), TypeError, "bias of dtype"),
+    ("linear", None, dict(residual=Z(5, 7)), ValueError, r"residual of shape \[5, 9\]"),
+    ("linear", None, dict(residual=Z(5, 9, dtype=I64)), TypeError, "residual of dtype"),
+    ("linear", None, dict(dtype=I64), TypeError, "dtype to be of a float, got torch.int64"),
+    ("linear", None, dict(weight=Z(9, 7, device="meta")), ValueError, "weight on cpu, got meta"),
+    ("linear", None, dict(residual=Z(5, 9, device="meta")), ValueError, "residual on cpu, got meta"),
     # rms_norm_silu
     ("rms_norm_silu", None, dict(x=Z(2, 7)), ValueError, r"x of shape \[B, C, H, W\]"),
     ("rms_norm_silu", None, dict(x=Z(2, 7, 5, 3, dtype=I64)), TypeError, "x of dtype"),

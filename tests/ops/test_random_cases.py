@@ -176,7 +176,7 @@ FAULTS = [
     ("group_norm_silu", uncentred_variance), ("group_norm_silu", shift_of_the_first_sample),
     ("q_sample", lane_off_by_one), ("q_sample", flip_ignored_for_odd_widths),
     ("solver_step", mask_of_the_first_channel), ("diffusion_loss", weight_left_out),
-    ("adam_ema", decay_a_tenth_too_large),
+    ("adam_ema", decay_a_tenth_too_large), ("linear", wrong_tail),
 ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def linear(
     their channels, of which there is no copy; with the residual it is a shortcut or an attention within its sum.
 
     Args:
-        x: float [.., K].
+        x: float [.., K]; rows that do not lie one after the other are copied, as those of x2 and residual are.
         weight: float [N, K + K2], or [N, K + K2, 1, 1], as that of a convolution.
         bias: float [N].
         x2: float [.., K2], read as further columns of x.

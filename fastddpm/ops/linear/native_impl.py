@@ -32,13 +32,13 @@ def forward(
         return reference.forward(x, weight, bias, x2, residual, dtype)
     x, x2 = x.contiguous(), None if x2 is None else x2.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.to(dtype).contiguous()
+    residual = None if residual is None else residual.contiguous()
     kind = TYPES.index(dtype)
     if is_kept():
-        packed = kept(weight, "panels", lambda: torch.ops.fastddpm.linear_weight(weight.flatten(1)))
+        packed = kept(weight, "panels", lambda: torch.ops.fastddpm.linear_weight(_matrix(weight)))
         y = torch.ops.fastddpm.linear_packed(x, x2, packed, weight.shape[0], bias, residual, kind)
     else:
-        y = torch.ops.fastddpm.linear(x, x2, weight.flatten(1), bias, residual, False, kind)
+        y = torch.ops.fastddpm.linear(x, x2, _matrix(weight), bias, residual, False, kind)
     return y, ()
 
 
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and x2, as far as wanted, from that of y."""
     dx = dweight = dbias = dx2 = None
-    dy, taps = dy.contiguous(), weight.flatten(1)
+    dy, taps = dy.contiguous(), _matrix(weight)
     if _is_large_beside(weight, x):
         dx, _, _, dx2 = reference.backward(dy, saved, x, weight, bias, x2, (wanted[0], False, False, wanted[3]))
     else:
@@ -71,7 +71,7 @@ def backward(
             if x2 is not None:
                 others = torch.ops.fastddpm.linear_gradient(dy, x2.contiguous(), taps[:, x.shape[-1] :], None)
                 dtaps = torch.cat((dtaps, others[0]), dim=1)
-            dweight = dtaps.view(weight.shape)
+            dweight = dtaps.view(weight.shape).to(weight.dtype)
     return dx, dweight, dbias, dx2
 
 
@@ -79,10 +79,18 @@ def _is_large_beside(weight: Tensor, x: Tensor) -> bool:
     return x.numel() < FEW * x.shape[-1] and weight.numel() >= LARGE
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    """[N, K] in a dtype that kernels write, whose rows or columns are dense."""
+    matrix = weight.flatten(1)
+    matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
 def _product(dy: Tensor, taps: Tensor, like: Tensor) -> Tensor:
     """dy times taps, in the dtype of ``like``."""
-    y: Tensor = torch.ops.fastddpm.linear(dy, None, taps, None, None, True, TYPES.index(like.dtype))
-    return y
+    kind = TYPES.index(torch.float32 if like.dtype == torch.float64 else like.dtype)
+    y: Tensor = torch.ops.fastddpm.linear(dy, None, taps, None, None, True, kind)
+    return y.to(like.dtype)
 
 
 @register_fake("linear_weight")

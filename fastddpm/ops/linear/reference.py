@@ -37,13 +37,13 @@ def backward(
     """
     wide = _computed_in(x)
     g, taps = dy.to(wide), weight.flatten(1).to(wide)
-    rows = g.flatten(0, -2)
+    rows = _rows(g)
     dx = dweight = dbias = dx2 = None
     with torch.autocast(x.device.type, enabled=False):
         if wanted[0]:
             dx = (g @ taps[:, : x.shape[-1]]).to(x.dtype)
         if wanted[1]:
-            parts = [part.to(wide).flatten(0, -2) for part in (x, x2) if part is not None]
+            parts = [_rows(part.to(wide)) for part in (x, x2) if part is not None]
             dweight = torch.cat([rows.t() @ part for part in parts], dim=1).to(weight.dtype).view(weight.shape)
         if wanted[2]:
             assert bias is not None
@@ -52,6 +52,11 @@ def backward(
             assert x2 is not None
             dx2 = (g @ taps[:, x.shape[-1] :]).to(x2.dtype)
     return dx, dweight, dbias, dx2
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[.., K] as a matrix."""
+    return x.unsqueeze(0).flatten(0, -2)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
