@@ -354,4 +354,7 @@ class _SelfAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             dweights = torch.bmm(dy, v.mT)
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype).mul_(ctx.scale)
-            return torch.cat((torch.bmm(dscores, k), torch.bmm(dscores.mT, q), torch.bmm(weights.mT, dy)), dim=2)
+            found = torch.empty_like(qkv)
+            dq, dk, dv = found.chunk(3, dim=2)
+            torch.bmm(dscores, k, out=dq), torch.bmm(dscores.mT, q, out=dk), torch.bmm(weights.mT, dy, out=dv)
+        return found
