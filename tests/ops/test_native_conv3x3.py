@@ -228,6 +228,15 @@ def test_packed_weights_of_any_dtype(of_weight: torch.dtype) -> None:
             assert torch.equal(fastddpm.conv3x3(x, weight), first)
 
 
+def test_the_gradient_of_a_float64_weight() -> None:
+    case = convolution(2, 20, 18, 8, 8)
+    inputs = case.inputs(torch.float32, "NHWC")
+    inputs |= {name: inputs[name].double() for name in ("weight", "bias")}
+    with fastddpm.use_backend("native"):
+        found = results(case, inputs)
+    check_values(case, found, inputs, torch.float32)
+
+
 def test_weights_are_kept_for_each_size_of_tiles() -> None:
     weight = torch.randn(40, 17, 3, 3)
     maps = [torch.randn(1, 17, n, n, dtype=torch.bfloat16) for n in (72, 64, 4)]

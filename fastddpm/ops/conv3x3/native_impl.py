@@ -60,9 +60,10 @@ def backward(
         dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
         tile = _tile(x, precision, READ)
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, weight, bias if wanted[2] else None, tile)
+        of_weight = weight.float() if weight.dtype == torch.float64 else weight  # kernels write no float64
+        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, of_weight, bias if wanted[2] else None, tile)
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
-        dweight = found[0].contiguous(memory_format=layout)
+        dweight = found[0].to(weight.dtype).contiguous(memory_format=layout)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias
 
