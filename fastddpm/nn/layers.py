@@ -6,6 +6,8 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
   behind an upsampling, it is a sum of matrix products (`patches`), with stride 2 to a small map one product; a 1x1
   convolution is a linear layer over the pixels;
+- a linear layer in half precision, or one that reads two tensors or adds a third, is `fastddpm.ops.linear`, which
+  converts and adds on the way;
 - layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
   without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
   no fast gradient of a convolution in float16 there.
@@ -205,7 +207,7 @@ def linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` of x [.., K], and x2 [.., K2] beside it, with weight [N, K + K2], + residual."""
     x, x2 = _autocast(x), None if x2 is None else _autocast(x2)
-    if _has_own_linear(x):
+    if _has_own_linear(x) and (x.dtype in HALF or is_kept() or x2 is not None or residual is not None):
         return own_linear(x, weight, bias, x2=x2, residual=residual, dtype=dtype)
     inputs, weight = x if x2 is None else torch.cat((x, x2), dim=-1), weight.flatten(1)
     if computes_in_float32(x):
@@ -220,10 +222,10 @@ def linear(
 
 
 def _has_own_linear(x: Tensor) -> bool:
-    """Whether `fastddpm.linear` computes it: what torch has keeps more, and converts in passes of its own."""
+    """Whether `fastddpm.linear` may compute it. Of one tensor in float32 torch's is as fast, with one thread faster."""
     if x.device.type != "cpu" or _plain or _dispatch._forced == "triton":  # which has no kernel of it
         return False
-    return computes_in_float32(x) or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
+    return computes_in_float32(x) or (X86 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
 
 
 def _keeps(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from fastddpm import _native
 from fastddpm.ops import normal, philox
 from tests.ops.cases import CASES, DEVICES, DTYPES, LAYOUTS, Case, drawn, images, randn, signal_sigma
 from tests.ops.test_contract import check_values, results
-from tests.tolerance import assert_near_peer, assert_normals_within
+from tests.tolerance import assert_near_peer, assert_normals_within, assert_within
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 
@@ -174,3 +174,16 @@ def test_a_step_of_the_optimiser_with_channels_last_parameters() -> None:
     expected, m, v = p.clone(), *(torch.zeros_like(p) for _ in range(2))
     fastddpm.adam_ema([p], [grad], [m], [v], step=torch.tensor(0), lr=0.1)
     assert_near_peer(p, expected - 0.1 * grad.sign())  # what a first step of Adam is
+
+
+def test_the_gradient_of_a_float64_residual() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, residual = randn(g, 2, 8, 3, 5).float(), randn(g, 2, 8, 3, 5)
+    found = []
+    for given in (residual, residual.float()):
+        given = given.requires_grad_()
+        with fastddpm.use_backend("native"):
+            y, h = fastddpm.group_norm_silu(x, torch.ones(8), torch.zeros(8), 4, residual=given)
+        found.append(torch.autograd.grad((y * x).sum() + h.square().sum(), given)[0])
+    assert found[0].dtype == torch.float64
+    assert_within(found[0].float(), found[1].double(), found[1], "a residual")

@@ -73,6 +73,8 @@ def backward(
     if dy is None:
         shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
+    if residual is not None and residual.dtype == torch.float64:
+        residual = residual.float()  # kernels write no float64; autograd widens the gradient
     dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward.default(
         dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh),
         *saved, x,
