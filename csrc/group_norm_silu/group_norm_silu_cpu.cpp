@@ -127,18 +127,25 @@ struct Affine {
 };
 
 // f(Strip<K>, offset in x, and in all, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
-template <bool NHWC, class F>
-INLINE void for_runs(const Block& b, F f) {
+// Where the two offsets are the SAME, it is known as the code is compiled: two would take instructions.
+template <bool NHWC, bool SAME, class F>
+INLINE void walk_runs(const Block& b, F f) {
     for (int64_t r = 0; r < b.rows; ++r) {
         int64_t c = 0;
         const auto run = [&](auto strip, int64_t n) __attribute__((always_inline)) {
-            f(strip, r * b.stride + c, r * b.apart + c, NHWC ? c : r, n);
+            const int64_t in = r * b.stride + c;
+            f(strip, in, SAME ? in : r * b.apart + c, NHWC ? c : r, n);
         };
         for (; c + MANY * W <= b.cols; c += MANY * W) run(Strip<MANY>{}, W);
         for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<HALF>{}, W);
         for (; c + W <= b.cols; c += W) run(Strip<1>{}, W);
         if (c < b.cols) run(Strip<1>{}, b.cols - c);
     }
+}
+template <bool NHWC, class F>
+INLINE void for_runs(const Block& b, F f) {
+    if (b.stride == b.apart) walk_runs<NHWC, true>(b, f);
+    else walk_runs<NHWC, false>(b, f);
 }
 
 // Processors load what follows in a page of memory before it is asked for, but each page they begin anew, and arithmetic
