@@ -124,6 +124,8 @@ inline Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
     return out;
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int64_t TILE = 2048;        // elements: a few tiles of floats fit in the first cache
 constexpr int64_t MOST_DRAWN = 128;  // floats that noise is drawn in at a time, with the widest vectors
 

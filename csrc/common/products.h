@@ -8,11 +8,37 @@ namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
 constexpr int N = PANEL / W;                         // vectors of a panel
-constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // of a matrix product in registers; each divides BLOCK
+constexpr int ROWS = W == 16 ? 12 : W == 8 ? 3 : 1;  // of a matrix product in registers
 constexpr int REST = W == 16 ? 4 : 1;                // of those that are left
 constexpr int GRADIENT_ROWS = W == 16 ? 8 : W == 8 ? 2 : 1;
 
 INLINE VF spread(float x) { return x - VF{}; }
+
+// What registers hold of R rows of a product: total[r] += one(r) u[32] ..
+template <int R, class One>
+INLINE void add_products(VF (&total)[R][N], const float* u, One one) {
+    VF b[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+        const VF a = spread(one(r));
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) total[r][n] += a * b[n];
+    }
+}
+
+// .. and out[R, 32] += total, or = if it is the ``first``.
+template <int R>
+INLINE void add_to(float* out, const VF (&total)[R][N], bool first) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            float* to = out + r * PANEL + n * W;
+            store(to, first ? total[r][n] : load(to) + total[r][n]);
+        }
+}
 
 // out[R, 32] = v[R, channels] u[channels, 32], as a sum of sums of TERMS, which are rounded less than one of all. Of what
 // will be ``next`` a line is asked for every so many bytes.
@@ -25,23 +51,9 @@ INLINE void multiply(const float* v, int64_t v_row, int64_t channels, const floa
         VF total[R][N]{};
         for (; k < end; ++k, u += PANEL) {
             __builtin_prefetch(next + k * apart, 0, 2);
-            VF b[N];
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) b[n] = load(u + n * W);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const VF one = spread(v[r * v_row + k]);
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
-            }
+            add_products<R>(total, u, [&](int r) __attribute__((always_inline)) { return v[r * v_row + k]; });
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) {
-                float* to = out + r * PANEL + n * W;
-                store(to, first == 0 ? total[r][n] : load(to) + total[r][n]);
-            }
+        add_to<R>(out, total, first == 0);
     } while (k < channels);
 }
 
@@ -59,28 +71,13 @@ void multiply_rows(const float* v, int64_t rows, int64_t channels, const float* 
 template <int64_t WIDE, int64_t TALL>
 INLINE void accumulate(const float* d, const float* v, int64_t count, bool first, float* out) {
     VF total[GRADIENT_ROWS][N]{};
-    for (int64_t t = 0; t < count; ++t, d += TALL, v += WIDE) {
-        VF b[N];
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) b[n] = load(v + n * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < GRADIENT_ROWS; ++r) {
-            const VF one = spread(d[r]);
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) total[r][n] += one * b[n];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < GRADIENT_ROWS; ++r)
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            float* to = out + r * PANEL + n * W;
-            store(to, first ? total[r][n] : load(to) + total[r][n]);
-        }
+    for (int64_t t = 0; t < count; ++t, d += TALL, v += WIDE)
+        add_products<GRADIENT_ROWS>(total, v, [&](int r) __attribute__((always_inline)) { return d[r]; });
+    add_to<GRADIENT_ROWS>(out, total, first);
 }
 
-// Where the sums of output channel r and channel c lie, of a work item: what registers hold at a time lies together, for
-// the sums are read and written for every CHUNK of tiles, from the second cache.
+// Where the sums of output channel r and channel c lie, of a work item of a gradient: what registers hold at a time lies
+// together, for the sums are read and written again and again, from the second cache.
 template <int64_t WIDE>
 INLINE int64_t place_of_sum(int64_t r, int64_t c) {
     const int64_t block = r / GRADIENT_ROWS * (WIDE / PANEL) + c / PANEL;

@@ -12,8 +12,6 @@ namespace {
 
 enum { OF_ITEM, OF_WEIGHTS, OF_SUMS, OF_WAVE = OF_SUMS };  // uses of kept memory; the last two are never at a time
 
-int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
 int64_t frequencies(int64_t tile) { return (tile + 2) * (tile + 2); }
 
 Conv3x3 arguments(const Tensor& x, int64_t outputs, int64_t tile) {
@@ -21,23 +19,23 @@ Conv3x3 arguments(const Tensor& x, int64_t outputs, int64_t tile) {
     a.tile = tile;
     a.shape = shape(x);
     a.outputs = outputs;
-    a.down = parts(a.shape.height, tile), a.across = parts(a.shape.width, tile);
+    a.down = ceil_div(a.shape.height, tile), a.across = ceil_div(a.shape.width, tile);
     a.tiles = a.shape.batch * a.down * a.across;
     a.x = image(x, a.shape);
     // Of 2x2, as many as the second cache holds with all their channels: the weights are read once for each block. Of 4x4,
     // as measured: fewer leave no time to ask for the next weights, and more leave too few blocks for the threads.
     const int64_t channels = std::max<int64_t>(1, a.shape.channels);
     const int64_t most = tile == 4 ? 3 : std::clamp<int64_t>(300'000 / (16 * channels) / BLOCK, 1, 8);  // of BLOCK each
-    const int64_t groups = parts(a.tiles, BLOCK);
-    a.blocks = parts(groups, most);
-    a.block = a.blocks == 0 ? 0 : parts(groups, a.blocks) * BLOCK;
+    const int64_t groups = ceil_div(a.tiles, BLOCK);
+    a.blocks = ceil_div(groups, most);
+    a.block = a.blocks == 0 ? 0 : ceil_div(groups, a.blocks) * BLOCK;
     a.scratch = frequencies(tile) * (a.block * (channels + PANEL) + 2 * APART) + PANEL + channels;
     return a;
 }
 
 // Sizes of transformed weights: panels, frequencies, channels, PANEL.
 std::array<int64_t, 4> sizes_of_weights(const Tensor& weight, bool turned, int64_t tile) {
-    return {parts(weight.size(turned ? 1 : 0), PANEL), frequencies(tile), weight.size(turned ? 0 : 1), PANEL};
+    return {ceil_div(weight.size(turned ? 1 : 0), PANEL), frequencies(tile), weight.size(turned ? 0 : 1), PANEL};
 }
 
 Conv3x3Weights arguments(const Tensor& weight, bool turned, int64_t tile, void* to) {
@@ -49,7 +47,7 @@ Conv3x3Weights arguments(const Tensor& weight, bool turned, int64_t tile, void* 
 void transform(const Tensor& weight, bool turned, int64_t tile, float* to) {
     const auto [panels, of_tile, channels, panel] = sizes_of_weights(weight, turned, tile);
     const Conv3x3Weights a = arguments(weight, turned, tile, to);
-    parallel(panels * parts(channels, TOGETHER), TOGETHER * panel * (9 + of_tile),
+    parallel(panels * ceil_div(channels, TOGETHER), TOGETHER * panel * (9 + of_tile),
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_weights)(a, begin, end); });
 }
 
@@ -62,9 +60,9 @@ bool in_waves(const Conv3x3& a) {
 
 // In waves that are alike, and as large as WAVE allows.
 void run_waves(const Conv3x3& a) {
-    const int64_t of_tile = frequencies(a.tile), channels = a.shape.channels, panels = parts(a.outputs, PANEL);
+    const int64_t of_tile = frequencies(a.tile), channels = a.shape.channels, panels = ceil_div(a.outputs, PANEL);
     const int64_t most = std::max<int64_t>(1, WAVE / (of_tile * (channels + panels * PANEL)) / BLOCK);  // of BLOCK each
-    const int64_t groups = std::max<int64_t>(1, parts(a.tiles, BLOCK)), rows = parts(groups, parts(groups, most)) * BLOCK;
+    const int64_t groups = std::max<int64_t>(1, ceil_div(a.tiles, BLOCK)), rows = ceil_div(groups, ceil_div(groups, most)) * BLOCK;
     Conv3x3Wave w{a, 0, 0, rows, rows * channels + APART, panels * rows * PANEL + APART, nullptr, nullptr, nullptr};
     w.v = scratch<OF_WAVE>(of_tile * (w.v_apart + w.m_apart) + channels), w.m = w.v + of_tile * w.v_apart;
     float* zeros = w.m + of_tile * w.m_apart;
@@ -83,7 +81,7 @@ void run_waves(const Conv3x3& a) {
 // So many tiles of a block with so many output channels are an item of the kernel.
 template <class Kernel>
 void run_blocks(const Conv3x3& a, int64_t tiles, int64_t together, const Kernel& kernel) {
-    parallel(a.blocks * (a.block / std::max<int64_t>(1, tiles)) * parts(a.outputs, together),
+    parallel(a.blocks * (a.block / std::max<int64_t>(1, tiles)) * ceil_div(a.outputs, together),
              tiles * a.tile * a.tile / 4 * together * a.shape.channels,
              [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch<OF_ITEM>(a.scratch)); });
 }
@@ -111,10 +109,10 @@ Tensor convolution(const Tensor& x, const float* weights, const MaybeTensor& bia
 // of filters is, stay in the second cache.
 Tensor conv3x3_packed(const Tensor x, const Tensor weights, const MaybeTensor bias, int64_t outputs, int64_t tile) {
     Conv3x3 a = arguments(x, outputs, tile);
-    const int64_t chunks = parts(std::max<int64_t>(1, a.shape.channels), TERMS), of_tile = frequencies(tile);
+    const int64_t chunks = ceil_div(std::max<int64_t>(1, a.shape.channels), TERMS), of_tile = frequencies(tile);
     const int64_t most = 300'000 / (of_tile * chunks * TERMS);
-    a.blocks = parts(a.tiles, most >= 64 ? 64 : most >= 32 ? 32 : 16);
-    a.block = a.blocks == 0 ? 0 : parts(parts(a.tiles, a.blocks), FEW) * FEW;
+    a.blocks = ceil_div(a.tiles, most >= 64 ? 64 : most >= 32 ? 32 : 16);
+    a.block = a.blocks == 0 ? 0 : ceil_div(ceil_div(a.tiles, a.blocks), FEW) * FEW;
     a.scratch = of_tile * (a.block * PACK + APART) + TERMS * 2 * (tile + 2) * PACK + PANEL + TERMS +
                 chunks * a.block * (of_tile * TERMS + APART);
     a.packed = values(weights, 0);
@@ -137,10 +135,10 @@ Tensor conv3x3_transformed(const Tensor x, const Tensor weights, const MaybeTens
 
 // Packed in memory that is kept: to get new memory from the system takes longer than to pack them.
 Values pack(const Tensor& weight, bool turned) {
-    const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1), packs = parts(outputs, PACK);
+    const int64_t outputs = weight.size(turned ? 1 : 0), channels = weight.size(turned ? 0 : 1), packs = ceil_div(outputs, PACK);
     const Conv3x3Weights a = arguments(weight, turned, 0, scratch<OF_WEIGHTS>(packs * PACK * 9 * channels));
     const int64_t along = a.output_stride == 1 ? PACK : ALONG;
-    parallel(packs * parts(channels, along), 9 * PACK * along,
+    parallel(packs * ceil_div(channels, along), 9 * PACK * along,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(conv3x3_pack)(a, begin, end); });
     const bool half = a.from.dtype == DType::bf16 || a.from.dtype == DType::f16;
     return {a.to, half ? a.from.dtype : DType::f32, 0};
@@ -149,18 +147,18 @@ Values pack(const Tensor& weight, bool turned) {
 // In waves that are alike, and as large as WAVE allows; a wave in blocks, of which a row of frequencies lies in the second
 // cache, or two where tiles are few: weights come from the second cache for the second.
 void run_rows(const Conv3x3& a) {
-    const int64_t side = a.tile + 2, panels = parts(a.outputs, PANEL), row = side * (a.shape.channels + APART);
+    const int64_t side = a.tile + 2, panels = ceil_div(a.outputs, PANEL), row = side * (a.shape.channels + APART);
     const int64_t of_tile = side * (row + panels * a.tile * PANEL);
-    const int64_t groups = parts(a.tiles, BLOCK), most = std::max<int64_t>(1, WAVE / of_tile / BLOCK);  // of BLOCK each
+    const int64_t groups = ceil_div(a.tiles, BLOCK), most = std::max<int64_t>(1, WAVE / of_tile / BLOCK);  // of BLOCK each
     Conv3x3Rows w{};
     w.of = a;
-    w.rows = groups == 0 ? 0 : parts(groups, parts(groups, most)) * BLOCK;
+    w.rows = groups == 0 ? 0 : ceil_div(groups, ceil_div(groups, most)) * BLOCK;
     w.v_apart = w.rows * row + APART;
     w.v = scratch<OF_WAVE>(side * (w.v_apart + panels * w.rows * a.tile * PANEL) + a.shape.channels);
     w.m = w.v + side * w.v_apart;
     float* zeros = w.m + side * panels * w.rows * a.tile * PANEL;
     w.zeros = std::fill_n(zeros, a.shape.channels, 0.0f) - a.shape.channels;
-    w.blocks = parts(w.rows / BLOCK, std::max<int64_t>(1, BLOCK_OF_ROWS / (row * BLOCK)));
+    w.blocks = ceil_div(w.rows / BLOCK, std::max<int64_t>(1, BLOCK_OF_ROWS / (row * BLOCK)));
     w.deep = w.rows * row <= BLOCK_OF_ROWS / 4 ? 2 : 1;
     const int64_t of_item = side * (a.shape.channels * PANEL + APART);
     for (; w.first < a.tiles; w.first += w.rows) {
@@ -199,9 +197,9 @@ std::vector<Tensor> conv3x3_gradient(const Tensor dy, const Tensor x, const Tens
     g.of.y = image(dy, shape(dy));
     Tensor dweight = new_image({outputs, channels, 3, 3, true}, weight.scalar_type());
     g.gradient = {dweight.data_ptr(), dtype(dweight), 9 * channels, 1, channels, true};
-    const int64_t wide = GRADIENT_WIDE(tile), items = parts(channels, wide) * parts(outputs, HIGH);
-    g.slices = std::clamp<int64_t>(parts(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
-    const int64_t longest = parts(g.of.tiles, g.slices);
+    const int64_t wide = GRADIENT_WIDE(tile), items = ceil_div(channels, wide) * ceil_div(outputs, HIGH);
+    g.slices = std::clamp<int64_t>(ceil_div(24, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, g.of.tiles * tile * tile / 512));
+    const int64_t longest = ceil_div(g.of.tiles, g.slices);
     g.kept = longest <= KEPT ? std::max<int64_t>(longest, CHUNK) : CHUNK;
     std::vector<float> of_bias(bias ? g.slices * outputs : 0);
     const bool are_the_sum = g.slices == 1 && g.gradient.dtype == DType::f32;

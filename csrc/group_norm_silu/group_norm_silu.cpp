@@ -8,7 +8,6 @@
 namespace fastddpm {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a sample is cut depends on its shape alone, and so do the bits of the result.
 void plan(GroupNorm& a) {

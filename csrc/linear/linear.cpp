@@ -9,8 +9,6 @@ namespace {
 
 enum { OF_ITEM, OF_WEIGHT, OF_SUMS = OF_WEIGHT };  // uses of kept memory; the last two are never at a time
 
-int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
 std::vector<int64_t> sizes_but_last(const Tensor& t, int64_t last) {
     std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
     sizes.back() = last;
@@ -31,7 +29,7 @@ LinearWeight arguments(const Tensor& weight, bool turned) {
 
 void pack(LinearWeight a, float* to) {
     a.to = to;
-    parallel(parts(a.outputs, PANEL) * parts(a.inputs, DEEP), DEEP * PANEL,
+    parallel(ceil_div(a.outputs, PANEL) * ceil_div(a.inputs, DEEP), DEEP * PANEL,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(linear_pack)(a, begin, end); });
 }
 
@@ -45,8 +43,8 @@ Tensor run(const Tensor& x, const MaybeTensor& x2, const float* weights, int64_t
     const std::vector<int64_t> sizes = sizes_but_last(x, outputs);
     Tensor y = torch::stable::empty({sizes.data(), sizes.size()}, types[type]);
     a.dtype = dtype(y), a.y = y.data_ptr();
-    a.blocks = parts(a.rows, ROWS_OF_BLOCK);
-    parallel(a.blocks * parts(outputs, PANEL), ROWS_OF_BLOCK * a.inputs, [&](int64_t begin, int64_t end) {
+    a.blocks = ceil_div(a.rows, ROWS_OF_BLOCK);
+    parallel(a.blocks * ceil_div(outputs, PANEL), ROWS_OF_BLOCK * a.inputs, [&](int64_t begin, int64_t end) {
         FASTDDPM_KERNEL(linear_forward)(a, begin, end, scratch<OF_ITEM>(FORWARD_SCRATCH(a.inputs)));
     });
     return y;
@@ -55,14 +53,14 @@ Tensor run(const Tensor& x, const MaybeTensor& x2, const float* weights, int64_t
 Tensor linear(const Tensor x, const MaybeTensor x2, const Tensor weight, const MaybeTensor bias,
               const MaybeTensor residual, bool turned, int64_t type) {
     const LinearWeight a = arguments(weight, turned);
-    float* weights = scratch<OF_WEIGHT>(parts(a.outputs, PANEL) * a.inputs * PANEL);
+    float* weights = scratch<OF_WEIGHT>(ceil_div(a.outputs, PANEL) * a.inputs * PANEL);
     pack(a, weights);
     return run(x, x2, weights, a.outputs, bias, residual, type);
 }
 
 Tensor linear_weight(const Tensor weight) {
     const LinearWeight a = arguments(weight, false);
-    Tensor to = new_tensor({parts(a.outputs, PANEL), a.inputs, PANEL}, ScalarType::Float);
+    Tensor to = new_tensor({ceil_div(a.outputs, PANEL), a.inputs, PANEL}, ScalarType::Float);
     pack(a, static_cast<float*>(to.data_ptr()));
     return to;
 }
@@ -81,9 +79,9 @@ std::vector<Tensor> linear_gradient(const Tensor dy, const Tensor x, const Tenso
     a.x = values(x, 0), a.dy = values(dy, 0);
     Tensor dweight = new_tensor({a.outputs, a.inputs}, weight.scalar_type());
     a.dtype = dtype(dweight), a.gradient = dweight.data_ptr();
-    a.wide = std::max<int64_t>(1, parts(a.inputs, WIDE)), a.tall = parts(a.outputs, TALL);
+    a.wide = std::max<int64_t>(1, ceil_div(a.inputs, WIDE)), a.tall = ceil_div(a.outputs, TALL);
     const int64_t items = a.wide * a.tall;
-    a.slices = std::clamp<int64_t>(parts(12, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, a.rows / 64));
+    a.slices = std::clamp<int64_t>(ceil_div(12, std::max<int64_t>(1, items)), 1, std::max<int64_t>(1, a.rows / 64));
     const bool are_the_sum = a.slices == 1 && a.dtype == DType::f32;
     a.sums = are_the_sum ? static_cast<float*>(a.gradient) : scratch<OF_SUMS>(a.slices * a.outputs * a.inputs);
     std::vector<float> of_bias(bias ? a.slices * a.outputs : 0);

@@ -213,12 +213,13 @@ def linear(
     if computes_in_float32(x):
         with torch.autocast("cpu", enabled=False):
             y = F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
+        dtype = dtype or x.dtype
     else:
         if x.dtype == torch.float32 and weight.dtype in HALF:  # within `attended`
             weight, bias = weight.float(), None if bias is None else bias.float()
         y = F.linear(inputs, weight, bias)
     y = y if residual is None else residual + y
-    return y.to(dtype or x.dtype) if computes_in_float32(x) or dtype is not None else y
+    return y if dtype is None else y.to(dtype)
 
 
 def _has_own_linear(x: Tensor) -> bool:
@@ -228,15 +229,11 @@ def _has_own_linear(x: Tensor) -> bool:
     return computes_in_float32(x) or (X86 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
 
 
-def _keeps(x: Tensor) -> bool:
-    """Whether this is a sampling on a CPU that computes in float32."""
-    return is_kept() and _has_own_linear(x)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` of [B, heads, tokens, d]."""
     b, heads, tokens, d = q.shape
-    if b * heads == 1 and LEAST_QUERIES <= tokens <= MOST_QUERIES and q.dtype == torch.float32 and _keeps(q):
+    one = b * heads == 1 and LEAST_QUERIES <= tokens <= MOST_QUERIES
+    if one and q.dtype == torch.float32 and is_kept() and _has_own_linear(q):
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=d**-0.5)
         return torch.bmm(scores.softmax(2), values).view(q.shape)

@@ -31,8 +31,10 @@ def using(name: str) -> Iterator[None]:
         _C.use_instruction_set(name)
     except ValueError as lacks:
         pytest.skip(f"{name}: {lacks}")
-    yield
-    _C.use_instruction_set(before)
+    try:
+        yield
+    finally:
+        _C.use_instruction_set(before)
 
 
 @pytest.fixture(params=SETS)

@@ -32,6 +32,7 @@ from tests.ops.cases import (
     solver_table,
 )
 from tests.ops.test_contract import check_values, results
+from tests.ops.test_native import using
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native module: {_native.reason()}")
 
@@ -44,18 +45,8 @@ Make = Callable[[torch.Generator], Inputs]
 @pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kernels run with this set during a test, and with the former one after it."""
-    from fastddpm import _C
-
-    before = _C.instruction_set()
-    try:
-        _C.use_instruction_set(request.param)
-    except ValueError as lacks:
-        pytest.skip(f"{request.param}: {lacks}")
-    try:
-        with fastddpm.use_backend("native"):
-            yield request.param
-    finally:
-        _C.use_instruction_set(before)
+    with using(request.param), fastddpm.use_backend("native"):
+        yield request.param
 
 
 def generator() -> torch.Generator:

@@ -28,13 +28,14 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
-    if _is_large_beside(weight, x) and not is_kept():
+    keep = is_kept()
+    if _is_large_beside(weight, x) and not keep:
         return reference.forward(x, weight, bias, x2, residual, dtype)
     x, x2 = x.contiguous(), None if x2 is None else x2.contiguous()
     bias = bias if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     kind = TYPES.index(dtype)
-    if is_kept():
+    if keep:
         packed = kept(weight, "panels", lambda: torch.ops.fastddpm.linear_weight(_matrix(weight)))
         y = torch.ops.fastddpm.linear_packed(x, x2, packed, weight.shape[0], bias, residual, kind)
     else:
