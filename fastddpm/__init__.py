@@ -7,7 +7,17 @@ trains it.
 from ._dispatch import explain, use_backend
 from .diffusion import DiffusionConfig, GaussianDiffusion
 from .nn import UNet, UNetConfig
-from .ops import adam_ema, conv3x3, diffusion_loss, group_norm_silu, linear, q_sample, rms_norm_silu, solver_step
+from .ops import (
+    adam_ema,
+    conv3x3,
+    diffusion_loss,
+    group_norm_silu,
+    linear,
+    q_sample,
+    rms_norm_silu,
+    self_attention,
+    solver_step,
+)
 from .optimization import optimize, restore
 from .schedule import Schedule, make_schedule
 from .training import TrainConfig, Trainer, load_diffusion, load_images
@@ -34,6 +44,7 @@ __all__ = [
     "q_sample",
     "restore",
     "rms_norm_silu",
+    "self_attention",
     "solver_step",
     "use_backend",
 ]

@@ -47,6 +47,12 @@ def free_scratch() -> None:
 
 
 @functools.cache
+def multiplies_pairs() -> bool:
+    """Whether the kernels multiply bfloat16 numbers in pairs, for which this processor has a faster instruction."""
+    module, _ = _load()
+    return module is not None and bool(module.multiplies_pairs())
+
+
 def cuda_reason(capability: tuple[int, int] | None = None) -> str | None:
     """Why the CUDA C++ kernels cannot run beside this torch, in words; None where they are loaded.
 

@@ -20,7 +20,18 @@ Isa best() {
     return Isa::baseline;
 }
 
+bool has_fast_pairs() {
+#if defined(FASTDDPM_X86)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 std::atomic<Isa> chosen{best()};
+const bool fast_pairs = has_fast_pairs();
+std::atomic<std::optional<bool>> asked_for_pairs;
 
 }  // namespace
 
@@ -31,5 +42,11 @@ bool use_isa(Isa wanted) {
     chosen = wanted;
     return true;
 }
+
+bool multiplies_pairs() {
+    return asked_for_pairs.load(std::memory_order_relaxed).value_or(fast_pairs && isa() == Isa::avx512_bf16);
+}
+
+void use_pairs(std::optional<bool> wanted) { asked_for_pairs = wanted; }
 
 }  // namespace fastddpm

@@ -1,6 +1,8 @@
 // Kernels are compiled once for each instruction set, in a namespace of its name, and chosen at run time.
 #pragma once
 
+#include <optional>
+
 namespace fastddpm {
 
 enum class Isa { baseline, avx2, avx512, avx512_bf16 };
@@ -8,6 +10,11 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 // The best set that was built and that this processor has, or what use_isa asked for.
 Isa isa();
 bool use_isa(Isa wanted);  // false where this processor lacks it
+
+// Whether products of bfloat16 numbers are taken in pairs: where the instruction for it, of AVX512_BF16, multiplies twice as
+// many as one for float32 does. On AMD's processors (Zen 5) it does, on Intel's it is no faster.
+bool multiplies_pairs();
+void use_pairs(std::optional<bool> wanted);  // whatever the processor, for kernels of every set can; or as it is faster
 
 }  // namespace fastddpm
 

@@ -7,6 +7,8 @@
 namespace fastddpm {
 namespace {
 
+constexpr ScalarType TYPES[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
 enum { OF_ITEM, OF_WEIGHT, OF_SUMS = OF_WEIGHT };  // uses of kept memory; the last two are never at a time
 
 std::vector<int64_t> sizes_but_last(const Tensor& t, int64_t last) {
@@ -22,26 +24,33 @@ int64_t rows_of(const Tensor& t) {
 }
 
 // A weight [N, K], or ``turned`` the transposed of one, to panels: [ceil(N / 32), K, 32].
-LinearWeight arguments(const Tensor& weight, bool turned) {
+LinearWeight arguments(const Tensor& weight, bool turned, bool pairs) {
     const int64_t n = turned ? 1 : 0, k = 1 - n;
-    return {weight.size(k), weight.size(n), weight.stride(k), weight.stride(n), values(weight, 0), nullptr};
+    return {weight.size(k), weight.size(n), weight.stride(k), weight.stride(n), values(weight, 0), pairs, nullptr};
 }
 
-void pack(LinearWeight a, float* to) {
+// Of bfloat16 x, with weights that are bfloat16, too, or rounded to it for what is rounded to half precision itself.
+bool takes_pairs(ScalarType x, ScalarType weight, int64_t type) {
+    return x == ScalarType::BFloat16 && (weight == x || type != 0) && multiplies_pairs();
+}
+
+int64_t elements(const LinearWeight& a) { return a.pairs ? ceil_div(a.inputs, 2) : a.inputs; }
+
+void pack(LinearWeight a, void* to) {
     a.to = to;
     parallel(ceil_div(a.outputs, PANEL) * ceil_div(a.inputs, DEEP), DEEP * PANEL,
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(linear_pack)(a, begin, end); });
 }
 
-Tensor run(const Tensor& x, const MaybeTensor& x2, const float* weights, int64_t outputs, const MaybeTensor& bias,
-           const MaybeTensor& residual, int64_t type) {
+Tensor run(const Tensor& x, const MaybeTensor& x2, const void* weights, bool pairs, int64_t outputs,
+           const MaybeTensor& bias, const MaybeTensor& residual, int64_t type) {
     Linear a{};
+    a.pairs = pairs;
     a.of_x = x.size(x.dim() - 1), a.inputs = a.of_x + (x2 ? x2->size(x2->dim() - 1) : 0);
     a.rows = rows_of(x), a.outputs = outputs, a.weights = weights;
     a.x = values(x, 0), a.x2 = values(x2, 0), a.bias = values(bias, 0), a.residual = values(residual, 0);
-    const ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
     const std::vector<int64_t> sizes = sizes_but_last(x, outputs);
-    Tensor y = torch::stable::empty({sizes.data(), sizes.size()}, types[type]);
+    Tensor y = torch::stable::empty({sizes.data(), sizes.size()}, TYPES[type]);
     a.dtype = dtype(y), a.y = y.data_ptr();
     a.blocks = ceil_div(a.rows, ROWS_OF_BLOCK);
     parallel(a.blocks * ceil_div(outputs, PANEL), ROWS_OF_BLOCK * a.inputs, [&](int64_t begin, int64_t end) {
@@ -52,23 +61,26 @@ Tensor run(const Tensor& x, const MaybeTensor& x2, const float* weights, int64_t
 
 Tensor linear(const Tensor x, const MaybeTensor x2, const Tensor weight, const MaybeTensor bias,
               const MaybeTensor residual, bool turned, int64_t type) {
-    const LinearWeight a = arguments(weight, turned);
-    float* weights = scratch<OF_WEIGHT>(ceil_div(a.outputs, PANEL) * a.inputs * PANEL);
+    const ScalarType of_x = x2 && x2->scalar_type() != x.scalar_type() ? ScalarType::Float : x.scalar_type();
+    const LinearWeight a = arguments(weight, turned, takes_pairs(of_x, weight.scalar_type(), type));
+    float* weights = scratch<OF_WEIGHT>(ceil_div(a.outputs, PANEL) * elements(a) * PANEL);
     pack(a, weights);
-    return run(x, x2, weights, a.outputs, bias, residual, type);
+    return run(x, x2, weights, a.pairs, a.outputs, bias, residual, type);
 }
 
-Tensor linear_weight(const Tensor weight) {
-    const LinearWeight a = arguments(weight, false);
-    Tensor to = new_tensor({ceil_div(a.outputs, PANEL), a.inputs, PANEL}, ScalarType::Float);
-    pack(a, static_cast<float*>(to.data_ptr()));
+// For x and y of these dtypes.
+Tensor linear_weight(const Tensor weight, int64_t of_x, int64_t type) {
+    const LinearWeight a = arguments(weight, false, takes_pairs(TYPES[of_x], weight.scalar_type(), type));
+    const ScalarType of_panels = a.pairs ? ScalarType::BFloat16 : ScalarType::Float;
+    Tensor to = new_tensor({ceil_div(a.outputs, PANEL), elements(a), a.pairs ? 2 * PANEL : PANEL}, of_panels);
+    pack(a, to.data_ptr());
     return to;
 }
 
 // With a weight that is in panels already.
 Tensor linear_packed(const Tensor x, const MaybeTensor x2, const Tensor weights, int64_t outputs, const MaybeTensor bias,
                      const MaybeTensor residual, int64_t type) {
-    return run(x, x2, static_cast<const float*>(weights.data_ptr()), outputs, bias, residual, type);
+    return run(x, x2, weights.data_ptr(), weights.scalar_type() == ScalarType::BFloat16, outputs, bias, residual, type);
 }
 
 // The gradient of the weight, in its dtype, and of the bias where there is one.
@@ -77,6 +89,7 @@ std::vector<Tensor> linear_gradient(const Tensor dy, const Tensor x, const Tenso
     a.outputs = weight.size(0), a.inputs = weight.size(1);
     a.rows = rows_of(x);
     a.x = values(x, 0), a.dy = values(dy, 0);
+    a.pairs = a.x.dtype == DType::bf16 && a.dy.dtype == DType::bf16 && multiplies_pairs();
     Tensor dweight = new_tensor({a.outputs, a.inputs}, weight.scalar_type());
     a.dtype = dtype(dweight), a.gradient = dweight.data_ptr();
     a.wide = std::max<int64_t>(1, ceil_div(a.inputs, WIDE)), a.tall = ceil_div(a.outputs, TALL);
@@ -103,7 +116,7 @@ std::vector<Tensor> linear_gradient(const Tensor dy, const Tensor x, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastddpm, m) {
     m.def("linear(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, bool turned, int type) -> Tensor");
-    m.def("linear_weight(Tensor weight) -> Tensor");
+    m.def("linear_weight(Tensor weight, int of_x, int type) -> Tensor");
     m.def("linear_packed(Tensor x, Tensor? x2, Tensor weights, int outputs, Tensor? bias, Tensor? residual, int type)"
           " -> Tensor");
     m.def("linear_gradient(Tensor dy, Tensor x, Tensor weight, Tensor? bias) -> Tensor[]");

@@ -7,9 +7,6 @@
 namespace fastddpm {
 
 constexpr int64_t ROWS_OF_BLOCK = 96;  // of x, which stay in the second cache while all panels of the weight are read for them
-constexpr int64_t WIDE = 128;          // inputs of a work item of the gradient of the weight ..
-constexpr int64_t TALL = 128;          // .. and outputs
-constexpr int64_t TOKENS = 32;         // rows that it takes at a time
 constexpr int64_t DEEP = 128;          // inputs of a work item that packs a weight
 
 // y[rows, outputs] = [x, x2][rows, inputs] times the weight, + bias + residual. Rows lie one after the other.
@@ -22,14 +19,16 @@ struct Linear {
     Values residual;       // [rows, outputs], or none
     DType dtype;           // of y
     void* y;
-    const float* weights;  // packed: [panels, inputs, 32]
+    bool pairs;           // of bfloat16 are what is multiplied, not numbers
+    const void* weights;  // packed: [panels, inputs, 32], or [panels, inputs / 2, 32] pairs
 };
 
-// A weight of which one stride is 1 to [panels, inputs, 32]: 0 in the outputs of a panel beyond the last.
+// A weight of which one stride is 1 to panels: 0 in the outputs of a panel beyond the last.
 struct LinearWeight {
     int64_t inputs, outputs, input_stride, output_stride;
     Values from;
-    float* to;
+    bool pairs;
+    void* to;
 };
 
 // dw[outputs, inputs] = dy[rows, outputs]^T x[rows, inputs]: a work item is TALL outputs by WIDE inputs of a slice of the rows.
@@ -37,6 +36,7 @@ struct LinearGradient {
     int64_t rows, inputs, outputs;
     int64_t wide, tall;  // work items along the inputs, at least one, which sums the bias, and along the outputs
     int64_t slices;      // as many whatever the threads, for their sums come to the same then
+    bool pairs;          // of rows are multiplied
     Values x, dy;
     float* sums;         // [slices, outputs, inputs]
     float* bias;         // [slices, outputs], or nullptr
@@ -45,7 +45,7 @@ struct LinearGradient {
 };
 
 constexpr int64_t FORWARD_SCRATCH(int64_t inputs) { return ROWS_OF_BLOCK * (inputs + PANEL) + PANEL; }
-constexpr int64_t GRADIENT_SCRATCH = TOKENS * (WIDE + TALL) + WIDE * TALL + 2 * APART;
+constexpr int64_t GRADIENT_SCRATCH = COLUMNS_SCRATCH + WIDE * TALL;
 
 FASTDDPM_DECLARE(linear_pack, const LinearWeight& a, int64_t begin, int64_t end)
 FASTDDPM_DECLARE(linear_forward, const Linear& a, int64_t begin, int64_t end, float* scratch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear, attended
+from .layers import Linear, self_attention
 from .norm import GroupNormSiLU
 from .recompute import recomputed
 
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
         z = x if self.norm is None else self.norm(x)
         tokens = z.permute(0, 2, 3, 1).reshape(b, h * w, c)  # a view: NHWC is [B, H*W, C] as it lies
         of_x = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
-        y = attended(tokens, self.qkv, self.proj, self.num_heads, of_x)
+        y = self.proj(self_attention(self.qkv(tokens), self.num_heads), residual=of_x, dtype=of_x.dtype)
         out: Tensor = y.view(b, h, w, c).permute(0, 3, 1, 2)
         return out if self.output_scale == 1 else out / self.output_scale
 

@@ -6,11 +6,12 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
   behind an upsampling, it is a sum of matrix products (`patches`), with stride 2 to a small map one product; a 1x1
   convolution is a linear layer over the pixels;
-- a linear layer in half precision, or one that reads two tensors or adds a third, is `fastddpm.ops.linear`, which
-  converts and adds on the way;
-- layers in half precision compute in float32, and keep what they read and write in half precision: x86 processors
-  without matrix units (AMX) multiply bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and torch has
-  no fast gradient of a convolution in float16 there.
+- a linear layer is `fastddpm.ops.linear`, which converts and adds on the way, and attention
+  `fastddpm.ops.self_attention`;
+- layers in half precision keep what they read and write in half precision, and compute in float32, or bfloat16 in pairs
+  where the processor multiplies those faster: for torch, x86 processors of Intel without matrix units (AMX) multiply
+  bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and there is no fast gradient of a convolution in
+  float16.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .._dispatch import _constant
 from ..ops.conv3x3 import conv3x3
 from ..ops.kept import is_kept
 from ..ops.linear import linear as own_linear
+from ..ops.self_attention import self_attention as own_self_attention
 from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x3_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -39,11 +41,13 @@ MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
 LEAST_CHANNELS = 16
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
-MOST_STRIDED = 64
-"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product."""
+MOST_STRIDED = 64, 256
+"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product, and those in half precision."""
 LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
+MOST_TOKENS = 1024
+"""Of one image, up to which attention keeps its weights [B, heads, tokens, tokens] for backward."""
 LEAST_QUERIES, MOST_QUERIES = 128, 1024
 """Of one head of one image, between which attention in sampling is two matrix products: torch divides its queries among
 the threads in blocks of 64, or fewer and larger ones. The scores, for a time in memory, take at most 4 MiB."""
@@ -170,7 +174,8 @@ def _is_small(x: Tensor) -> bool:
 def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
     """With stride 2, from as many channels as were measured."""
     height, width = ((size + 2 * padding - 1) // 2 for size in x.shape[2:])
-    return X86 and min(weight.shape[:2]) >= LEAST_CHANNELS and 0 < height * width <= MOST_STRIDED
+    most = MOST_STRIDED[x.dtype in HALF]
+    return X86 and min(weight.shape[:2]) >= LEAST_CHANNELS and 0 < height * width <= most
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:
@@ -207,7 +212,7 @@ def linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` of x [.., K], and x2 [.., K2] beside it, with weight [N, K + K2], + residual."""
     x, x2 = _autocast(x), None if x2 is None else _autocast(x2)
-    if _has_own_linear(x) and (x.dtype in HALF or is_kept() or x2 is not None or residual is not None):
+    if _has_own_products(x):
         return own_linear(x, weight, bias, x2=x2, residual=residual, dtype=dtype)
     inputs, weight = x if x2 is None else torch.cat((x, x2), dim=-1), weight.flatten(1)
     if computes_in_float32(x):
@@ -215,15 +220,14 @@ def linear(
             y = F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
         dtype = dtype or x.dtype
     else:
-        if x.dtype == torch.float32 and weight.dtype in HALF:  # within `attended`
-            weight, bias = weight.float(), None if bias is None else bias.float()
         y = F.linear(inputs, weight, bias)
     y = y if residual is None else residual + y
     return y if dtype is None else y.to(dtype)
 
 
-def _has_own_linear(x: Tensor) -> bool:
-    """Whether `fastddpm.linear` may compute it. Of one tensor in float32 torch's is as fast, with one thread faster."""
+def _has_own_products(x: Tensor) -> bool:
+    """Whether `fastddpm.linear` and `fastddpm.self_attention` compute it. In float32 torch's product is as fast on
+    processors of Intel, and takes two to three times as long on those of AMD."""
     if x.device.type != "cpu" or _plain or _dispatch._forced == "triton":  # which has no kernel of it
         return False
     return computes_in_float32(x) or (X86 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
@@ -233,7 +237,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` of [B, heads, tokens, d]."""
     b, heads, tokens, d = q.shape
     one = b * heads == 1 and LEAST_QUERIES <= tokens <= MOST_QUERIES
-    if one and q.dtype == torch.float32 and is_kept() and _has_own_linear(q):
+    if one and q.dtype == torch.float32 and is_kept() and _has_own_products(q):
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=d**-0.5)
         return torch.bmm(scores.softmax(2), values).view(q.shape)
@@ -246,30 +250,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of tokens [B, tokens, 3 C], whose queries, keys and values lie side by side, C each: [B, tokens, C]."""
     b, n, c = *qkv.shape[:2], qkv.shape[2] // 3
-    if heads == 1 and n <= c and _keeps_weights(qkv):
-        y: Tensor = _SelfAttention.apply(qkv)  # type: ignore[no-untyped-call]
-        return y
+    if n <= MOST_TOKENS and _has_own_products(qkv):
+        return own_self_attention(qkv, heads)
     q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     return attention(q, k, v).transpose(1, 2).reshape(b, n, c)
-
-
-def attended(tokens: Tensor, qkv: Linear, proj: Linear, heads: int, residual: Tensor) -> Tensor:
-    """residual + proj(attention(qkv(tokens))); where layers compute in float32, nothing is rounded between them."""
-    tokens = _autocast(tokens)
-    y: Tensor
-    if not _has_own_linear(tokens):
-        y = residual + proj(self_attention(qkv(tokens), heads))
-        return y
-    with torch.autocast("cpu", enabled=False):
-        y = proj(self_attention(qkv(tokens, dtype=torch.float32), heads), residual=residual, dtype=residual.dtype)
-    return y
-
-
-def _keeps_weights(qkv: Tensor) -> bool:
-    """Whether what backward wants of an attention is kept, where that is little: in float32 on a CPU, as measured."""
-    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or _plain or torch.is_autocast_enabled("cpu"):
-        return False
-    return X86 and torch.is_grad_enabled() and qkv.requires_grad
 
 
 class Conv2d(nn.Conv2d):
@@ -332,28 +316,3 @@ class _Conv2d(torch.autograd.Function):
         gradients = (g.to(p.dtype) if wanted else None for g, p, wanted in of)
         return *gradients, None, None
 
-
-class _SelfAttention(torch.autograd.Function):
-    """Of one head. With the weights of the values kept, backward has four products in place of five."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.chunk(3, dim=2)
-        ctx.scale = q.shape[2] ** -0.5
-        scores = q.new_empty(*q.shape[:2], k.shape[1]).baddbmm_(q, k.mT, beta=0, alpha=ctx.scale)
-        weights = scores.softmax(2)
-        ctx.save_for_backward(qkv, weights)
-        return torch.bmm(weights, v)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        qkv, weights = ctx.saved_tensors
-        q, k, v = qkv.chunk(3, dim=2)
-        with torch.autocast("cpu", enabled=False):
-            dweights = torch.bmm(dy, v.mT)
-            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype).mul_(ctx.scale)
-            found = torch.empty_like(qkv)
-            dq, dk, dv = found.chunk(3, dim=2)
-            torch.bmm(dscores, k, out=dq), torch.bmm(dscores.mT, q, out=dk), torch.bmm(weights.mT, dy, out=dv)
-        return found

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.linear.interface import OP, linear
+
 
 def conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1) as three matrix products.
@@ -50,7 +52,7 @@ def upsampled_conv3x3_products(x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def strided_conv3x3_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(x, weight, bias, stride=2) as a matrix product, in float32 at least.
+    """F.conv2d(x, weight, bias, stride=2) as a matrix product.
 
     Args:
         x: [B, I, H, W]. weight: [O, I, 3, 3], copied unless channels_last. bias: [O].
@@ -76,31 +78,29 @@ class _Strided(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, bias = ctx.saved_tensors
-        dtype = _computed_in(taps)
-        theirs = _copied(dy.permute(0, 2, 3, 1), dtype).flatten(0, 2)
-        dx = dtaps = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                dx = _overlaid(theirs @ taps.to(dtype), x)
-            if ctx.needs_input_grad[1]:
-                dtaps = (theirs.T @ _patches(x, dtype).flatten(3).flatten(0, 2)).to(taps.dtype)
-        return dx, dtaps, theirs.sum(0).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        theirs, wanted = dy.permute(0, 2, 3, 1).contiguous(), ctx.needs_input_grad
+        dx = dtaps = dbias = None
+        if wanted[0]:  # patches overlap: their sums are rounded, and not they
+            dx = _overlaid(linear(theirs, taps.T, dtype=_computed_in(taps)), x)
+        if wanted[1] or wanted[2]:
+            patches = _patches(x)
+            product = OP.choose(x=patches, weight=taps, dtype=theirs.dtype)
+            _, dtaps, dbias, _ = product.backward(theirs, (), patches, taps, bias, None, (False, *wanted[1:], False))
+        return dx, dtaps, dbias
 
 
 def _strided(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = _computed_in(taps)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(_patches(x, dtype).flatten(3), taps.to(dtype), None if bias is None else bias.to(dtype))
-    return y.to(x.dtype).permute(0, 3, 1, 2)
+    return linear(_patches(x), taps, bias).permute(0, 3, 1, 2)
 
 
 def _computed_in(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _patches(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The 3x3 pixels from every other one on: [B, H, W, 3, 3, I]."""
-    return _copied(x.permute(0, 2, 3, 1).unfold(1, 3, 2).unfold(2, 3, 2).permute(0, 1, 2, 4, 5, 3), dtype)
+def _patches(x: Tensor) -> Tensor:
+    """The 3x3 pixels from every other one on: [B, H, W, 9 I]."""
+    of_pixel = x.permute(0, 2, 3, 1).unfold(1, 3, 2).unfold(2, 3, 2).permute(0, 1, 2, 4, 5, 3)
+    return of_pixel.contiguous().flatten(3)
 
 
 def _overlaid(patches: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from .linear import linear
 from .normal import normal
 from .q_sample import q_sample
 from .rms_norm_silu import rms_norm_silu
+from .self_attention import self_attention
 from .solver_step import solver_step
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "normal",
     "q_sample",
     "rms_norm_silu",
+    "self_attention",
     "solver_step",
 ]

@@ -115,7 +115,8 @@ def assert_represented(seed: int, folder: Path) -> None:
     back = reread(folder / "back")
     assert_same_tensors(theirs.state_dict(), back.state_dict())
     with torch.no_grad():
-        assert torch.equal(back(x, t, class_labels=labels).sample, expected)
+        # the same weights; that torch's products of them have the same bits twice depends on where tensors lie
+        assert_near_peer(back(x, t, class_labels=labels).sample, expected)
     assert UNet.from_pretrained(folder / "back").config == ours.config
 
     ours.save_pretrained(folder / "ours")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from ..kept import is_kept, kept
 from ..native_common import reason_against, register_fake
 from . import reference
@@ -36,7 +37,12 @@ def forward(
     residual = None if residual is None else residual.contiguous()
     kind = TYPES.index(dtype)
     if keep:
-        packed = kept(weight, "panels", lambda: torch.ops.fastddpm.linear_weight(_matrix(weight)))
+        of_x = x.dtype if x.dtype in TYPES and (x2 is None or x2.dtype == x.dtype) else torch.float32
+        packed = kept(
+            weight,
+            ("panels", of_x, dtype),
+            lambda: torch.ops.fastddpm.linear_weight(_matrix(weight), TYPES.index(of_x), kind),
+        )
         y = torch.ops.fastddpm.linear_packed(x, x2, packed, weight.shape[0], bias, residual, kind)
     else:
         y = torch.ops.fastddpm.linear(x, x2, _matrix(weight), bias, residual, False, kind)
@@ -95,8 +101,12 @@ def _product(dy: Tensor, taps: Tensor, like: Tensor) -> Tensor:
 
 
 @register_fake("linear_weight")
-def _(weight: Tensor) -> Tensor:
-    return weight.new_empty(((weight.shape[0] + 31) // 32, weight.shape[1], 32), dtype=torch.float32)
+def _(weight: Tensor, of_x: int, type: int) -> Tensor:
+    panels = (weight.shape[0] + 31) // 32
+    bfloat16 = TYPES.index(torch.bfloat16)
+    if of_x == bfloat16 and (weight.dtype == torch.bfloat16 or type != 0) and _native.multiplies_pairs():
+        return weight.new_empty((panels, (weight.shape[1] + 1) // 2, 64), dtype=torch.bfloat16)
+    return weight.new_empty((panels, weight.shape[1], 32), dtype=torch.float32)
 
 
 @register_fake("linear_packed")

@@ -1,0 +1,3 @@
+from .interface import self_attention
+
+__all__ = ["self_attention"]
