@@ -157,19 +157,91 @@ def loops_of(network: nn.Module) -> Loops:
 
     What is in the weights may change: a recording reads it anew. It is dropped with the network, and by `forget`.
     """
-    weights = tuple((x.data_ptr(), *_kind(x)) for part in (network.parameters(), network.buffers()) for x in part)
+    state = _state_of(network)
+    found = _loops.setdefault(network, Loops())
+    if found.state != state:
+        found.forget(state)
+    return found
+
+
+def _state_of(network: nn.Module) -> tuple[Hashable, ...]:
+    """Where the weights lie, and what is hung on modules."""
+    weights = tuple((x.data_ptr(), *_kind(x)) for x in _tensors_of(network))
     modules = tuple(
         (id(m), type(m), *m._forward_hooks, *m._forward_pre_hooks, id(m._compiled_call_impl)) for m in network.modules()
     )
-    found = _loops.setdefault(network, Loops())
-    if found.state != (weights, modules):
-        found.forget((weights, modules))
-    return found
+    return weights, modules
+
+
+def _tensors_of(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def forget(network: nn.Module) -> None:
     """Drop what is kept of the loops over a network, and its memory."""
     _loops.pop(network, None)
+
+
+class Repeated:
+    """Steps of a training on a CPU, the same at each call: done as they are for the first times, then from the list of
+    their operators, in place on tensors that stay where they are.
+
+    What is hung on the network, a hook or a compiled part, is not in a list: with it steps are done as they are.
+
+    Args:
+        network: what is trained. wanted: False never records.
+    """
+
+    WARM_UP = 8
+    """To write down a step takes as long as a few of them, and a short training has no use for it."""
+
+    def __init__(self, network: nn.Module, wanted: bool) -> None:
+        self.network, self.wanted = network, wanted
+        self.state: Hashable = None
+        self.calls = 0
+        self.replay: Callable[..., Any] | None = None
+
+    def __call__(self, function: Callable[[], None], given: list[Tensor]) -> None:
+        """Do it once. The function is not kept.
+
+        Args:
+            given: tensors that others write to between the calls; those of the network are not meant.
+        """
+        if not self.wanted or _has_hooks(self.network):
+            return function()
+        tensors = [*given, *_tensors_of(self.network)]
+        training = tuple(x.requires_grad for x in tensors), tuple(m.training for m in self.network.modules())
+        state = modes(torch.device("cpu")), _state_of(self.network), training, tuple(map(_kind, given))
+        if state != self.state:
+            self.state, self.calls, self.replay = state, 0, None
+        if self.replay is not None:
+            with torch.no_grad():  # what backward does is in the list
+                self.replay(*tensors)
+        elif self.calls < self.WARM_UP:
+            function()
+        else:
+            try:
+                _, self.replay = _tape.record(lambda *_: function(), tensors)
+            except _tape.CannotRepeatError as error:
+                self.wanted = False
+                warnings.warn(
+                    f"training goes on without a list of its operators: {error}; turn cuda_graph off to leave out the "
+                    "attempt",
+                    stacklevel=2,
+                )
+        self.calls += 1
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    """Whether something is called, beside the modules, or in their place."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    on_weights = (p._backward_hooks or p._post_accumulate_grad_hooks for p in network.parameters())
+    on_modules = (
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or m._compiled_call_impl is not None for m in network.modules()
+    )  # fmt: skip
+    return any(on_weights) or any(on_modules)
 
 
 def modes(device: torch.device) -> tuple[Hashable, ...]:

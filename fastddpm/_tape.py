@@ -22,14 +22,18 @@ PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.lay
 """What stands in the code of a list; anything else is held beside it."""
 
 
+class CannotRepeatError(RuntimeError):
+    """A function, which was called to its end, cannot be repeated; the message is the reason in words."""
+
+
 def record(function: Callable[..., Any], tensors: list[Tensor]) -> tuple[Any, Callable[..., Any]]:
     """Call ``function(*tensors)``; returns the result, and what gives that of tensors of the same shapes and dtypes.
 
-    Only operators of torch are repeated. Values computed from other tensors than the arguments, as the weights are,
-    are kept as they come out now.
+    Only operators of torch are repeated, those of backward among them. Values computed from other tensors than the
+    arguments, as the weights are, are kept as they come out now, unless an operator writes to what they come of.
 
     Raises:
-        RuntimeError: it reads numbers from a tensor, or its result is none that torch.utils._pytree takes apart.
+        CannotRepeatError: it reads numbers from a tensor, or its result is none that torch.utils._pytree takes apart.
     """
     with _Tape(tensors) as tape:
         result = function(*tensors)
@@ -42,6 +46,7 @@ class _Tape(TorchDispatchMode):
     Attributes:
         nodes: tensor to the node that gives it. fixed: node to its value, where no argument has a part in it.
         written: addresses of the memory of such values that an operator wrote to.
+        reason: why the call cannot be repeated, once that is clear; it goes on all the same.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -51,6 +56,7 @@ class _Tape(TorchDispatchMode):
         self.nodes: Any = WeakIdKeyDictionary()
         self.fixed: dict[fx.Node, Any] = {}
         self.written: set[int] = set()
+        self.reason: str | None = None
         for i, x in enumerate(tensors):
             self.nodes[x] = self.graph.placeholder(f"x{i}")
 
@@ -59,8 +65,10 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if _gives_numbers(func) and not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs))):
             return func(*args, **kwargs)  # such as the dtype that two others promote to
-        if _gives_numbers(func) or torch.Tag.dynamic_output_shape in func.tags:
-            raise RuntimeError("it reads a number from a tensor, or its shapes depend on the numbers")
+        if _gives_numbers(func) or _has_shape_of_numbers(func, args):
+            self.reason = "it reads a number from a tensor, or its shapes depend on the numbers"
+        if self.reason is not None:
+            return func(*args, **kwargs)
         node = self.graph.call_function(func, *pytree.tree_map(self._node_of, (args, kwargs)))
         fixed = all(x in self.fixed for x in node.all_input_nodes) and not _draws(func)
         self.written.update(_address(x) for x in _written(func, args, kwargs) if self.nodes[x] in self.fixed)
@@ -94,9 +102,11 @@ class _Tape(TorchDispatchMode):
 
     def replay(self, result: Any) -> Callable[..., Any]:
         """The list as a function."""
+        if self.reason is not None:
+            raise CannotRepeatError(self.reason)
         leaves, structure = pytree.tree_flatten(result)
         if not all(isinstance(x, PLAIN) or (isinstance(x, Tensor) and x in self.nodes) for x in leaves):
-            raise RuntimeError(f"tensors in its result, of type {type(result).__name__}, are not to be found")
+            raise CannotRepeatError(f"tensors in its result, of type {type(result).__name__}, are not to be found")
         outputs = [x if isinstance(x, PLAIN) else self._own(self.nodes[x]) for x in leaves]
         self.graph.output(outputs)
         self._keep_values()
@@ -151,6 +161,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 def _gives_numbers(func: Any) -> bool:
     return any("Tensor" not in str(returned.type) for returned in func._schema.returns)
+
+
+def _has_shape_of_numbers(func: Any, args: Any) -> bool:
+    """Whether the shape of a result depends on numbers: that of x[i] does where i is a mask, not where it counts."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _draws(func: Any) -> bool:

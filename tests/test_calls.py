@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastddpm
 from fastddpm import _calls, _native
-from fastddpm._calls import Calls
+from fastddpm._calls import Calls, Repeated
 from fastddpm.nn.layers import Conv2d
 from tests.tolerance import assert_near_peer
 
@@ -160,3 +160,90 @@ def test_a_copy_starts_without_recordings() -> None:
         calls_of(calls, network, torch.ones(1, 4))
     assert calls.recorded
     assert not pickle.loads(pickle.dumps(calls)).recorded
+
+
+# steps of a training
+
+
+def descent(network: Counted, x: Tensor, total: Tensor, peek: Callable[[Tensor], object] = id) -> Callable[[], None]:
+    """A step of gradient descent, in place."""
+
+    def step() -> None:
+        loss = network(x).square().mean()
+        loss.backward()
+        peek(loss)
+        with torch.no_grad():
+            for p in network.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+                p.grad = None
+            total.add_(loss)
+
+    return step
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def repeated(steps: int, before: Callable[[int, Counted], None] = lambda i, network: None, **options: Any) -> Counted:
+    """That many steps through `Repeated`, held against as many without; returns the network that was repeated."""
+    found = []
+    for wanted in (True, False):
+        torch.manual_seed(0)
+        network, x, total = Counted(), torch.zeros(2, 4), torch.zeros(())
+        step, run = descent(network, x, total, **options), Repeated(network, wanted)
+        for i in range(steps):
+            before(i, network)
+            x.copy_(torch.full((2, 4), float(i)))
+            run(step, [x])
+        found.append((network, [*(p.detach() for p in network.parameters()), total]))
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    return found[0][0]
+
+
+def test_steps_of_a_training_are_repeated_without_python() -> None:
+    assert repeated(Repeated.WARM_UP + 5).count == Repeated.WARM_UP + 1
+
+
+def test_weights_that_others_write_to_are_read_anew() -> None:
+    def before(i: int, network: Counted) -> None:
+        if i == Repeated.WARM_UP + 2:
+            with torch.no_grad():
+                network.layer.weight.fill_(0.5)
+
+    assert repeated(Repeated.WARM_UP + 5, before).count == Repeated.WARM_UP + 1
+
+
+@pytest.mark.parametrize("change", ["weight", "freeze", "eval", "layer"])
+def test_steps_of_another_network_are_recorded_anew(change: str) -> None:
+    def before(i: int, network: Counted) -> None:
+        if i == Repeated.WARM_UP + 2:
+            if change == "weight":
+                network.layer.weight = nn.Parameter(torch.ones(4, 4))
+            elif change == "freeze":
+                network.layer.bias.requires_grad_(False)
+            elif change == "eval":
+                network.eval()
+            else:
+                network.layer = nn.Linear(4, 4)
+
+    assert repeated(2 * Repeated.WARM_UP + 5, before).count == 2 * Repeated.WARM_UP + 2
+
+
+def test_with_a_hook_steps_are_done_as_they_are() -> None:
+    seen: list[int] = []
+    handles: list[Any] = []
+
+    def before(i: int, network: Counted) -> None:
+        if i == Repeated.WARM_UP + 2:
+            handles.append(network.layer.register_forward_hook(lambda *_: seen.append(i)))
+        elif i == Repeated.WARM_UP + 4:
+            handles.pop().remove()
+
+    network = repeated(Repeated.WARM_UP + 6, before)
+    assert len(seen) == 2 * 2 and network.count == Repeated.WARM_UP + 1 + 2
+
+
+def test_a_step_that_reads_a_number_is_done_once_and_not_recorded() -> None:
+    with pytest.warns(UserWarning, match="goes on without a list of its operators: it reads a number from a tensor"):
+        network = repeated(Repeated.WARM_UP + 3, peek=float)
+    assert network.count == Repeated.WARM_UP + 3

@@ -174,8 +174,9 @@ def _is_small(x: Tensor) -> bool:
 def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
     """With stride 2, from as many channels as were measured."""
     height, width = ((size + 2 * padding - 1) // 2 for size in x.shape[2:])
-    most = MOST_STRIDED[x.dtype in HALF]
-    return X86 and min(weight.shape[:2]) >= LEAST_CHANNELS and 0 < height * width <= most
+    if not X86 or _dispatch._forced == "triton" or min(weight.shape[:2]) < LEAST_CHANNELS:
+        return False
+    return 0 < height * width <= MOST_STRIDED[x.dtype in HALF]
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:

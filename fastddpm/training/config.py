@@ -107,8 +107,8 @@ class TrainConfig:
         "default)", choices=tuple(COMPILE_MODES),
     )  # fmt: skip
     cuda_graph: str = _option(
-        "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python "
-        "(auto: for the U-Net of this library)", choices=CUDA_GRAPHS,
+        "auto", "on a GPU, record a training step and launch it as a whole, which leaves nothing to do for Python; on "
+        "a CPU, list its operators, and repeat them alone (auto: for the U-Net of this library)", choices=CUDA_GRAPHS,
     )  # fmt: skip
     deterministic: bool = _option(
         True, "use only algorithms that give the same bits each time, so that resuming is exact"

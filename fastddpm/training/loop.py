@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._calls import forget
+from .._calls import Repeated, forget
 from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
 from ..nn.layers import computes_in_float32
@@ -165,6 +165,8 @@ class Trainer:
                 "the same work at each call; cuda_graph='on' tries it"
             )
         self._run = Replayed(self.device, "training", recorded)
+        on_cpu = self.device.type == "cpu" and not self._run.records
+        self._repeat = Repeated(diffusion.model, recorded and on_cpu and not c.compile)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._line: _Line | None = None  # the one that is under way
@@ -266,7 +268,12 @@ class Trainer:
             self.optimizer.learning_rate.fill_(learning_rate(seen, c))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
             self.optimizer.follow()
-            self._run(self._compute)
+            if self._repeat.wanted:
+                changed = [self._step, self.optimizer.learning_rate, self.optimizer.ema_decay]
+                self._repeat(self._compute, changed + [x for x in self._batch if isinstance(x, Tensor)])
+            else:
+                self._run(self._compute)
+            self.optimizer.written()
         self.images_seen, self.steps = seen, self.steps + 1
 
     def _first_step(self) -> None:

@@ -185,6 +185,11 @@ class AdamEMA:
         self._versions = self._versions_now()
         return norm
 
+    def written(self) -> None:
+        """Tell autograd that weights were written, where a recorded `update` did it unseen; the mirror has them."""
+        torch.autograd.graph.increment_version(self.parameters.values())
+        self._versions = self._versions_now()
+
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """All of the state but the weights themselves, in groups for a checkpoint."""
         scale = {} if self.scale is None else {"scale": self.scale.scale, "good_steps": self.scale.good}
