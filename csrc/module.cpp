@@ -120,6 +120,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("instruction_set", &instruction_set, "The set that the kernels run with.");
     module.def("use_instruction_set", &use_instruction_set,
                "Run the kernels with another set from now on, for tests and timings: baseline, avx2, avx512 or avx512_bf16.");
+    module.def("on_amd", &fastddpm::on_amd, "Whether the processor is one of AMD.");
     module.def("use_pairs", &fastddpm::use_pairs,
                "Multiply bfloat16 numbers in pairs from now on, or not, for tests and timings; None: where that is faster.");
     module.def("multiplies_pairs", &fastddpm::multiplies_pairs, "Whether bfloat16 numbers are multiplied in pairs.");

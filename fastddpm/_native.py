@@ -47,6 +47,12 @@ def free_scratch() -> None:
 
 
 @functools.cache
+def on_amd() -> bool:
+    """Whether this processor is one of AMD, as far as the native module is there to tell."""
+    module, _ = _load()
+    return module is not None and bool(module.on_amd())
+
+
 def multiplies_pairs() -> bool:
     """Whether the kernels multiply bfloat16 numbers in pairs, for which this processor has a faster instruction."""
     module, _ = _load()

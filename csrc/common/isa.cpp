@@ -20,17 +20,7 @@ Isa best() {
     return Isa::baseline;
 }
 
-bool has_fast_pairs() {
-#if defined(FASTDDPM_X86)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amd");
-#else
-    return false;
-#endif
-}
-
 std::atomic<Isa> chosen{best()};
-const bool fast_pairs = has_fast_pairs();
 std::atomic<std::optional<bool>> asked_for_pairs;
 
 }  // namespace
@@ -43,8 +33,17 @@ bool use_isa(Isa wanted) {
     return true;
 }
 
+bool on_amd() {
+#if defined(FASTDDPM_X86)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 bool multiplies_pairs() {
-    return asked_for_pairs.load(std::memory_order_relaxed).value_or(fast_pairs && isa() == Isa::avx512_bf16);
+    return asked_for_pairs.load(std::memory_order_relaxed).value_or(isa() == Isa::avx512_bf16 && on_amd());
 }
 
 void use_pairs(std::optional<bool> wanted) { asked_for_pairs = wanted; }

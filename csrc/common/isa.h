@@ -11,6 +11,8 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 Isa isa();
 bool use_isa(Isa wanted);  // false where this processor lacks it
 
+bool on_amd();  // a processor of AMD
+
 // Whether products of bfloat16 numbers are taken in pairs: where the instruction for it, of AVX512_BF16, multiplies twice as
 // many as one for float32 does. On AMD's processors (Zen 5) it does, on Intel's it is no faster.
 bool multiplies_pairs();

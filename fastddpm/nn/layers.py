@@ -4,8 +4,8 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
 
 - a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
-  behind an upsampling, it is a sum of matrix products (`patches`), with stride 2 to a small map one product; a 1x1
-  convolution is a linear layer over the pixels;
+  behind an upsampling where torch's products are quick, it is a sum of such products (`patches`), with stride 2 to a
+  small map one product; a 1x1 convolution is a linear layer over the pixels;
 - a linear layer is `fastddpm.ops.linear`, which converts and adds on the way, and attention
   `fastddpm.ops.self_attention`;
 - layers in half precision keep what they read and write in half precision, and compute in float32, or bfloat16 in pairs
@@ -69,6 +69,13 @@ def torch_layers() -> Iterator[None]:
 def _multiplies_half_slowly() -> bool:
     """Whether this processor multiplies float32 faster than half precision: x86 without matrix units."""
     return X86 and not MATRIX_UNITS
+
+
+@_constant
+def _multiplies_slowly() -> bool:
+    """Whether torch multiplies matrices of float32 at a half or a third of the rate of the kernels here: on AMD's
+    processors, where it was measured on Zen 5."""
+    return _native.on_amd()
 
 
 @_constant
@@ -151,7 +158,8 @@ def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Repeat each pixel of x [B, K, H, W] 2x2, then convolve with weight [N, K, 3, 3] within a border of zeros."""
     x = _autocast(x)
     # in half precision conv3x3 multiplies less than the products, and in float32 as often
-    if _is_own(x) and _pixels(x) >= LEAST_PIXELS and not (x.dtype in HALF and _can_be_transformed(x, weight)):
+    pays = x.dtype in HALF or _multiplies_slowly()
+    if _is_own(x) and _pixels(x) >= LEAST_PIXELS and not (pays and _can_be_transformed(x, weight)):
         return _in_float32(upsampled_conv3x3_products, x, weight, bias)
     return conv2d(repeat_pixels(x), weight, bias, padding=1)
 
@@ -227,8 +235,7 @@ def linear(
 
 
 def _has_own_products(x: Tensor) -> bool:
-    """Whether `fastddpm.linear` and `fastddpm.self_attention` compute it. In float32 torch's product is as fast on
-    processors of Intel, and takes two to three times as long on those of AMD."""
+    """Whether `fastddpm.linear` and `fastddpm.self_attention` compute it."""
     if x.device.type != "cpu" or _plain or _dispatch._forced == "triton":  # which has no kernel of it
         return False
     return computes_in_float32(x) or (X86 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
