@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.contestants import CIFAR10, DIFFUSERS, LARGE, TINY, Contestant, Network, Workshop
+from benchmarks.peers.contestants import CIFAR10, DIFFUSERS, LARGE, OURS, TINY, Contestant, Network, Workshop
+from fastddpm._calls import Repeated
 from fastddpm.bench.memory import peak_of_child, peak_since, resident
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,8 @@ NETWORKS = {network.name: network for network in (CIFAR10, LARGE, TINY)}
 
 
 def peak_of(who: Contestant, network: Network, batch: int, threads: int) -> int | None:
-    """Bytes of two training steps; None where the system does not tell."""
+    """Bytes of two training steps, of ours of two more than it takes until it repeats them from a list of their
+    operators; None where the system does not tell."""
     argument = json.dumps({"who": asdict(who), "network": network.name, "batch": batch})
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {__name__} import do_and_tell; do_and_tell(sys.argv[1])"
@@ -39,6 +41,6 @@ def do_and_tell(argument: str) -> None:
             getattr(importlib.import_module("diffusers"), name)
     before = resident("VmRSS")
     step = Workshop(NETWORKS[work["network"]]).training_step(who, work["batch"])
-    step()
-    step()
+    for _ in range(2 + (Repeated.WARM_UP if who.library == OURS else 0)):
+        step()
     print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_since(before))

@@ -166,7 +166,8 @@ class Trainer:
             )
         self._run = Replayed(self.device, "training", recorded)
         on_cpu = self.device.type == "cpu" and not self._run.records
-        self._repeat = Repeated(diffusion.model, recorded and on_cpu and not c.compile)
+        # a list of operators takes memory, which with recompute is what is short
+        self._repeat = Repeated(diffusion.model, recorded and on_cpu and not c.compile and not c.recompute)
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._line: _Line | None = None  # the one that is under way

@@ -684,7 +684,10 @@ def test_a_step_recorded_on_a_cpu_has_the_bits_of_one_that_is_not(
         trainer.train()
         lines = read_metrics(tmp_path / cuda_graph / "metrics.jsonl")
         found.append((weights(trainer), [line["loss"] for line in lines], [line["grad_norm"] for line in lines]))
-    assert happened == ["record", *["replay"] * (5 if kind == "graph" else 4)]  # to record a graph runs nothing
+    if kind == "list" and case == "recompute":  # which saves the memory of a list
+        assert not happened
+    else:
+        assert happened == ["record", *["replay"] * (5 if kind == "graph" else 4)]  # to record a graph runs nothing
     assert_same_bits(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
 
