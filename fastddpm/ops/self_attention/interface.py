@@ -58,7 +58,7 @@ def self_attention(qkv: Tensor, heads: int = 1) -> Tensor:
     the number of threads.
     """
     check_dtype("self_attention", "qkv", qkv, *FLOATS)
-    if qkv.dim() != 3 or qkv.shape[2] % 3:
+    if qkv.dim() != 3 or qkv.shape[2] % 3 or qkv.shape[2] == 0:
         raise ValueError(
             f"self_attention: expected qkv of shape [B, T, 3 C], got {list(qkv.shape)}; join queries, keys and values "
             "along their last dimension"
