@@ -167,6 +167,22 @@ def test_nan_and_infinity_reach_what_they_do_in_torch(what: float) -> None:
         assert not found[0]["output 0"].isfinite().all()
 
 
+@pytest.mark.usefixtures("instruction_set", "pairs")
+def test_nothing_is_left_of_the_call_before() -> None:
+    """In memory that kernels keep from call to call, which holds NaN where the next has no number beside its last."""
+    case, spoiling = product(7, 9, 0, 34), product(130, 260, 0, 130)
+    inputs, nan = case.inputs(HALF), spoiling.inputs(HALF)
+    nan["x"].fill_(torch.nan), nan["weight"].fill_(torch.nan)
+    with fastddpm.use_backend("native"):
+        results(spoiling, nan, HALF)
+        found = results(case, inputs, HALF)
+        with torch.no_grad(), keep_transformed():
+            kept = fastddpm.linear(**inputs)  # its weights are in memory of their own
+            fastddpm.linear(nan["x"], inputs["weight"][:, :1].expand(34, 260).contiguous())
+            assert torch.equal(fastddpm.linear(**inputs), kept)
+    check_values(case, found, inputs, HALF)
+
+
 # weights in panels
 
 

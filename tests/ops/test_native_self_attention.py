@@ -220,6 +220,19 @@ def test_a_gradient_that_is_not_finite_spoils_its_head_alone(what: float) -> Non
         assert queries[30].all() and queries.sum() == 21 and keys.all() and values[:, 4].all() and values.sum() == 50
 
 
+@pytest.mark.usefixtures("instruction_set", "pairs")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_left_of_the_call_before(dtype: torch.dtype) -> None:
+    """In memory that kernels keep from call to call."""
+    spoiling = attention(3, 130, 2, 70)
+    nan = spoiling.inputs(dtype)
+    nan["qkv"].fill_(torch.nan)
+    for size in ((2, 9, 2, 7), (2, 50, 1, 33)):
+        with fastddpm.use_backend("native"):
+            results(spoiling, nan, dtype)
+        check_parts(attention(*size), attention(*size).inputs(dtype), dtype)
+
+
 # no samples, no tokens, strides
 
 
