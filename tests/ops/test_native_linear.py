@@ -152,8 +152,8 @@ def test_the_form_that_weights_are_kept_in(of_weight: torch.dtype) -> None:
 @pytest.mark.usefixtures("instruction_set", "pairs")
 @pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_nan_and_infinity_reach_what_they_do_in_torch(what: float) -> None:
-    """Those of an odd number of inputs, too, whose last has no other beside it."""
-    for name, where in (("x", (4, 8)), ("x", (3, 0)), ("weight", (20, 8)), ("weight", (33, 1))):
+    """Those of an odd number of inputs, too, whose last has no other beside it, and not the first of the next row."""
+    for name, where in (("x", (4, 8)), ("x", (3, 0)), ("weight", (20, 8)), ("weight", (20, 0)), ("weight", (33, 1))):
         case = product(7, 9, 0, 34)
         inputs = case.inputs(HALF)
         inputs[name][where] = what
