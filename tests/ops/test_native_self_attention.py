@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.tolerance import assert_within
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 
+STATM = Path("/proc/self/statm")
 HALF, SINGLE = torch.bfloat16, torch.float32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # samples, tokens, heads, numbers of each: around a vector, a panel, the queries of an item, an item of a gradient
@@ -89,9 +92,10 @@ def test_threads_change_no_bit(size: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_of_many_samples_each_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    """They are taken in groups, whose scores and panels have room: here of 11, 11 and 1."""
-    samples, tokens, heads, numbers = 23, 300, 8, 4
-    assert (8 << 20) // (tokens * (3 * heads * numbers + heads * tokens)) == 11
+    """They are taken in groups, whose scores and panels have room: here of 10, 10 and 1."""
+    samples, tokens, heads, numbers = 21, 300, 8, 4
+    panels = 32 * (-(-tokens // 32) * numbers + -(-numbers // 32) * tokens)
+    assert (8 << 20) // (heads * (panels + tokens * tokens)) == 10
     qkv = torch.randn(samples, tokens, 3 * heads * numbers).to(dtype)
     dy = torch.randn(samples, tokens, heads * numbers).to(dtype)
 
@@ -103,9 +107,26 @@ def test_of_many_samples_each_is_what_it_is_alone(dtype: torch.dtype) -> None:
     with fastddpm.use_backend("native"):
         together = with_gradient(slice(None))
         assert torch.equal(fastddpm.self_attention(qkv, heads), together[0])
-        for i in (0, 1, 10, 11, 21, 22):
+        for i in (0, 1, 9, 10, 19, 20):
             for whole, alone in zip(together, with_gradient(slice(i, i + 1)), strict=True):
                 assert torch.equal(whole[i : i + 1], alone), i
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="the memory of a process is read as Linux tells it")
+def test_panels_of_few_tokens_are_kept_within_bounds() -> None:
+    """A panel of one token takes the room of 32: together those of all samples would take 280 MB."""
+
+    def resident() -> int:
+        return int(STATM.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    qkv = torch.zeros(4096, 1, 3 * 512)
+    _native.free_scratch()
+    before = resident()
+    with fastddpm.use_backend("native"):
+        y = fastddpm.self_attention(qkv)
+    more = resident() - before
+    assert not y.any() and more < 100e6, f"{more / 1e6:.0f} MB more"
+    _native.free_scratch()
 
 
 @pytest.mark.usefixtures("instruction_set", "pairs")
