@@ -228,6 +228,25 @@ def linear_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     return linear(shape, dtype, gradient=True)
 
 
+def self_attention(shape: Sequence[int], dtype: torch.dtype, gradient: bool = False) -> Contest:
+    """Attention of one head, of (samples, tokens, 3 numbers); or its gradient. Arithmetic limits it, not the bytes."""
+    qkv = torch.randn(*shape, dtype=dtype, device=DEVICE).requires_grad_(gradient)
+
+    def ours(qkv: Tensor) -> object:
+        return fastddpm.self_attention(qkv)
+
+    def eager(qkv: Tensor) -> object:
+        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=2))
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+    size = qkv.numel() * 2 + qkv.numel() // 3 if gradient else qkv.numel() // 3 * 4
+    return Contest((qkv,), ours, eager, size * dtype.itemsize, timed="gradient" if gradient else "call")
+
+
+def self_attention_backward(shape: Sequence[int], dtype: torch.dtype) -> Contest:
+    return self_attention(shape, dtype, gradient=True)
+
+
 def adam_ema(shape: Sequence[int], dtype: torch.dtype) -> Contest:
     """Clip, AdamW and EMA over 40 tensors: gradients for their norm, then five tensors read and four written."""
     params = [torch.randn(shape, device=DEVICE) for _ in range(40)]

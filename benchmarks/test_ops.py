@@ -27,6 +27,8 @@ from benchmarks.contests import (
     q_sample,
     rms_norm_silu,
     rms_norm_silu_backward,
+    self_attention,
+    self_attention_backward,
     solver_step,
 )  # fmt: skip
 
@@ -37,9 +39,10 @@ NORMS = [  # of the U-Nets for CIFAR-10, LSUN, ImageNet-64 and Stable Diffusion
     (16, 256, 32, 32), (16, 384, 32, 32), (16, 256, 16, 16), (16, 512, 8, 8), (16, 256, 4, 4), (1, 128, 256, 256),
     (4, 192, 64, 64), (16, 576, 16, 16), (2, 320, 64, 64),
 ]  # fmt: skip
-# On a GPU, those of cuDNN and cuBLAS. Of linear layers: the projections of an attention, and a shortcut.
+# On a GPU, those of cuDNN, cuBLAS and torch. Of linear layers: the projections of an attention, and a shortcut.
 CONVOLUTIONS = [(8, 128, 32, 32), (8, 256, 16, 16)] if not torch.cuda.is_available() else []
 LINEAR = [(2048, 256, 768), (8192, 256, 128)] if not torch.cuda.is_available() else []
+ATTENTION = [(8, 256, 3 * 256)] if not torch.cuda.is_available() else []
 # case, shape, dtype, whether torch.compile takes part (5 to 20 seconds each)
 CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     (normal, CIFAR, F32, False), (normal, (8, 3, 256, 256), F32, False), (normal, CIFAR, BF16, False),
@@ -54,6 +57,8 @@ CASES: list[tuple[Make, Sequence[int], torch.dtype, bool]] = [
     *((make, shape, dtype, False) for shape in CONVOLUTIONS for dtype in (F32, BF16)
       for make in (conv3x3, conv3x3_backward)),
     *((make, shape, dtype, False) for shape in LINEAR for dtype in (F32, BF16) for make in (linear, linear_backward)),
+    *((make, shape, dtype, False) for shape in ATTENTION for dtype in (F32, BF16)
+      for make in (self_attention, self_attention_backward)),
     (adam_ema, (256, 256, 3, 3), F32, False),
 ]  # fmt: skip
 
@@ -68,7 +73,7 @@ def test_op(
 ) -> None:
     torch.manual_seed(0)
     if benchmark.disabled:  # no timing: whether it runs is the question
-        shape, with_compile = [min(n, limit) for n, limit in zip(shape, (1, shape[1], 4, 4), strict=False)], False
+        shape, with_compile = [min(n, limit) for n, limit in zip(shape, (1, shape[1], 6, 6), strict=False)], False
     contest = make(shape, dtype)
     functions = {"eager": contest.eager, "fastddpm": contest.ours}
     if with_compile:

@@ -109,6 +109,7 @@ pybind11::dict build_info() {
     for (const auto& [name, isa] : KERNELS) kernels.push_back(name);
     info["kernel_instruction_sets"] = kernels;
     info["instruction_set"] = instruction_set();
+    info["multiplies_pairs"] = fastddpm::multiplies_pairs();
     return info;
 }
 

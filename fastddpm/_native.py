@@ -59,6 +59,7 @@ def multiplies_pairs() -> bool:
     return module is not None and bool(module.multiplies_pairs())
 
 
+@functools.cache
 def cuda_reason(capability: tuple[int, int] | None = None) -> str | None:
     """Why the CUDA C++ kernels cannot run beside this torch, in words; None where they are loaded.
 
@@ -86,7 +87,8 @@ def build_info() -> dict[str, Any]:
         - ``compiler``, ``cxx_standard`` (the value of __cplusplus), ``flags``;
         - ``torch_headers``: the version of the headers it was compiled with;
         - ``baseline_instruction_sets``: what the module needs; ``cpu_instruction_sets``: what this processor has;
-        - ``kernel_instruction_sets``: what the kernels were compiled for; ``instruction_set``: what they run with.
+        - ``kernel_instruction_sets``: what the kernels were compiled for; ``instruction_set``: what they run with;
+        - ``multiplies_pairs``: whether they multiply bfloat16 numbers in pairs, as they do where that is faster.
     """
     module, why = _load()
     return {

@@ -58,6 +58,14 @@ def test_native_module_tells_how_it_was_built() -> None:
     assert tuple(int(n) for n in native["torch_headers"].split(".")[:2]) >= (2, 11)
     assert native["baseline_instruction_sets"]
     assert set(native["baseline_instruction_sets"]) <= set(native["cpu_instruction_sets"])
+    assert native["instruction_set"] in native["kernel_instruction_sets"]
+    assert native["multiplies_pairs"] in (False, "avx512bf16" in native["cpu_instruction_sets"])
+
+
+@pytest.mark.parametrize("name", ["cuda_reason", "on_amd", "_load", "_load_cuda"])
+def test_what_cannot_change_is_found_once(name: str) -> None:
+    """`cuda_reason` is asked at every call of an op on a GPU."""
+    assert hasattr(getattr(_native, name), "cache_info")
 
 
 @pytest.fixture

@@ -28,11 +28,11 @@ void* pack(const SelfAttention& a, int64_t which, bool of_tokens, bool pairs, fl
     return p.to;
 }
 
-// For both.
-float* panels(const SelfAttention& a) {
-    const int64_t of_head = ceil_div(a.tokens, PANEL) * a.width + ceil_div(a.width, PANEL) * a.tokens;
-    return scratch<OF_PANELS>(a.batch * a.heads * of_head * PANEL);
+// For both, of a sample.
+int64_t floats_of_panels(const SelfAttention& a) {
+    return a.heads * (ceil_div(a.tokens, PANEL) * a.width + ceil_div(a.width, PANEL) * a.tokens) * PANEL;
 }
+float* panels(const SelfAttention& a) { return scratch<OF_PANELS>(a.batch * floats_of_panels(a)); }
 
 template <class F>
 void by_queries(const SelfAttention& a, const F& kernel) {
@@ -43,11 +43,11 @@ void by_queries(const SelfAttention& a, const F& kernel) {
 
 // f(first sample, how many) of as many samples at a time as panels and scores in kept memory allow.
 template <class F>
-void by_samples(const Tensor& qkv, int64_t heads, const F& f) {
+void by_samples(const SelfAttention& a, const F& f) {
     constexpr int64_t MOST = 8 << 20;  // floats
-    const int64_t tokens = qkv.size(1), of_sample = tokens * (qkv.size(2) + heads * tokens);
+    const int64_t batch = a.batch, of_sample = floats_of_panels(a) + a.heads * a.tokens * a.tokens;
     const int64_t most = std::max<int64_t>(1, MOST / std::max<int64_t>(1, of_sample));
-    for (int64_t first = 0; first < qkv.size(0); first += most) f(first, std::min(most, qkv.size(0) - first));
+    for (int64_t first = 0; first < batch; first += most) f(first, std::min(most, batch - first));
 }
 
 // Where sample ``first`` of a tensor [batch, ..] begins.
@@ -60,7 +60,7 @@ std::vector<Tensor> self_attention(const Tensor qkv, int64_t heads, bool trainin
     SelfAttention a = arguments(qkv, heads);
     std::vector<Tensor> found{new_tensor({a.batch, a.tokens, a.heads * a.width}, qkv.scalar_type())};
     if (training) found.push_back(new_tensor({a.batch, a.heads, a.tokens, a.tokens}, ScalarType::Float));
-    by_samples(qkv, heads, [&](int64_t first, int64_t count) {
+    by_samples(a, [&](int64_t first, int64_t count) {
         a.batch = count, a.qkv.data = from_sample(qkv, first), a.y = from_sample(found[0], first);
         a.weights = training ? static_cast<float*>(from_sample(found[1], first)) : nullptr;
         float* memory = panels(a);
@@ -77,7 +77,7 @@ Tensor self_attention_backward(const Tensor dy, const Tensor qkv, const Tensor w
     SelfAttention& a = g.of;
     a.pairs = a.pairs && g.dy.dtype == DType::bf16;
     Tensor gradient = new_tensor({a.batch, a.tokens, 3 * a.heads * a.width}, qkv.scalar_type());
-    by_samples(qkv, heads, [&](int64_t first, int64_t count) {
+    by_samples(a, [&](int64_t first, int64_t count) {
         a.batch = count, a.qkv.data = from_sample(qkv, first), a.weights = static_cast<float*>(from_sample(weights, first));
         g.dy.data = from_sample(dy, first), g.gradient = from_sample(gradient, first);
         float* memory = panels(a);

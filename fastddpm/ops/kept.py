@@ -29,7 +29,8 @@ def keep_transformed(into: Transformed | None = None) -> Iterator[None]:
 
     For few pixels they are only packed, which takes the memory of the weights, and transformed on the way to the
     product; for more it takes 16 / 9 of their memory in float32, or 4 times it where tiles are of 4x4 pixels. Weights
-    of linear layers are kept in float32. Where a gradient is asked for, and under torch.compile, nothing is kept.
+    of linear layers are kept in float32, or in bfloat16 where products take that. Where a gradient is asked for, and
+    under torch.compile, nothing is kept.
 
     Args:
         into: where to keep them, for another block; None keeps them for this one, or where a block around it does.

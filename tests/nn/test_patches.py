@@ -111,16 +111,21 @@ def test_upsampling_of_few_and_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(not layers._has_kernels(), reason="no kernels of conv3x3")
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_upsampling_in_half_precision_is_transformed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upsampling_in_half_precision_is_transformed(
+    dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in float32 where torch's products are slow."""
     monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: True)
+    monkeypatch.setattr(layers, "_multiplies_slowly", lambda: slow)
     calls: list[Any] = []
     monkeypatch.setattr(layers, "conv3x3", lambda *given: calls.append(given) or fastddpm.conv3x3(*given))
     conv = UpsampledConv2d(16, 16).to(dtype)
     x = torch.randn(2, 16, 8, 8).to(dtype, memory_format=torch.channels_last)
     single = [p.float() for p in (x, conv.weight, conv.bias)]
     assert_within(conv(x), upsampled(*(p.double() for p in single)), upsampled(*single))
-    assert len(calls) == (dtype == torch.bfloat16)
+    assert len(calls) == (slow or dtype == torch.bfloat16)
 
 
 def test_one_graph_under_torch_compile() -> None:

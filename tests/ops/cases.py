@@ -29,6 +29,7 @@ HALVED = {
     "solver_step": {"x", "out", "pred_prev", "out_uncond", "clamp", "noise", "known", "known_noise", "mask"},
     "group_norm_silu": {"x", "x2", "residual", "channel_bias", "scale", "shift"},
     "rms_norm_silu": {"x", "scale", "shift"},
+    "self_attention": {"qkv"},
     "adam_ema": {"grads", "mirror"},
 }
 """Op to the inputs that take the dtype of a test; the other floats are float32, as the weights of mixed precision."""
@@ -481,6 +482,39 @@ CASES = [
         "several items and sums of the gradient, float32 of any dtype",
         lambda g: dict(x=randn(g, 2, 130, 140), weight=0.1 * randn(g, 135, 140), dtype=torch.float32),
         gradients=("x", "weight"),
+    ),
+    # self_attention
+    Case("self_attention", "plain", lambda g: dict(qkv=randn(g, 2, 9, 3 * 7)), gradients=("qkv",)),
+    Case(
+        "self_attention",
+        "two heads, more tokens than a panel",
+        lambda g: dict(qkv=randn(g, 3, 33, 3 * 2 * 20), heads=2),
+        gradients=("qkv",),
+        compiled=True,
+    ),
+    Case(
+        "self_attention",
+        "a token more than a block, three heads of an odd number",
+        lambda g: dict(qkv=2 * randn(g, 2, 49, 3 * 3 * 5), heads=3),
+        gradients=("qkv",),
+    ),
+    Case(
+        "self_attention",
+        "means of keys and values much larger than the deviation",
+        lambda g: dict(qkv=randn(g, 2, 32, 3 * 16) + torch.tensor([0.0, 30.0, 100.0]).repeat_interleave(16)),
+        gradients=("qkv",),
+    ),
+    Case(
+        "self_attention",
+        "several items of the gradient, heads of one number",
+        lambda g: dict(qkv=3 * randn(g, 1, 130, 3 * 4), heads=4),
+        gradients=("qkv",),
+    ),
+    Case(
+        "self_attention",
+        "more numbers than an item of the gradient",
+        lambda g: dict(qkv=randn(g, 2, 16, 3 * 130)),
+        gradients=("qkv",),
     ),
     # adam_ema
     Case("adam_ema", "plain", lambda g: optimizer_state(g, *SHAPES), written=STATE),

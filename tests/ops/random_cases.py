@@ -86,6 +86,11 @@ OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
         "outputs": (8, 12, 16, 31, 32, 33, 64, 65, 128, 170), "weight": ("matrix", "filters", "columns"),
         "mean": (0.0, 100.0), "float32 y": YES_NO,
     },
+    "self_attention": {
+        "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "heads": (1, 2, 3, 4),
+        "numbers of a head": (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129), "mean": (0.0, 3.0),
+        "scores": ("close", "far apart"), "order": ((0, 1, 2), (1, 0, 2), (0, 2, 1)),
+    },
     "adam_ema": {
         "dtype": tuple(DTYPES), "layout": tuple(LAYOUTS), "clip": YES_NO, "ema": YES_NO, "mirror": YES_NO,
         "scale": YES_NO, "found_inf": ("none", "no", "yes"), "tensors": YES_NO, "decay": (0.0, 0.1),
@@ -302,6 +307,20 @@ def _linear(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     return Case("linear", "", make, gradients=("x", "weight", *(name for name, on in optional.items() if on)))
 
 
+def _self_attention(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
+    tokens, columns = shape[1], choice["heads"] * choice["numbers of a head"]
+    batch = max(shape[0], 1024 // (tokens * choice["heads"]))  # not so few queries that chance decides
+
+    def make(g: torch.Generator) -> Inputs:
+        qkv = randn(g, batch, tokens, 3, columns)
+        qkv[:, :, 0] *= 2.0 if choice["scores"] == "far apart" else 0.5
+        qkv[:, :, 1:] += choice["mean"]
+        order = choice["order"]  # of the dimensions in memory; each of these is its own inverse
+        return dict(qkv=qkv.flatten(2).permute(order).contiguous().permute(order), heads=choice["heads"])
+
+    return Case("self_attention", "", make, gradients=("qkv",))
+
+
 def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
     def make(g: torch.Generator) -> Inputs:
         inputs = optimizer_state(g, shape, shape[1:2], ()) | dict(weight_decay=choice["decay"])
@@ -328,7 +347,7 @@ def _adam_ema(choice: Choice, shape: tuple[int, int, int, int]) -> Case:
 MAKE = {
     "q_sample": _q_sample, "diffusion_loss": _diffusion_loss, "solver_step": _solver_step,
     "group_norm_silu": _group_norm_silu, "rms_norm_silu": _rms_norm_silu, "adam_ema": _adam_ema,
-    "conv3x3": _conv3x3, "linear": _linear,
+    "conv3x3": _conv3x3, "linear": _linear, "self_attention": _self_attention,
 }  # fmt: skip
 
 

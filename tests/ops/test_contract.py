@@ -36,7 +36,7 @@ IMAGES = [p for p in EVERY if p.values[1].op != "adam_ema"]
 # Without a GPU, Triton's kernels run in its interpreter, which torch.compile and opcheck cannot see into.
 REGISTERED = [p for p in EVERY if p.values[0] != "triton" or torch.cuda.is_available()]
 COMPILED = [p for p in REGISTERED if p.values[1].compiled]
-OF_A_CPU = ("conv3x3", "linear")  # on a GPU the network takes those of cuDNN and cuBLAS
+OF_A_CPU = ("conv3x3", "linear", "self_attention")  # on a GPU the network takes those of cuDNN, cuBLAS and torch
 ON_A_GPU = [(op, backend) for op, backend in IMPLEMENTATIONS if op not in OF_A_CPU]
 FIRST = {op: next(case for case in CASES if case.op == op) for op in OPS}
 
@@ -292,6 +292,7 @@ PICTURES = {
     "known",
     "known_noise",
     "residual",
+    "qkv",
 }
 
 
@@ -301,7 +302,7 @@ PICTURES = {
         pytest.param(case, name, id=f"{case.op}-{case.name}-{name}")
         for case in CASES
         for name, x in case.inputs().items()
-        if case.op != "linear"  # which takes rows of any strides
+        if case.op not in ("linear", "self_attention")  # which take rows of any strides
         and name in PICTURES
         and isinstance(x, Tensor)
         and x.numel() > 6
@@ -482,6 +483,18 @@ ERRORS: list[tuple[str, str | None, Change, type[Exception], str]] = [
     ("linear", None, dict(dtype=I64), TypeError, "dtype to be of a float, got torch.int64"),
     ("linear", None, dict(weight=Z(9, 7, device="meta")), ValueError, "weight on cpu, got meta"),
     ("linear", None, dict(residual=Z(5, 9, device="meta")), ValueError, "residual on cpu, got meta"),
+    # self_attention
+    ("self_attention", None, dict(qkv=None), TypeError, "qkv to be a torch.Tensor, got NoneType"),
+    ("self_attention", None, dict(qkv=Z(2, 9, 21, dtype=I64)), TypeError, "qkv of dtype"),
+    ("self_attention", None, dict(qkv=Z(9, 21)), ValueError, r"qkv of shape \[B, T, 3 C\], got \[9, 21\]"),
+    ("self_attention", None, dict(qkv=Z(2, 9, 20)), ValueError, r"qkv of shape \[B, T, 3 C\], got \[2, 9, 20\]"),
+    ("self_attention", None, dict(qkv=Z(2, 9, 0)), ValueError, r"qkv of shape \[B, T, 3 C\], got \[2, 9, 0\]"),
+    ("self_attention", None, dict(heads=0), ValueError, "heads to divide 7, got 0"),
+    ("self_attention", None, dict(heads=-1), ValueError, "heads to divide 7, got -1"),
+    ("self_attention", None, dict(heads=2), ValueError, "heads to divide 7, got 2"),
+    ("self_attention", None, dict(heads=14), ValueError, "heads to divide 7, got 14"),
+    ("self_attention", None, dict(heads=True), ValueError, "heads to divide 7, got True"),
+    ("self_attention", None, dict(heads=7.0), ValueError, "heads to divide 7, got 7.0"),
     # rms_norm_silu
     ("rms_norm_silu", None, dict(x=Z(2, 7)), ValueError, r"x of shape \[B, C, H, W\]"),
     ("rms_norm_silu", None, dict(x=Z(2, 7, 5, 3, dtype=I64)), TypeError, "x of dtype"),

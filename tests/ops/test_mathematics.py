@@ -91,6 +91,34 @@ def test_rms_norm_silu() -> None:
         assert_equal_to_rounding(a, b, ulps=128, scale=max(1.0, float(b.abs().max())))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_self_attention(heads: int) -> None:
+    """Value and gradient against torch's own attention and autograd."""
+    qkv = leaves(qkv=(2, 5, 18))["qkv"]
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = fastddpm.self_attention(qkv, heads)
+    assert_equal_to_rounding(y, expected, ulps=64, scale=10.0)
+    upstream = rand(2, 5, 6, seed=9)
+    (ours,), (theirs,) = torch.autograd.grad(y, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)
+    assert_equal_to_rounding(ours, theirs, ulps=64, scale=10.0)
+
+
+def test_self_attention_of_one_token_is_its_value() -> None:
+    """And of equal keys the mean of the values."""
+    qkv = rand(4, 1, 3, 6)
+    assert torch.equal(fastddpm.self_attention(qkv.flatten(2), 2), qkv[:, :, 2])
+    qkv = rand(4, 7, 3, 6)
+    qkv[:, :, 1] = 2.0
+    expected = qkv[:, :, 2].mean(1, keepdim=True).expand(4, 7, 6)
+    assert_equal_to_rounding(fastddpm.self_attention(qkv.flatten(2), 2), expected, ulps=64, scale=10.0)
+
+
+def test_self_attention_gradient_by_differences() -> None:
+    qkv = leaves(qkv=(2, 4, 12))["qkv"]
+    assert torch.autograd.gradcheck(lambda x: fastddpm.self_attention(x, 2), qkv)
+
+
 def test_q_sample_from_stored_pixels() -> None:
     images = torch.arange(4 * 2 * 2 * 3, dtype=torch.uint8).reshape(4, 2, 2, 3) * 5
     index, flip, t = torch.tensor([3, 0, 3]), torch.tensor([True, False, False]), torch.tensor([1, 0, 1])

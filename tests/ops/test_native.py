@@ -44,6 +44,18 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[True, False], ids=["pairs", "numbers"])
+def pairs(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Multiply numbers of bfloat16 in pairs, or one by one, whichever is faster here."""
+    from fastddpm import _C
+
+    _C.use_pairs(request.param)
+    try:
+        yield request.param
+    finally:
+        _C.use_pairs(None)
+
+
 @pytest.fixture(name="device", params=[*SETS, *DEVICES[1:]])
 def device_fixture(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where to run the kernels: on the CPU with each set that it has, or on a GPU."""
@@ -57,6 +69,23 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no kernels were built for mmx"):
         _C.use_instruction_set("mmx")
+
+
+def test_pairs_are_multiplied_where_asked_for() -> None:
+    """Else as it is faster, which is never without the instruction for it; every call asks anew."""
+    from fastddpm import _C
+
+    before = _native.multiplies_pairs()
+    try:
+        for wanted in (True, False, True):
+            _C.use_pairs(wanted)
+            assert _native.multiplies_pairs() is wanted is _native.build_info()["native"]["multiplies_pairs"]
+    finally:
+        _C.use_pairs(None)
+    assert _native.multiplies_pairs() is before
+    for name in SETS[:-1]:
+        with using(name):
+            assert not _native.multiplies_pairs()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from fastddpm.ops.kept import is_kept, keep_transformed
 from fastddpm.ops.linear import native_impl
 from tests.ops.cases import FLOAT, Case, randn
 from tests.ops.test_contract import Recorded, check_values, results
-from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+from tests.ops.test_native import instruction_set, pairs  # noqa: F401, the fixtures
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 
@@ -38,7 +39,7 @@ def product(rows: int, inputs: int, more: int, outputs: int, mean: float = 3.0) 
     )  # fmt: skip
 
 
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("instruction_set", "pairs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sizes_around_the_edges(dtype: torch.dtype) -> None:
     for size in SIZES:
@@ -49,7 +50,7 @@ def test_sizes_around_the_edges(dtype: torch.dtype) -> None:
         check_values(case, found, inputs, dtype)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("instruction_set", "pairs")
 @pytest.mark.parametrize("size", [(999, 300, 41, 260), (1500, 60, 0, 50)], ids=["many panels", "many slices"])
 def test_threads_change_no_bit(size: tuple[int, ...]) -> None:
     case = product(*size)
@@ -64,10 +65,127 @@ def test_threads_change_no_bit(size: tuple[int, ...]) -> None:
             assert torch.equal(value, other[name]), name
 
 
-# weights in panels
+# numbers of bfloat16 in pairs
 
 
 @pytest.mark.usefixtures("instruction_set")
+def test_every_number_of_a_pair_counts_once(pairs: bool) -> None:  # noqa: F811
+    """Of whole numbers sums are exact: y and the gradients, of odd numbers of inputs, of x2 and of rows, too."""
+    for rows, inputs, more, outputs in ((1, 1, 0, 1), (3, 7, 0, 5), (65, 9, 4, 33), (65, 8, 3, 33), (129, 131, 5, 130)):
+        x, x2 = (torch.randint(-3, 4, (rows, n)).to(HALF).requires_grad_() for n in (inputs, more))
+        weight = torch.randint(-3, 4, (outputs, inputs + more)).to(HALF).requires_grad_()
+        dy = torch.randint(-1, 2, (rows, outputs)).to(HALF)
+        beside = dict(x2=x2) if more else {}
+        with fastddpm.use_backend("native"):
+            y = fastddpm.linear(x, weight, **beside, dtype=SINGLE)
+            half = fastddpm.linear(x, weight, **beside)
+        given = [x, weight, *beside.values()]
+        found = torch.autograd.grad(half, given, dy)
+        both = torch.cat((x, x2), dim=1).double()
+        assert torch.equal(y.double(), both @ weight.double().t()) and torch.equal(half, y.to(HALF))
+        dboth = dy.double() @ weight.double()
+        expected = [dboth[:, :inputs], dy.double().t() @ both, *([dboth[:, inputs:]] if more else [])]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other.to(HALF))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+@pytest.mark.parametrize("beside", [None, SINGLE, HALF], ids=["no x2", "x2 in float32", "x2 in bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_where_a_float32_weight_is_rounded(
+    dtype: torch.dtype, beside: torch.dtype | None, keep: bool, pairs: bool  # noqa: F811
+) -> None:
+    """To bfloat16, where pairs are multiplied and y is in half precision, and nowhere else: as torch.autocast rounds.
+
+    The sum of each row but one is 2^-12 k, what rounding takes from 1 + 2^-12 k.
+    """
+    outputs, more = 40, 0 if beside is None else 3
+    weight = torch.zeros(outputs, 17 + more)
+    low = 2**-12 * torch.arange(1, outputs + 1)
+    weight[:, 15], weight[:, 16] = 1 + low, -1.0
+    x = torch.zeros(5, 17, dtype=HALF)
+    x[:, 15:] = 1
+    x2 = None if beside is None else torch.ones(5, more, dtype=beside)
+    with fastddpm.use_backend("native"), keep_transformed() if keep else contextlib.nullcontext():
+        y = fastddpm.linear(x, weight, x2=x2, dtype=dtype)
+    rounded = pairs and dtype != SINGLE and beside != SINGLE
+    expected = (1 + low).to(HALF).float() - 1 if rounded else low
+    assert torch.equal(y, expected.to(dtype).expand(5, outputs))
+
+
+@pytest.mark.usefixtures("instruction_set", "pairs")
+def test_a_float32_weight_beside_bfloat16() -> None:
+    """With a float32 y, it and the gradients have the precision of float32. In half precision only what the weight is a
+    factor of knows that it is rounded, and then has the bits of the rounded weight."""
+    for size in SIZES:
+        inputs = product(*size).inputs(HALF)
+        inputs["weight"] = inputs["weight"].float() * (1 + 2**-10)
+        rounded = inputs | dict(weight=inputs["weight"].to(HALF).float())
+        case = product(*size)
+        with fastddpm.use_backend("native"):
+            single = results(case, inputs | dict(dtype=SINGLE), SINGLE)
+            half, of_rounded = results(case, inputs, HALF), results(case, rounded, HALF)
+        check_values(case, single, inputs | dict(dtype=SINGLE), SINGLE)
+        if _native.multiplies_pairs():
+            check_values(case, half, rounded, HALF)
+            for name, value in half.items():
+                assert torch.equal(value, of_rounded[name]), (size, name)
+        else:
+            check_values(case, half, inputs, HALF)
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("of_weight", [SINGLE, HALF, torch.float16])
+def test_the_form_that_weights_are_kept_in(of_weight: torch.dtype) -> None:
+    """As it is foretold for tensors without values."""
+    for outputs, inputs in ((1, 1), (32, 7), (33, 8), (65, 129)):
+        weight = torch.randn(outputs, inputs).to(of_weight)
+        for of_x in range(3):
+            for kind in range(3):
+                call = (weight, of_x, kind)
+                torch.library.opcheck(torch.ops.fastddpm.linear_weight, call, test_utils="test_faketensor")
+
+
+@pytest.mark.usefixtures("instruction_set", "pairs")
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_nan_and_infinity_reach_what_they_do_in_torch(what: float) -> None:
+    """Those of an odd number of inputs, too, whose last has no other beside it, and not the first of the next row."""
+    for name, where in (("x", (4, 8)), ("x", (3, 0)), ("weight", (20, 8)), ("weight", (20, 0)), ("weight", (33, 1))):
+        case = product(7, 9, 0, 34)
+        inputs = case.inputs(HALF)
+        inputs[name][where] = what
+        found = []
+        for backend in ("native", "reference"):
+            with fastddpm.use_backend(backend):
+                found.append(results(case, inputs, HALF))
+        for of, ours in found[0].items():
+            assert torch.equal(ours.isnan(), found[1][of].isnan()), of
+            assert torch.equal(ours.isposinf(), found[1][of].isposinf()), of
+        assert not found[0]["output 0"].isfinite().all()
+
+
+@pytest.mark.usefixtures("instruction_set", "pairs")
+def test_nothing_is_left_of_the_call_before() -> None:
+    """In memory that kernels keep from call to call, which holds NaN where the next has no number beside its last."""
+    case, spoiling = product(7, 9, 0, 34), product(130, 260, 0, 130)
+    inputs, nan = case.inputs(HALF), spoiling.inputs(HALF)
+    nan["x"].fill_(torch.nan), nan["weight"].fill_(torch.nan)
+    with fastddpm.use_backend("native"):
+        results(spoiling, nan, HALF)
+        found = results(case, inputs, HALF)
+        with torch.no_grad(), keep_transformed():
+            kept = fastddpm.linear(**inputs)  # its weights are in memory of their own
+            fastddpm.linear(nan["x"], inputs["weight"][:, :1].expand(34, 260).contiguous())
+            assert torch.equal(fastddpm.linear(**inputs), kept)
+    check_values(case, found, inputs, HALF)
+
+
+# weights in panels
+
+
+@pytest.mark.usefixtures("instruction_set", "pairs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_weights_give_the_bits_of_others(dtype: torch.dtype) -> None:
     for size in SIZES:
@@ -94,8 +212,10 @@ def test_weights_are_kept_within_the_block_alone() -> None:
         assert torch.equal(fastddpm.linear(x, weight), 2 * first)
 
 
-def test_operators_of_kept_weights_pass_opcheck() -> None:
-    inputs = product(5, 20, 4, 33).inputs(HALF) | dict(dtype=SINGLE)
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_operators_of_kept_weights_pass_opcheck(dtype: torch.dtype) -> None:
+    inputs = product(5, 20, 4, 33).inputs(HALF) | dict(dtype=dtype)
     with fastddpm.use_backend("native"), torch.no_grad(), keep_transformed(), Recorded() as recorded:
         fastddpm.linear(**inputs)
     registered = [call for call in recorded.calls if call[0].namespace == "fastddpm"]
@@ -164,6 +284,7 @@ def test_views_give_the_bits_of_what_is_dense(kind: str) -> None:
         assert not view(inputs["weight"]).is_contiguous()
 
 
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_weights_and_columns_of_another_dtype(wide: torch.dtype, autocast: bool) -> None:

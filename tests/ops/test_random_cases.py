@@ -171,12 +171,23 @@ def decay_a_tenth_too_large(reference: Any) -> Any:
     return SimpleNamespace(forward=forward)
 
 
+def scale_of_all_heads(reference: Any) -> Any:
+    """sqrt(C) in place of sqrt(d)."""
+
+    def forward(qkv: Tensor, heads: int, training: bool) -> Any:
+        queries, others = qkv.tensor_split((qkv.shape[2] // 3,), dim=2)
+        return reference.forward(torch.cat((queries * heads**-0.5, others), dim=2), heads, training)
+
+    return SimpleNamespace(forward=forward)
+
+
 FAULTS = [
     ("rms_norm_silu", wrong_tail), ("rms_norm_silu", shift_of_the_first_sample),
     ("group_norm_silu", uncentred_variance), ("group_norm_silu", shift_of_the_first_sample),
     ("q_sample", lane_off_by_one), ("q_sample", flip_ignored_for_odd_widths),
     ("solver_step", mask_of_the_first_channel), ("diffusion_loss", weight_left_out),
     ("adam_ema", decay_a_tenth_too_large), ("linear", wrong_tail),
+    ("self_attention", wrong_tail), ("self_attention", scale_of_all_heads),
 ]  # fmt: skip
 
 

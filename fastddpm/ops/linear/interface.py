@@ -72,7 +72,7 @@ def linear(
         bias: float [N].
         x2: float [.., K2], read as further columns of x.
         residual: float [.., N].
-        dtype: of y; that of x by default. Attention takes float32 between its layers.
+        dtype: of y; that of x by default.
 
     Returns: y [.., N].
 
@@ -82,8 +82,11 @@ def linear(
         RuntimeError: (from autograd) the gradient of the gradient is asked for.
 
     Numerics: float32 arithmetic in every dtype (float64 for float64 x), so half precision is what is stored; one
-    rounding of the output and of each gradient; deterministic, whatever the number of threads. For backward only the
-    inputs are kept, and of the residual nothing.
+    rounding of the output and of each gradient; deterministic, whatever the number of threads. Where a processor
+    multiplies bfloat16 faster (AVX512_BF16 on those of AMD), products of bfloat16 x are by that instruction: exact,
+    summed in float32, and numbers below 2^-126 count as 0; a float32 weight is rounded to bfloat16 there for a y in
+    half precision, as torch.autocast does, and for a float32 y it is not. For backward only the inputs are kept, and of
+    the residual nothing.
     """
     check_dtype("linear", "x", x, *FLOATS)
     check_dtype("linear", "weight", weight, *FLOATS)

@@ -54,11 +54,12 @@ def self_attention(qkv: Tensor, heads: int = 1) -> Tensor:
         RuntimeError: (from autograd) the gradient of the gradient is asked for.
 
     Numerics: float32 arithmetic in every dtype (float64 for float64), one rounding of the output and of the gradient;
-    for backward qkv and the weights softmax(..) are kept, these in float32 [B, heads, T, T]. Deterministic, whatever
+    scores of bfloat16 are products as those of `linear`, by the faster instruction where a processor has it. For
+    backward qkv and the weights softmax(..) are kept, these in float32 [B, heads, T, T]. Deterministic, whatever
     the number of threads.
     """
     check_dtype("self_attention", "qkv", qkv, *FLOATS)
-    if qkv.dim() != 3 or qkv.shape[2] % 3:
+    if qkv.dim() != 3 or qkv.shape[2] % 3 or qkv.shape[2] == 0:
         raise ValueError(
             f"self_attention: expected qkv of shape [B, T, 3 C], got {list(qkv.shape)}; join queries, keys and values "
             "along their last dimension"

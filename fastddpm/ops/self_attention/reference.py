@@ -11,7 +11,7 @@ def forward(qkv: Tensor, heads: int, training: bool) -> tuple[Tensor, Tensor | N
     q, k, v = _heads(qkv.to(_computed_in(qkv)), heads)
     with torch.autocast(qkv.device.type, enabled=False):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(3)
-        y = (weights @ v).transpose(1, 2).flatten(2)
+        y = (weights @ v).transpose(1, 2).flatten(2).contiguous()
     return y.to(qkv.dtype), weights if training else None
 
 
@@ -28,7 +28,7 @@ def backward(dy: Tensor, qkv: Tensor, weights: Tensor, heads: int) -> Tensor:
         dw = theirs @ v.mT
         ds = w * (dw - (w * dw).sum(3, keepdim=True)) * q.shape[-1] ** -0.5
         found = torch.stack((ds @ k, ds.mT @ q, w.mT @ theirs))
-    return found.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
+    return found.permute(1, 3, 0, 2, 4).flatten(2).contiguous().to(qkv.dtype)
 
 
 def _heads(rows: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
