@@ -103,8 +103,8 @@ INLINE void softmax(float* scores, int64_t tokens, float scale) {
         const VF e = first_lanes(exp(scale * (load(s) - highest)), n);
         store(s, e), total += e;
     });
-    const float factor = 1 / sum(total);
-    along_scores(scores, tokens, [&](float* s, int64_t, int64_t) { store(s, load(s) * factor); });
+    const VF all = splat(sum(total));
+    along_scores(scores, tokens, [&](float* s, int64_t, int64_t) { store(s, load(s) / all); });
 }
 
 template <class E, class T>

@@ -47,7 +47,8 @@ LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
 MOST_TOKENS = 1024
-"""Of one image, up to which attention keeps its weights [B, heads, tokens, tokens] for backward."""
+"""Of one image, up to which attention is our own: in training, where its weights [B, heads, tokens, tokens] are kept, if
+these are at most two numbers for each of its result."""
 LEAST_QUERIES, MOST_QUERIES = 128, 1024
 """Of one head of one image, between which attention in sampling is two matrix products: torch divides its queries among
 the threads in blocks of 64, or fewer and larger ones. The scores, for a time in memory, take at most 4 MiB."""
@@ -80,7 +81,7 @@ def _multiplies_slowly() -> bool:
 
 @_constant
 def _has_kernels() -> bool:
-    """Whether conv3x3 has its kernels, where they were measured."""
+    """Whether conv3x3 and self_attention have their kernels, where they were measured."""
     return X86 and _native.available()
 
 
@@ -258,7 +259,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of tokens [B, tokens, 3 C], whose queries, keys and values lie side by side, C each: [B, tokens, C]."""
     b, n, c = *qkv.shape[:2], qkv.shape[2] // 3
-    if n <= MOST_TOKENS and _has_own_products(qkv):
+    little = n <= MOST_TOKENS and (heads * n <= 2 * c or not (torch.is_grad_enabled() and qkv.requires_grad))
+    if little and _has_kernels() and _has_own_products(qkv):
         return own_self_attention(qkv, heads)
     q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     return attention(q, k, v).transpose(1, 2).reshape(b, n, c)

@@ -80,8 +80,8 @@ class _Strided(torch.autograd.Function):
         x, taps, bias = ctx.saved_tensors
         theirs, wanted = dy.permute(0, 2, 3, 1).contiguous(), ctx.needs_input_grad
         dx = dtaps = dbias = None
-        if wanted[0]:  # patches overlap: their sums are rounded, and not they
-            dx = _overlaid(linear(theirs, taps.T, dtype=_computed_in(taps)), x)
+        if wanted[0]:
+            dx = _strided_gradient(theirs, taps, x)
         if wanted[1] or wanted[2]:
             patches = _patches(x)
             product = OP.choose(x=patches, weight=taps, dtype=theirs.dtype)
@@ -93,26 +93,30 @@ def _strided(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     return linear(_patches(x), taps, bias).permute(0, 3, 1, 2)
 
 
-def _computed_in(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def _patches(x: Tensor) -> Tensor:
     """The 3x3 pixels from every other one on: [B, H, W, 9 I]."""
     of_pixel = x.permute(0, 2, 3, 1).unfold(1, 3, 2).unfold(2, 3, 2).permute(0, 1, 2, 4, 5, 3)
     return of_pixel.contiguous().flatten(3)
 
 
-def _overlaid(patches: Tensor, x: Tensor) -> Tensor:
-    """The transposed of `_patches`, in the dtype of x: what each pixel has in the patches that it is in, summed."""
-    b, c, height, width = x.shape
-    h, w = (height - 1) // 2, (width - 1) // 2
-    of_place = patches.view(b, h, w, 3, 3, c)
-    dx = patches.new_zeros(b, height, width, c)
-    for i in range(3):
-        for j in range(3):
-            dx[:, i : i + 2 * h : 2, j : j + 2 * w : 2] += of_place[:, :, :, i, j]
-    return dx.permute(0, 3, 1, 2).to(x.dtype)
+def _strided_gradient(dy: Tensor, taps: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of y, [B, H, W, O].
+
+    Row 2p of x is the first of the three that y[p] sees, and the last of those of y[p - 1]; row 2p + 1 the one in the
+    middle of y[p]. So pixels of each of four kinds are one product of what sees them, rounded once.
+    """
+    around, of_tap = F.pad(dy, (0, 0, 1, 1, 1, 1)), taps.view(len(taps), 3, 3, -1)
+    dx = dy.new_empty(*x.permute(0, 2, 3, 1).shape, dtype=x.dtype)
+    seen = ((0, 1), (2, 0)), ((1, 1),)  # (tap, where y[p] is in ``around``, less p) of rows 2p and 2p + 1
+    for i, rows in enumerate(seen):
+        for j, columns in enumerate(seen):
+            to = dx[:, i::2, j::2]
+            h, w = to.shape[1:3]
+            both = [(row, column) for row in rows for column in columns]
+            parts = [around[:, y : y + h, z : z + w] for (_, y), (_, z) in both]
+            weight = torch.cat([of_tap[:, row, column] for (row, _), (column, _) in both])
+            to.copy_(linear(torch.cat(parts, dim=3), weight.T, dtype=x.dtype))
+    return dx.permute(0, 3, 1, 2)
 
 
 def _sums_of_taps(device: torch.device, dtype: torch.dtype) -> Tensor:

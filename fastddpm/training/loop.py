@@ -644,15 +644,15 @@ class Trainer:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Have the allocator of glibc keep what is freed, from now on, or give blocks from 128 KiB on back to the system.
+    """Have the allocator of glibc keep what is freed, from now on, or give blocks from 32 KiB on back to the system.
 
     To get memory from the system again at every step takes time. But of what is kept some cannot be used again, since
     blocks of the same size, aligned, do not fit where one was (docs/memory.md). Other allocators stay as they are.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 17)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 17)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 15)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 15)
 
 
 @contextmanager
