@@ -47,8 +47,8 @@ LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
 """Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
 once for many calls."""
 MOST_TOKENS = 1024
-"""Of one image, up to which attention is our own: in training, where its weights [B, heads, tokens, tokens] are kept, if
-these are at most two numbers for each of its result."""
+"""Of one image, up to which attention is our own: in training, where its weights [B, heads, tokens, tokens] are kept,
+if these are at most two numbers for each of its result."""
 LEAST_QUERIES, MOST_QUERIES = 128, 1024
 """Of one head of one image, between which attention in sampling is two matrix products: torch divides its queries among
 the threads in blocks of 64, or fewer and larger ones. The scores, for a time in memory, take at most 4 MiB."""
