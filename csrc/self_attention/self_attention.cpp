@@ -44,7 +44,7 @@ void by_queries(const SelfAttention& a, const F& kernel) {
 // f(first sample, how many) of as many samples at a time as panels and scores in kept memory allow.
 template <class F>
 void by_samples(const SelfAttention& a, const F& f) {
-    constexpr int64_t MOST = 8 << 20;  // floats
+    constexpr int64_t MOST = 1 << 20;  // floats: what is not in the caches takes memory where it is short
     const int64_t batch = a.batch, of_sample = floats_of_panels(a) + a.heads * a.tokens * a.tokens;
     const int64_t most = std::max<int64_t>(1, MOST / std::max<int64_t>(1, of_sample));
     for (int64_t first = 0; first < batch; first += most) f(first, std::min(most, batch - first));

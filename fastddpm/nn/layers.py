@@ -38,7 +38,7 @@ from .patches import conv3x3_products, strided_conv3x3_product, upsampled_conv3x
 HALF = (torch.bfloat16, torch.float16)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 MATRIX_UNITS = bool(torch.cpu._is_amx_tile_supported())
-LEAST_CHANNELS = 16
+LEAST_CHANNELS, FEW_CHANNELS = 16, 3
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
 MOST_STRIDED = 64, 256
@@ -189,7 +189,11 @@ def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:
-    if min(weight.shape[:2]) < LEAST_CHANNELS or x.dtype == torch.float64 or not _has_kernels():
+    # of few channels, too, where torch is slow with them: in half precision to few, and in training from few
+    few = x.dtype in HALF and (torch.is_grad_enabled() or weight.shape[1] >= LEAST_CHANNELS)
+    if min(weight.shape[:2]) < (FEW_CHANNELS if few else LEAST_CHANNELS):
+        return False
+    if x.dtype == torch.float64 or not _has_kernels():
         return False
     return _dispatch._forced != "triton"  # which has no kernel of it
 
