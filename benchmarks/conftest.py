@@ -72,7 +72,10 @@ def keep_memory() -> None:
 
 
 def threads_to_try(config: pytest.Config) -> list[int]:
-    """OpenMP with as many threads as cores stalls when anything else runs: one core is left free."""
+    """OpenMP with as many threads as cores stalls when anything else runs: one core is left free. Where nothing
+    is timed other tests run: all cores but one are."""
+    if config._benchmarksession.disabled:  # type: ignore[attr-defined]
+        return [1]
     wanted = config.getoption("--bench-threads")
     if wanted:
         return [int(n) for n in wanted.split(",")]

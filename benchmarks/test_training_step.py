@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fastddpm
 from benchmarks.stock import on_stock_ops
+from fastddpm._calls import Repeated
+from fastddpm.bench import Work
 from fastddpm.nn.layers import torch_layers
-from fastddpm.training.optimizer import AdamEMA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=DEVICE), 0)
@@ -41,20 +42,11 @@ def stock_step(model: nn.Module, images: Tensor) -> Any:
     return step
 
 
-def our_step(model: nn.Module, images: Tensor) -> Any:
-    diffusion = fastddpm.GaussianDiffusion(model).train()
-    optimizer = AdamEMA(model, max_grad_norm=1.0)
-    optimizer.learning_rate.fill_(2e-4)
-    optimizer.ema_decay.fill_(0.9999)
-    sample = torch.arange(len(images), device=images.device)
-
-    def step() -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            loss: Tensor = diffusion.losses(images, seed=0, sample=sample, step=optimizer.step).loss
-        loss.backward()
-        optimizer.update(loss)
-        return loss
-
+def our_step(overrides: dict[str, Any], batch: int) -> Any:
+    """That of the Trainer, its batches and all, in the course of a run: it has been written down to be repeated."""
+    step = Work("train", overrides, {}, dict(batch_size=batch, precision="bfloat16", learning_rate=2e-4)).prepare()
+    for _ in range(Repeated.WARM_UP + 1):
+        step()
     return step
 
 
@@ -72,7 +64,7 @@ def test_the_network_on_stock_ops_is_the_same() -> None:
     stock = on_stock_ops(model)
     x, t = torch.randn(2, 3, 8, 8, device=DEVICE), torch.tensor([1, 700], device=DEVICE)
     with torch_layers():
-        expected, found = model(x, t), stock(x, t)
+        expected, found = model(x, t).detach(), stock(x, t).detach()
     assert float((expected - found).norm() / expected.norm()) < 1e-5
 
 
@@ -82,6 +74,6 @@ def test_training_step(threads: int, compare: Any, benchmark: Any) -> None:
     small = dict(base_channels=32, channel_mult=(1, 2), num_res_blocks=1) if benchmark.disabled else {}
     model = network(**small)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
-    contestants = {"eager": stock_step(on_stock_ops(model), images), "fastddpm": our_step(model, images)}
+    contestants = {"eager": stock_step(on_stock_ops(model), images), "fastddpm": our_step(small, 8)}
     size = 2 * 42 * sum(p.numel() for p in model.parameters())
     compare(contestants, case="training step CIFAR-10 U-Net, batch 8", dtype="bfloat16", threads=threads, size=size)

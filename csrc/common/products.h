@@ -19,6 +19,9 @@ template <class E>
 constexpr int64_t TERMS_OF = 1;  // of a sum, that one element is
 template <>
 constexpr int64_t TERMS_OF<Pair> = 2;
+template <class E>
+INLINE int64_t elements_of(int64_t terms) { return (terms + TERMS_OF<E> - 1) / TERMS_OF<E>; }
+INLINE int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
 INLINE VF spread(float x) { return x - VF{}; }
 INLINE VU spread(Pair x) { return x + VU{}; }
@@ -84,7 +87,7 @@ INLINE void multiply(const E* v, int64_t v_row, int64_t channels, const E* u, fl
 
 // The same of any number of rows, a multiple of REST. What is ``next`` is asked for in two halves.
 template <class E>
-void multiply_rows(const E* v, int64_t rows, int64_t channels, const E* u, float* out, const E* next) {
+NOINLINE void multiply_rows(const E* v, int64_t rows, int64_t channels, const E* u, float* out, const E* next) {
     int64_t t = 0;
     const char* of_next = reinterpret_cast<const char*>(next);
     for (; t + ROWS <= rows; t += ROWS)
@@ -95,7 +98,7 @@ void multiply_rows(const E* v, int64_t rows, int64_t channels, const E* u, float
 // out[GRADIENT_ROWS, 32] += d[count, GRADIENT_ROWS]^T v[count, 32], or = if it is the ``first``. Rows of d are TALL
 // floats, of v WIDE.
 template <int64_t WIDE, int64_t TALL, class E>
-INLINE void accumulate(const E* d, const E* v, int64_t count, bool first, float* out) {
+NOINLINE void accumulate(const E* d, const E* v, int64_t count, bool first, float* out) {
     VF total[GRADIENT_ROWS][N]{};
     for (int64_t t = 0; t < count; ++t, d += TALL, v += WIDE)
         add_products<GRADIENT_ROWS>(total, v, [&](int r) __attribute__((always_inline)) { return d[r]; });
@@ -118,14 +121,14 @@ INLINE VU zipped(VF a, VF b) {
 
 // Rows of numbers to columns first .. of rows of elements, along which a sum goes. Of the last pair what is not there is 0.
 template <class T>
-INLINE void to_rows(const T* from, int64_t row, int64_t rows, int64_t count, float* to, int64_t to_row, int64_t first = 0) {
+NOINLINE void to_rows(const T* from, int64_t row, int64_t rows, int64_t count, float* to, int64_t to_row, int64_t first = 0) {
     for (int64_t t = 0; t < rows; ++t)
         for_vectors(count, [&](int64_t i, int64_t n) {
             store(to + t * to_row + first + i, load(from + t * row + i, n), n);
         });
 }
 template <class T>
-INLINE void to_rows(const T* from, int64_t row, int64_t rows, int64_t count, Pair* to, int64_t to_row, int64_t first = 0) {
+NOINLINE void to_rows(const T* from, int64_t row, int64_t rows, int64_t count, Pair* to, int64_t to_row, int64_t first = 0) {
     for (int64_t t = 0; t < rows; ++t) {
         bf16* halves = reinterpret_cast<bf16*>(to + t * to_row) + first;
         for_vectors(count, [&](int64_t i, int64_t n) { store(halves + i, load(from + t * row + i, n), n); });
@@ -135,11 +138,11 @@ INLINE void to_rows(const T* from, int64_t row, int64_t rows, int64_t count, Pai
 
 // Rows of numbers to rows of elements, across which a sum goes: a row of pairs is two of them.
 template <class T>
-INLINE void across_rows(const T* from, int64_t row, int64_t rows, int64_t count, float* to, int64_t to_row) {
+NOINLINE void across_rows(const T* from, int64_t row, int64_t rows, int64_t count, float* to, int64_t to_row) {
     to_rows(from, row, rows, count, to, to_row);
 }
 template <class T>
-INLINE void across_rows(const T* from, int64_t row, int64_t rows, int64_t count, Pair* to, int64_t to_row) {
+NOINLINE void across_rows(const T* from, int64_t row, int64_t rows, int64_t count, Pair* to, int64_t to_row) {
     for (int64_t t = 0; t < rows; t += 2, to += to_row)
         for_vectors(count, [&](int64_t i, int64_t n) {
             const T* at = from + t * row + i;
@@ -162,8 +165,7 @@ void multiply_columns(const D* d, int64_t d_row, int64_t of_n, const X* x, int64
         across_rows(d + row * d_row, d_row, count, of_n, w, TALL);
         for (int64_t r = 0; r < of_n; r += GRADIENT_ROWS)
             for (int64_t c = 0; c < of_k; c += PANEL)
-                accumulate<WIDE, TALL>(w + r, v + c, (count + TERMS_OF<E> - 1) / TERMS_OF<E>, row == 0,
-                                       u + place_of_sum<WIDE>(r, c));
+                accumulate<WIDE, TALL>(w + r, v + c, elements_of<E>(count), row == 0, u + place_of_sum<WIDE>(r, c));
     }
 }
 
@@ -216,7 +218,7 @@ INLINE void transpose(float (&block)[W][W]) {
 
 // A matrix [outputs, count] to one panel, [count, 32], of numbers ..
 template <class T>
-INLINE void to_panel(const T* from, int64_t output_stride, int64_t input_stride, int64_t outputs, int64_t count, float* to) {
+NOINLINE void to_panel(const T* from, int64_t output_stride, int64_t input_stride, int64_t outputs, int64_t count, float* to) {
     for (int64_t n = 0; n < PANEL; n += W) {
         const int64_t of_n = outputs - n < 0 ? 0 : outputs - n < W ? outputs - n : W;
         if (output_stride == 1) {
@@ -235,7 +237,7 @@ INLINE void to_panel(const T* from, int64_t output_stride, int64_t input_stride,
 
 // .. or of pairs along the inputs, [count / 2, 32], the last with 0 if it is alone. One of the strides is 1.
 template <class T>
-INLINE void to_panel(const T* from, int64_t output_stride, int64_t input_stride, int64_t outputs, int64_t count, Pair* to) {
+NOINLINE void to_panel(const T* from, int64_t output_stride, int64_t input_stride, int64_t outputs, int64_t count, Pair* to) {
     for (int64_t n = 0; n < PANEL; n += W) {
         const int64_t of_n = outputs - n < 0 ? 0 : outputs - n < W ? outputs - n : W;
         const auto lanes_at = [&](int64_t k) { return count - k < 0 ? 0 : count - k < W ? count - k : W; };

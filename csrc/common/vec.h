@@ -26,6 +26,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))  // what is large, and called from many places: compiled once
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {

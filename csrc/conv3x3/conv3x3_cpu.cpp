@@ -148,17 +148,19 @@ INLINE Place place(const Conv3x3& a, int64_t tile) {
 
 // n channels of a pixel: a vector in NHWC order, gathered in NCHW order.
 template <class T>
-INLINE VF load_along(const T* p, int64_t stride, int64_t n) {
-    if (stride == 1) return load(p, n);
+NOINLINE VF gather(const T* p, int64_t stride, int64_t n) {
     VF v{};
     for (int64_t i = 0; i < n; ++i) v[i] = load(p + i * stride, 1)[0];
     return v;
 }
 template <class T>
-INLINE void store_along(T* p, int64_t stride, VF v, int64_t n) {
-    if (stride == 1) return store(p, v, n);
+NOINLINE void scatter(T* p, int64_t stride, VF v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) store(p + i * stride, splat(v[i]), 1);
 }
+template <class T>
+INLINE VF load_along(const T* p, int64_t stride, int64_t n) { return stride == 1 ? load(p, n) : gather(p, stride, n); }
+template <class T>
+INLINE void store_along(T* p, int64_t stride, VF v, int64_t n) { stride == 1 ? store(p, v, n) : scatter(p, stride, v, n); }
 
 // Blocks are of as many groups of BLOCK tiles as they can be alike, so that threads have alike to do.
 INLINE int64_t first_of_block(const Conv3x3& a, int64_t block) {
@@ -169,7 +171,7 @@ INLINE int64_t first_of_block(const Conv3x3& a, int64_t block) {
 // A transform of the channels first .. first + count - 1 of I by I pixels from (row, column) on, to the rows of each
 // frequency (i, j), i * row + j * apart. Pixels outside the map are read from ``zeros``.
 template <int I, int O, void (&TRANSFORM)(const VF (&)[I], VF (&)[O]), class T>
-INLINE void read_pixels(const Shape& s, const Image& image, int64_t sample, int64_t row, int64_t column, int64_t first,
+NOINLINE void read_pixels(const Shape& s, const Image& image, int64_t sample, int64_t row, int64_t column, int64_t first,
                         int64_t count, const T* zeros, float* v, int64_t row_apart, int64_t apart) {
     const int64_t stride = image.channel_stride;
     const T* data = static_cast<const T*>(image.data) + sample * image.sample_stride + first * stride;
@@ -212,7 +214,7 @@ INLINE void read_gradient(const Conv3x3& a, int64_t tile, int64_t first, int64_t
 
 // A^T m A of the 32 channels of a panel, and the bias, to the pixels of a tile.
 template <int M, class T>
-INLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, const float* m, int64_t apart,
+NOINLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, const float* m, int64_t apart,
                        const float* bias, int64_t most = PANEL) {
     constexpr int S = SIDE<M>;
     const Place p = place<M>(a, tile);
@@ -252,7 +254,7 @@ INLINE void sum_pixels(const Conv3x3& a, const T* dy, int64_t begin, int64_t end
 template <int M, class T>
 void forward(const Conv3x3& a, T* y, int64_t begin, int64_t end, float* scratch) {
     constexpr int F = FREQUENCIES<M>;
-    const int64_t channels = a.shape.channels, panels = (a.outputs + PANEL - 1) / PANEL;
+    const int64_t channels = a.shape.channels, panels = panels_of(a.outputs);
     const int64_t v_apart = a.block * channels + APART, m_apart = a.block * PANEL + APART;
     float *v = scratch, *m = v + F * v_apart, *bias = m + F * m_apart, *zeros = bias + PANEL;
     memset(zeros, 0, 4 * channels);
@@ -485,7 +487,7 @@ void rows_of_products(const Conv3x3Rows& w, int64_t begin, int64_t end, float* u
     constexpr int S = SIDE<M>;
     constexpr int64_t TWO = PANEL / PACK;
     const Conv3x3& a = w.of;
-    const int64_t channels = a.shape.channels, panels = (a.outputs + PANEL - 1) / PANEL;
+    const int64_t channels = a.shape.channels, panels = panels_of(a.outputs);
     const int64_t packs = (a.outputs + PACK - 1) / PACK, groups = (w.count + BLOCK - 1) / BLOCK;
     const int64_t v_row = S * (channels + APART), u_apart = channels * PANEL + APART, of_pack = channels * 9 * PACK;
     const auto panel_of = [&](int64_t item) { return item / w.deep % panels; };
@@ -693,7 +695,7 @@ void conv3x3_input(const Conv3x3Wave& w, int64_t begin, int64_t end) {
 
 // .. a panel of a frequency ..
 void conv3x3_products(const Conv3x3Wave& w, int64_t begin, int64_t end) {
-    const int64_t channels = w.of.shape.channels, panels = (w.of.outputs + PANEL - 1) / PANEL;
+    const int64_t channels = w.of.shape.channels, panels = panels_of(w.of.outputs);
     const int64_t frequencies = (w.of.tile + 2) * (w.of.tile + 2), rows = (w.count + REST - 1) / REST * REST;
     const auto weights = [&](int64_t item) {
         return w.of.weights + (item % panels * frequencies + item / panels) * channels * PANEL;

@@ -8,7 +8,6 @@
 namespace fastddpm {
 namespace {
 
-
 // How a sample is cut depends on its shape alone, and so do the bits of the result.
 void plan(GroupNorm& a) {
     const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width;

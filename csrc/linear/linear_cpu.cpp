@@ -14,12 +14,9 @@ INLINE int64_t first_of_block(const Linear& a, int64_t block) {
     return first < a.rows ? first : a.rows;
 }
 
-template <class E>
-INLINE int64_t elements_of(int64_t inputs) { return (inputs + TERMS_OF<E> - 1) / TERMS_OF<E>; }
-
 template <class E, class T>
 void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) {
-    const int64_t panels = (a.outputs + PANEL - 1) / PANEL, inputs = elements_of<E>(a.inputs);
+    const int64_t panels = panels_of(a.outputs), inputs = elements_of<E>(a.inputs);
     E* v = reinterpret_cast<E*>(scratch);
     float *products = scratch + ROWS_OF_BLOCK * inputs, *bias = products + ROWS_OF_BLOCK * PANEL;
     const bool far = a.outputs * sizeof(T) > 2048;  // rows of y: a processor does not ask for the next by itself

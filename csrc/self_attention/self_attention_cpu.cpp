@@ -23,10 +23,6 @@ INLINE T* rows_of(const SelfAttention& a, T* y, int64_t of) {
     return y + of / a.heads * a.tokens * all + of % a.heads * a.width;
 }
 
-template <class E>
-INLINE int64_t elements_of(int64_t terms) { return (terms + TERMS_OF<E> - 1) / TERMS_OF<E>; }
-INLINE int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
-
 // Work items: QUERIES tokens of a head of a sample.
 struct Queries {
     int64_t of, first, count, rows;  // rows: as many as the products take

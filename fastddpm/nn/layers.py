@@ -49,9 +49,6 @@ once for many calls."""
 MOST_TOKENS = 1024
 """Of one image, up to which attention is our own: in training, where its weights [B, heads, tokens, tokens] are kept,
 if these are at most two numbers for each of its result."""
-LEAST_QUERIES, MOST_QUERIES = 128, 1024
-"""Of one head of one image, between which attention in sampling is two matrix products: torch divides its queries among
-the threads in blocks of 64, or fewer and larger ones. The scores, for a time in memory, take at most 4 MiB."""
 _plain = False
 
 
@@ -246,28 +243,37 @@ def _has_own_products(x: Tensor) -> bool:
     return computes_in_float32(x) or (X86 and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` of [B, heads, tokens, d]."""
-    b, heads, tokens, d = q.shape
-    one = b * heads == 1 and LEAST_QUERIES <= tokens <= MOST_QUERIES
-    if one and q.dtype == torch.float32 and is_kept() and _has_own_products(q):
-        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-        scores = torch.baddbmm(q.new_empty(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=d**-0.5)
-        return torch.bmm(scores.softmax(2), values).view(q.shape)
-    if computes_in_float32(q):
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of tokens [B, tokens, 3 C], whose queries, keys and values lie side by side, C each: [B, tokens, C]."""
-    b, n, c = *qkv.shape[:2], qkv.shape[2] // 3
-    little = n <= MOST_TOKENS and (heads * n <= 2 * c or not (torch.is_grad_enabled() and qkv.requires_grad))
-    if little and _has_kernels() and _has_own_products(qkv):
+    if _has_own_attention(qkv, qkv.shape[2] // 3, heads):
         return own_self_attention(qkv, heads)
-    q, k, v = (part.view(b, n, heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-    return attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+    q, k, v = qkv.chunk(3, dim=2)
+    return _torch_attention(q, k, v, heads)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The same of queries, keys and values of the same tokens apart, [B, tokens, C] each."""
+    if _has_own_attention(q, q.shape[2], heads):
+        return own_self_attention(torch.cat((q, k, v), dim=2), heads)
+    return _torch_attention(q, k, v, heads)
+
+
+def _has_own_attention(x: Tensor, channels: int, heads: int) -> bool:
+    """Whether `fastddpm.self_attention` computes it."""
+    tokens, training = x.shape[1], torch.is_grad_enabled() and x.requires_grad
+    little = tokens <= MOST_TOKENS and (heads * tokens <= 2 * channels or not training)
+    return little and _has_kernels() and _has_own_products(x)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, in float32 where that is faster."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if computes_in_float32(q):
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v)
+    return y.transpose(1, 2).flatten(2)
 
 
 class Conv2d(nn.Conv2d):
@@ -329,4 +335,3 @@ class _Conv2d(torch.autograd.Function):
         of = zip(found, (x, weight, bias), mask, strict=True)
         gradients = (g.to(p.dtype) if wanted else None for g, p, wanted in of)
         return *gradients, None, None
-

@@ -55,10 +55,7 @@ class DiffusersAttention(Block):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         b, c, height, width = x.shape
         tokens = group_norm(self.group_norm, x, activation=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        q, k, v = (
-            to(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
-        )
-        y = layers.attention(q, k, v).transpose(1, 2).flatten(2)
+        y = layers.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.heads)
         for layer in self.to_out:
             y = layer(y)
         y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)

@@ -17,6 +17,13 @@ from tests.nn.networks import TINY, filled
 from tests.tolerance import assert_within
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def stock_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
     "3x3, transformed": (
         lambda x, w, b: layers.conv2d(x, w, b, padding=1),
@@ -56,13 +63,18 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, t
     "1x1, no bias": (layers.conv2d, F.conv2d, dict(x=(2, 16, 5, 5), w=(8, 16, 1, 1))),
     "linear": (layers.linear, F.linear, dict(x=(2, 9, 16), w=(24, 16), b=(24,))),
     "attention": (
-        layers.attention,
-        F.scaled_dot_product_attention,
-        dict(q=(2, 2, 9, 8), k=(2, 2, 9, 8), v=(2, 2, 9, 8)),
+        lambda q, k, v: layers.attention(q, k, v, 2),
+        lambda q, k, v: stock_attention(q, k, v, 2),
+        dict(q=(2, 9, 16), k=(2, 9, 16), v=(2, 9, 16)),
+    ),
+    "attention, many heads": (
+        lambda q, k, v: layers.attention(q, k, v, 4),
+        lambda q, k, v: stock_attention(q, k, v, 4),
+        dict(q=(2, 9, 16), k=(2, 9, 16), v=(2, 9, 16)),
     ),
     "attention, side by side": (
         lambda qkv: layers.self_attention(qkv, 1),
-        lambda qkv: F.scaled_dot_product_attention(*qkv.chunk(3, dim=2)),
+        lambda qkv: stock_attention(*qkv.chunk(3, dim=2), 1),
         dict(qkv=(2, 9, 36)),
     ),
 }
@@ -104,14 +116,16 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 def test_attention_of_few_tokens_is_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more it is torch's, and in training of many heads, whose weights would take much memory."""
-    monkeypatch.setattr(layers, "attention", refuse)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
     monkeypatch.setattr(layers, "MOST_TOKENS", 8)
     few, many = (torch.randn(1, tokens, 24, requires_grad=True) for tokens in (8, 9))
     for qkv, heads in ((few, 1), (few, 2), (few.detach(), 4)):
-        layers.self_attention(qkv, heads)
+        y = layers.self_attention(qkv, heads)
+        assert torch.equal(layers.attention(*qkv.chunk(3, dim=2), heads), y)
     for qkv, heads in ((many, 1), (many.detach(), 1), (few, 4)):
-        with pytest.raises(AssertionError, match="not one of"):
-            layers.self_attention(qkv, heads)
+        for call in (layers.self_attention, lambda qkv, heads: layers.attention(*qkv.chunk(3, dim=2), heads)):
+            with pytest.raises(AssertionError, match="not one of"):
+                call(qkv, heads)
 
 
 @pytest.mark.usefixtures("slow_half")
@@ -129,19 +143,6 @@ def test_weights_of_linear_layers_are_kept_for_sampling(name: str, dtype: torch.
     assert_within(first, *expected)
     with keep_transformed():
         assert not torch.equal(call(x, weight, *bias), first)
-
-
-@pytest.mark.parametrize("tokens", [layers.LEAST_QUERIES, layers.MOST_QUERIES])
-@torch.no_grad()
-def test_attention_of_one_head_in_sampling(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = torch.randn(1, tokens, 1, 24, generator=torch.Generator().manual_seed(0))
-    q, k, v = (x.transpose(1, 2) for x in qkv.chunk(3, dim=3))  # as the layer has them: parts of one tensor
-    expected = [F.scaled_dot_product_attention(q.to(d), k.to(d), v.to(d)) for d in (torch.float64, torch.float32)]
-    monkeypatch.delattr(F, "scaled_dot_product_attention")
-    with keep_transformed():
-        assert_within(layers.attention(q, k, v), *expected)
-    with pytest.raises(AttributeError):  # elsewhere it is torch's
-        layers.attention(q, k, v)
 
 
 @pytest.mark.usefixtures("slow_half")

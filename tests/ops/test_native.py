@@ -12,7 +12,7 @@ import torch
 import fastddpm
 from fastddpm import _native
 from fastddpm.ops import normal, philox
-from tests.ops.cases import CASES, DEVICES, DTYPES, LAYOUTS, Case, drawn, images, randn, signal_sigma
+from tests.ops.cases import CASES, DEVICES, DTYPES, LAYOUTS, Case, Inputs, drawn, images, randn, signal_sigma
 from tests.ops.test_contract import check_values, results
 from tests.tolerance import assert_near_peer, assert_normals_within, assert_within
 
@@ -35,6 +35,18 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _C.use_instruction_set(before)
+
+
+def check_threads_change_no_bit(case: Case, inputs: Inputs, dtype: torch.dtype) -> None:
+    """Of the results and the gradients; the number of threads is put back after each test."""
+    found = []
+    with fastddpm.use_backend("native"):
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(results(case, inputs, dtype))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), name
 
 
 @pytest.fixture(params=SETS)
@@ -168,15 +180,7 @@ def test_sizes_around_the_edges(op: str, layout: str) -> None:
 def test_threads_change_no_bit(op: str, layout: str) -> None:
     for channels, pixels in ((3, (181, 191)), (64, (64, 64))):
         case = sized(op, channels, pixels)
-        inputs = case.inputs(torch.float32, layout)
-        found = []
-        with fastddpm.use_backend("native"):
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                found.append(results(case, inputs))
-        for other in found[1:]:
-            for name, value in found[0].items():
-                assert torch.equal(value, other[name]), (name, channels)
+        check_threads_change_no_bit(case, case.inputs(torch.float32, layout), torch.float32)
 
 
 def test_samples_that_threads_share_are_the_same() -> None:

@@ -12,7 +12,7 @@ from fastddpm.ops.conv3x3 import native_impl
 from fastddpm.ops.kept import is_kept, keep_transformed
 from tests.ops.cases import LAYOUTS, Case, randn
 from tests.ops.test_contract import check_values, results
-from tests.ops.test_native import instruction_set  # noqa: F401, the fixture
+from tests.ops.test_native import check_threads_change_no_bit, instruction_set  # noqa: F401, the fixture
 from tests.tolerance import assert_within
 
 # batch, channels, outputs, height, width: around a vector, a panel, a block of tiles, an item of the gradient
@@ -117,15 +117,7 @@ def test_rows_waves_and_blocks_come_to_the_same(dtype: torch.dtype, tile: int, l
 )
 def test_threads_change_no_bit(channels: tuple[int, int], dtype: torch.dtype) -> None:
     case = convolution(4, *channels, 32, 32)
-    inputs = case.inputs(dtype, "NHWC")
-    found = []
-    with fastddpm.use_backend("native"):
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(case, inputs, dtype))
-    for other in found[1:]:
-        for name, value in found[0].items():
-            assert torch.equal(value, other[name]), name
+    check_threads_change_no_bit(case, case.inputs(dtype, "NHWC"), dtype)
 
 
 @pytest.mark.usefixtures("instruction_set")

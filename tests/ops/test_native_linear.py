@@ -15,7 +15,7 @@ from fastddpm.ops.kept import is_kept, keep_transformed
 from fastddpm.ops.linear import native_impl
 from tests.ops.cases import FLOAT, Case, randn
 from tests.ops.test_contract import Recorded, check_values, results
-from tests.ops.test_native import instruction_set, pairs  # noqa: F401, the fixtures
+from tests.ops.test_native import check_threads_change_no_bit, instruction_set, pairs  # noqa: F401, the fixtures
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no native code: {_native.reason()}")
 
@@ -54,15 +54,7 @@ def test_sizes_around_the_edges(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [(999, 300, 41, 260), (1500, 60, 0, 50)], ids=["many panels", "many slices"])
 def test_threads_change_no_bit(size: tuple[int, ...]) -> None:
     case = product(*size)
-    inputs = case.inputs(HALF)
-    found = []
-    with fastddpm.use_backend("native"):
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            found.append(results(case, inputs, HALF))
-    for other in found[1:]:
-        for name, value in found[0].items():
-            assert torch.equal(value, other[name]), name
+    check_threads_change_no_bit(case, case.inputs(HALF), HALF)
 
 
 # numbers of bfloat16 in pairs
