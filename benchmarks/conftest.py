@@ -94,7 +94,8 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
     before = torch.get_num_threads()
 
     def run(
-        contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0
+        contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0,
+        seconds: float = 0.0,
     ) -> None:
         benchmark.group = f"{case} {dtype}, {threads} thread(s)"
         if benchmark.disabled:  # each runs once, to see that it runs
@@ -104,7 +105,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
             return
         torch.set_num_threads(threads)
         floors = {"copy": copy_of(size)} | ({"draw": drawing(normals)} if normals else {})
-        best = turns({**contestants, **floors}, pytestconfig.getoption("--bench-seconds"))
+        best = turns({**contestants, **floors}, max(seconds, pytestconfig.getoption("--bench-seconds")))
         floor = max(best[name] for name in floors)
         for name in contestants:
             ratio = best["eager"] / best[name]

@@ -76,4 +76,5 @@ def test_training_step(threads: int, compare: Any, benchmark: Any) -> None:
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     contestants = {"eager": stock_step(on_stock_ops(model), images), "fastddpm": our_step(small, 8)}
     size = 2 * 42 * sum(p.numel() for p in model.parameters())
-    compare(contestants, case="training step CIFAR-10 U-Net, batch 8", dtype="bfloat16", threads=threads, size=size)
+    case = "training step CIFAR-10 U-Net, batch 8"
+    compare(contestants, case=case, dtype="bfloat16", threads=threads, size=size, seconds=12.0)

@@ -58,10 +58,14 @@ bool in_waves(const Conv3x3& a) {
     return a.shape.channels * a.outputs > 80 * (a.shape.channels + a.outputs);
 }
 
-// In waves that are alike, and as large as WAVE allows.
+// Few threads have a smaller wave nearer to them, many have to wait for each other less often in a larger one. A tile is
+// the same in any.
+int64_t largest_wave() { return WAVE * std::clamp<int64_t>(torch::stable::get_num_threads(), 1, 4); }
+
+// In waves that are alike, and as large as they may be.
 void run_waves(const Conv3x3& a) {
     const int64_t of_tile = frequencies(a.tile), channels = a.shape.channels, panels = ceil_div(a.outputs, PANEL);
-    const int64_t most = std::max<int64_t>(1, WAVE / (of_tile * (channels + panels * PANEL)) / BLOCK);  // of BLOCK each
+    const int64_t most = std::max<int64_t>(1, largest_wave() / (of_tile * (channels + panels * PANEL)) / BLOCK);  // of BLOCK each
     const int64_t groups = std::max<int64_t>(1, ceil_div(a.tiles, BLOCK)), rows = ceil_div(groups, ceil_div(groups, most)) * BLOCK;
     Conv3x3Wave w{a, 0, 0, rows, rows * channels + APART, panels * rows * PANEL + APART, nullptr, nullptr, nullptr};
     w.v = scratch<OF_WAVE>(of_tile * (w.v_apart + w.m_apart) + channels), w.m = w.v + of_tile * w.v_apart;
@@ -144,12 +148,12 @@ Values pack(const Tensor& weight, bool turned) {
     return {a.to, half ? a.from.dtype : DType::f32, 0};
 }
 
-// In waves that are alike, and as large as WAVE allows; a wave in blocks, of which a row of frequencies lies in the second
+// In waves that are alike, and as large as they may be; a wave in blocks, of which a row of frequencies lies in the second
 // cache, or two where tiles are few: weights come from the second cache for the second.
 void run_rows(const Conv3x3& a) {
     const int64_t side = a.tile + 2, panels = ceil_div(a.outputs, PANEL), row = side * (a.shape.channels + APART);
     const int64_t of_tile = side * (row + panels * a.tile * PANEL);
-    const int64_t groups = ceil_div(a.tiles, BLOCK), most = std::max<int64_t>(1, WAVE / of_tile / BLOCK);  // of BLOCK each
+    const int64_t most = std::max<int64_t>(1, largest_wave() / of_tile / BLOCK), groups = ceil_div(a.tiles, BLOCK);  // of BLOCK
     Conv3x3Rows w{};
     w.of = a;
     w.rows = groups == 0 ? 0 : ceil_div(groups, ceil_div(groups, most)) * BLOCK;

@@ -9,7 +9,7 @@ namespace fastddpm {
 enum : int64_t {
     TOGETHER = 16,           // channels of a work item that transforms weights
     BLOCK = 12,              // tiles of a block are a multiple of this, those of the last aside
-    WAVE = 4 << 20,          // floats that the tiles of a wave are transformed to
+    WAVE = 1 << 20,          // floats that the tiles of a wave are transformed to, for each of up to four threads
     BLOCK_OF_ROWS = 410'000,  // floats that a row of frequencies of a block of a wave takes
     MANY = 1024,             // tiles of 2x2, of which a wave writes and reads more than transformed weights are
     HIGH = 64,               // output channels of a work item of the gradient
