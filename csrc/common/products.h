@@ -92,6 +92,8 @@ NOINLINE void multiply_rows(const E* v, int64_t rows, int64_t channels, const E*
     const char* of_next = reinterpret_cast<const char*>(next);
     for (; t + ROWS <= rows; t += ROWS)
         multiply<ROWS>(v + t * channels, channels, channels, u, out + t * PANEL, of_next + t / ROWS % 2 * LINE, 2 * LINE);
+    for (; t + 2 * REST <= rows; t += 2 * REST)
+        multiply<2 * REST>(v + t * channels, channels, channels, u, out + t * PANEL, of_next, 2 * LINE);
     for (; t < rows; t += REST) multiply<REST>(v + t * channels, channels, channels, u, out + t * PANEL, of_next, 2 * LINE);
 }
 

@@ -42,10 +42,12 @@ void pack(LinearWeight a, void* to) {
              [&](int64_t begin, int64_t end) { FASTDDPM_KERNEL(linear_pack)(a, begin, end); });
 }
 
-Tensor run(const Tensor& x, const MaybeTensor& x2, const void* weights, bool pairs, int64_t outputs,
-           const MaybeTensor& bias, const MaybeTensor& residual, int64_t type) {
+// ``weights``: in panels, or nullptr for those of ``weight``, of whose panels each serves one block of rows then.
+Tensor run(const Tensor& x, const MaybeTensor& x2, const void* weights, const LinearWeight& weight, const MaybeTensor& bias,
+           const MaybeTensor& residual, int64_t type) {
+    const int64_t outputs = weight.outputs;
     Linear a{};
-    a.pairs = pairs;
+    a.pairs = weight.pairs, a.weight = weight;
     a.of_x = x.size(x.dim() - 1), a.inputs = a.of_x + (x2 ? x2->size(x2->dim() - 1) : 0);
     a.rows = rows_of(x), a.outputs = outputs, a.weights = weights;
     a.x = values(x, 0), a.x2 = values(x2, 0), a.bias = values(bias, 0), a.residual = values(residual, 0);
@@ -54,7 +56,7 @@ Tensor run(const Tensor& x, const MaybeTensor& x2, const void* weights, bool pai
     a.dtype = dtype(y), a.y = y.data_ptr();
     a.blocks = ceil_div(a.rows, ROWS_OF_BLOCK);
     parallel(a.blocks * ceil_div(outputs, PANEL), ROWS_OF_BLOCK * a.inputs, [&](int64_t begin, int64_t end) {
-        FASTDDPM_KERNEL(linear_forward)(a, begin, end, scratch<OF_ITEM>(FORWARD_SCRATCH(a.inputs)));
+        FASTDDPM_KERNEL(linear_forward)(a, begin, end, scratch<OF_ITEM>(FORWARD_SCRATCH(a.rows, a.inputs, !weights)));
     });
     return y;
 }
@@ -63,9 +65,10 @@ Tensor linear(const Tensor x, const MaybeTensor x2, const Tensor weight, const M
               const MaybeTensor residual, bool turned, int64_t type) {
     const ScalarType of_x = x2 && x2->scalar_type() != x.scalar_type() ? ScalarType::Float : x.scalar_type();
     const LinearWeight a = arguments(weight, turned, takes_pairs(of_x, weight.scalar_type(), type));
+    if (rows_of(x) <= ROWS_OF_BLOCK) return run(x, x2, nullptr, a, bias, residual, type);
     float* weights = scratch<OF_WEIGHT>(ceil_div(a.outputs, PANEL) * elements(a) * PANEL);
     pack(a, weights);
-    return run(x, x2, weights, a.pairs, a.outputs, bias, residual, type);
+    return run(x, x2, weights, a, bias, residual, type);
 }
 
 // For x and y of these dtypes.
@@ -80,7 +83,9 @@ Tensor linear_weight(const Tensor weight, int64_t of_x, int64_t type) {
 // With a weight that is in panels already.
 Tensor linear_packed(const Tensor x, const MaybeTensor x2, const Tensor weights, int64_t outputs, const MaybeTensor bias,
                      const MaybeTensor residual, int64_t type) {
-    return run(x, x2, weights.data_ptr(), weights.scalar_type() == ScalarType::BFloat16, outputs, bias, residual, type);
+    LinearWeight a{};
+    a.outputs = outputs, a.pairs = weights.scalar_type() == ScalarType::BFloat16;
+    return run(x, x2, weights.data_ptr(), a, bias, residual, type);
 }
 
 // The gradient of the weight, in its dtype, and of the bias where there is one.

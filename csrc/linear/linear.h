@@ -9,6 +9,14 @@ namespace fastddpm {
 constexpr int64_t ROWS_OF_BLOCK = 96;  // of x, which stay in the second cache while all panels of the weight are read for them
 constexpr int64_t DEEP = 128;          // inputs of a work item that packs a weight
 
+// A weight of which one stride is 1 to panels: 0 in the outputs of a panel beyond the last.
+struct LinearWeight {
+    int64_t inputs, outputs, input_stride, output_stride;
+    Values from;
+    bool pairs;
+    void* to;
+};
+
 // y[rows, outputs] = [x, x2][rows, inputs] times the weight, + bias + residual. Rows lie one after the other.
 struct Linear {
     int64_t rows, inputs, outputs;
@@ -20,15 +28,8 @@ struct Linear {
     DType dtype;           // of y
     void* y;
     bool pairs;           // of bfloat16 are what is multiplied, not numbers
-    const void* weights;  // packed: [panels, inputs, 32], or [panels, inputs / 2, 32] pairs
-};
-
-// A weight of which one stride is 1 to panels: 0 in the outputs of a panel beyond the last.
-struct LinearWeight {
-    int64_t inputs, outputs, input_stride, output_stride;
-    Values from;
-    bool pairs;
-    void* to;
+    const void* weights;  // packed: [panels, inputs, 32], or [panels, inputs / 2, 32] pairs; or nullptr ..
+    LinearWeight weight;  // .. for one that each item packs a panel of, where a panel serves one item
 };
 
 // dw[outputs, inputs] = dy[rows, outputs]^T x[rows, inputs]: a work item is TALL outputs by WIDE inputs of a slice of the rows.
@@ -44,7 +45,10 @@ struct LinearGradient {
     void* gradient;      // [outputs, inputs]
 };
 
-constexpr int64_t FORWARD_SCRATCH(int64_t inputs) { return ROWS_OF_BLOCK * (inputs + PANEL) + PANEL; }
+constexpr int64_t FORWARD_SCRATCH(int64_t rows, int64_t inputs, bool packs) {
+    const int64_t of_block = rows < ROWS_OF_BLOCK ? rows + 3 : ROWS_OF_BLOCK;  // as many as the products take
+    return (ROWS_OF_BLOCK + 1) * PANEL + (of_block + (packs ? PANEL : 0)) * inputs;
+}
 constexpr int64_t GRADIENT_SCRATCH = COLUMNS_SCRATCH + WIDE * TALL;
 
 FASTDDPM_DECLARE(linear_pack, const LinearWeight& a, int64_t begin, int64_t end)

@@ -14,11 +14,20 @@ INLINE int64_t first_of_block(const Linear& a, int64_t block) {
     return first < a.rows ? first : a.rows;
 }
 
+// Of the panel that begins with output ``first``, ``count`` inputs from ``k`` on.
+template <class E>
+void pack_panel(const LinearWeight& a, int64_t first, int64_t k, int64_t count, E* to) {
+    with_type(a.from.dtype, a.from.data, [&](const auto* from) {
+        to_panel(from + first * a.output_stride + k * a.input_stride, a.output_stride, a.input_stride, a.outputs - first,
+                 count, to);
+    });
+}
+
 template <class E, class T>
 void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) {
     const int64_t panels = panels_of(a.outputs), inputs = elements_of<E>(a.inputs);
-    E* v = reinterpret_cast<E*>(scratch);
-    float *products = scratch + ROWS_OF_BLOCK * inputs, *bias = products + ROWS_OF_BLOCK * PANEL;
+    float *bias = scratch, *products = bias + PANEL;
+    E *own = reinterpret_cast<E*>(products + ROWS_OF_BLOCK * PANEL), *v = own + (a.weights ? 0 : inputs * PANEL);
     const bool far = a.outputs * sizeof(T) > 2048;  // rows of y: a processor does not ask for the next by itself
     for (int64_t item = begin, last = -1; item < end; ++item) {
         const int64_t block = item / panels, panel = item % panels, row = first_of_block(a, block);
@@ -34,12 +43,13 @@ void forward(const Linear& a, T* y, int64_t begin, int64_t end, float* scratch) 
             memset(v + count * inputs, 0, sizeof(E) * (rows - count) * inputs);
         }
         last = block;
-        const E *weights = static_cast<const E*>(a.weights), *u = weights + panel * inputs * PANEL;
+        const E *weights = static_cast<const E*>(a.weights), *u = weights ? weights + panel * inputs * PANEL : own;
+        if (!weights) pack_panel(a.weight, panel * PANEL, 0, a.inputs, own);
         const int64_t first = panel * PANEL, of_n = a.outputs - first < PANEL ? a.outputs - first : PANEL;
         for (int64_t t = 0; t < count && far; ++t)
             for (int64_t i = 0; i < of_n; i += LINE / sizeof(T))
                 __builtin_prefetch(y + (row + t) * a.outputs + first + i, 1, 2);
-        multiply_rows(v, rows, inputs, u, products, panel + 1 < panels ? u + inputs * PANEL : weights);
+        multiply_rows(v, rows, inputs, u, products, !weights ? own : panel + 1 < panels ? u + inputs * PANEL : weights);
         read_bias(a.bias, first, of_n, bias);
         with_type(a.residual.dtype, a.residual.data, [&](const auto* residual) {
             for (int64_t t = 0; t < count; ++t) {
@@ -73,14 +83,11 @@ INLINE void sum_rows(const T* d, int64_t row, int64_t count, int64_t columns, fl
 void linear_pack(const LinearWeight& a, int64_t begin, int64_t end) {
     const int64_t parts = (a.inputs + DEEP - 1) / DEEP;
     const auto pack = [&]<class E>(E* to) {
-        with_type(a.from.dtype, a.from.data, [&](const auto* from) {
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t first = item / parts * PANEL, k = item % parts * DEEP;
-                const int64_t count = a.inputs - k < DEEP ? a.inputs - k : DEEP;
-                to_panel(from + first * a.output_stride + k * a.input_stride, a.output_stride, a.input_stride,
-                         a.outputs - first, count, to + (first * elements_of<E>(a.inputs) + k / TERMS_OF<E> * PANEL));
-            }
-        });
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t first = item / parts * PANEL, k = item % parts * DEEP;
+            const int64_t count = a.inputs - k < DEEP ? a.inputs - k : DEEP;
+            pack_panel(a, first, k, count, to + (first * elements_of<E>(a.inputs) + k / TERMS_OF<E> * PANEL));
+        }
     };
     a.pairs ? pack(static_cast<Pair*>(a.to)) : pack(static_cast<float*>(a.to));
 }

@@ -128,7 +128,7 @@ image, weight = torch.randn(8, 256, 32, 32).to(memory_format=torch.channels_last
 first = conv3x3(image, weight)
 before = resident("VmRSS")
 y.backward()
-assert before - resident("VmRSS") > 8 << 20
+assert before - resident("VmRSS") > 5 << 20
 assert torch.equal(first, conv3x3(image, weight))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

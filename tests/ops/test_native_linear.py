@@ -12,7 +12,6 @@ from torch import Tensor
 import fastddpm
 from fastddpm import _native
 from fastddpm.ops.kept import is_kept, keep_transformed
-from fastddpm.ops.linear import native_impl
 from tests.ops.cases import FLOAT, Case, randn
 from tests.ops.test_contract import Recorded, check_values, results
 from tests.ops.test_native import check_threads_change_no_bit, instruction_set, pairs  # noqa: F401, the fixtures
@@ -216,31 +215,39 @@ def test_operators_of_kept_weights_pass_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(func, args, kwargs)
 
 
-# few rows, of which torch makes the product
+# few rows, for which a weight is brought to panels one at a time
 
 
-def kernels(case: Case, inputs: dict[str, object], dtype: torch.dtype, keep: bool = False) -> set[str]:
-    """Check the values; the names of our operators that ran."""
-    with fastddpm.use_backend("native"), Recorded() as recorded:
-        if keep:
-            with torch.no_grad(), keep_transformed():
-                found = {"output 0": fastddpm.linear(**inputs)}  # type: ignore[arg-type]
-        else:
-            found = results(case, inputs, dtype)
-    check_values(Case(case.op, case.name, case.make) if keep else case, found, inputs, dtype)
-    return {call[0].overloadpacket.__name__ for call in recorded.calls if call[0].namespace == "fastddpm"}
-
-
+@pytest.mark.usefixtures("instruction_set", "pairs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows_of_a_large_weight(dtype: torch.dtype) -> None:
-    """Neither is it brought to panels for them, forward or backward; where it is kept, it is once."""
-    inputs, more = 200, 56
-    outputs = native_impl.LARGE // (inputs + more)
-    few = product(native_impl.FEW - 1, inputs, more, outputs)
-    assert kernels(few, few.inputs(dtype), dtype) == {"linear_gradient"}
-    assert kernels(few, few.inputs(dtype), dtype, keep=True) == {"linear_weight", "linear_packed"}
-    for case in (product(native_impl.FEW, inputs, more, outputs), product(2, inputs, more, outputs - 1)):
-        assert kernels(case, case.inputs(dtype), dtype) == {"linear", "linear_gradient"}
+def test_few_rows_have_the_bits_of_many(dtype: torch.dtype) -> None:
+    """Of y, and of the gradient of x, which takes the weight the other way round."""
+    inputs, more, outputs = 150, 41, 77
+    x, x2, residual = (torch.randn(200, n).to(dtype) for n in (inputs, more, outputs))
+    weight, bias, dy = (torch.randn(n).to(dtype) for n in ((outputs, inputs + more), (outputs,), (200, outputs)))
+
+    def calls(rows: int) -> list[Tensor]:
+        given = x[:rows].requires_grad_()
+        y = fastddpm.linear(given, weight, bias, x2=x2[:rows], residual=residual[:rows])
+        return [y.detach(), *torch.autograd.grad(y, given, dy[:rows])]
+
+    with fastddpm.use_backend("native"):
+        many = calls(200)
+        for rows in (1, 2, 3, 4, 7, 8, 11, 12, 15, 23, 95, 96, 97):
+            for few, expected in zip(calls(rows), many, strict=True):
+                assert torch.equal(few, expected[:rows]), rows
+
+
+def test_where_weights_are_kept_they_are_for_few_rows_too() -> None:
+    case = product(5, 200, 56, 70)
+    inputs = case.inputs(HALF)
+    with fastddpm.use_backend("native"), torch.no_grad():
+        y = fastddpm.linear(**inputs)
+        with keep_transformed(), Recorded() as recorded:
+            kept = fastddpm.linear(**inputs)
+    assert torch.equal(kept, y)
+    names = {call[0].overloadpacket.__name__ for call in recorded.calls if call[0].namespace == "fastddpm"}
+    assert names == {"linear_weight", "linear_packed"}
 
 
 # strides, dtypes

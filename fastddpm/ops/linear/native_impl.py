@@ -10,12 +10,9 @@ from torch import Tensor
 from ... import _native
 from ..kept import is_kept, kept
 from ..native_common import reason_against, register_fake
-from . import reference
 
 Saved = tuple[Tensor, ...]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEW, LARGE = 16, 1 << 16
-"""Rows, and numbers of a weight, for which a product of torch takes less time than to bring the weight to panels."""
 
 
 def unsupported(*, x: Tensor, dtype: torch.dtype | None = None, **_: Any) -> str | None:
@@ -30,8 +27,6 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
     keep = is_kept()
-    if _is_large_beside(weight, x) and not keep:
-        return reference.forward(x, weight, bias, x2, residual, dtype)
     x, x2 = x.contiguous(), None if x2 is None else x2.contiguous()
     bias = bias if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -61,14 +56,11 @@ def backward(
     """Gradients of x, weight, bias and x2, as far as wanted, from that of y."""
     dx = dweight = dbias = dx2 = None
     dy, taps = dy.contiguous(), _matrix(weight)
-    if _is_large_beside(weight, x):
-        dx, _, _, dx2 = reference.backward(dy, saved, x, weight, bias, x2, (wanted[0], False, False, wanted[3]))
-    else:
-        if wanted[0]:
-            dx = _product(dy, taps[:, : x.shape[-1]], x)
-        if wanted[3]:
-            assert x2 is not None
-            dx2 = _product(dy, taps[:, x.shape[-1] :], x2)
+    if wanted[0]:
+        dx = _product(dy, taps[:, : x.shape[-1]], x)
+    if wanted[3]:
+        assert x2 is not None
+        dx2 = _product(dy, taps[:, x.shape[-1] :], x2)
     if wanted[1] or wanted[2]:
         of_bias = bias if wanted[2] else None
         found = torch.ops.fastddpm.linear_gradient(dy, x.contiguous(), taps[:, : x.shape[-1]], of_bias)
@@ -80,10 +72,6 @@ def backward(
                 dtaps = torch.cat((dtaps, others[0]), dim=1)
             dweight = dtaps.view(weight.shape).to(weight.dtype)
     return dx, dweight, dbias, dx2
-
-
-def _is_large_beside(weight: Tensor, x: Tensor) -> bool:
-    return x.numel() < FEW * x.shape[-1] and weight.numel() >= LARGE
 
 
 def _matrix(weight: Tensor) -> Tensor:
