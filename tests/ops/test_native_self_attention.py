@@ -84,7 +84,7 @@ def test_threads_change_no_bit(size: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_of_many_samples_each_is_what_it_is_alone(dtype: torch.dtype) -> None:
-    """They are taken in groups whose scores and panels take 4 MiB at most: here of 11, 11 and 1."""
+    """They are taken in groups whose scores and panels take 1 MiB for each thread: here of 2, the last of 1."""
     samples, tokens, heads, numbers = 23, 200, 2, 4
     qkv = torch.randn(samples, tokens, 3 * heads * numbers).to(dtype)
     dy = torch.randn(samples, tokens, heads * numbers).to(dtype)
