@@ -146,6 +146,9 @@ def lines_of(report: Report) -> list[str]:
     what = "training" if training else f"sampling ({work['sampler']}, {Work(**work).image_steps} steps)"
     on = f"{report.device}, {report.threads} thread{'s' if report.threads > 1 else ''}"
     peak = "of a large matrix product here" if report.peak_is_measured else "given"
+    share = "less than torch takes for those layers and that update alone"
+    if report.ratio >= 1:
+        share = f"{1 / report.ratio:.0%} of the step are those layers and that update"
     spent = sum(report.parts.values())
     shares = ", ".join(f"{name} {seconds / spent:.0%}" for name, seconds in report.parts.items())
     least = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in report.floor.items())
@@ -155,7 +158,7 @@ def lines_of(report: Report) -> list[str]:
         f"  step          {_ms(report.best)} ms at best, {_ms(report.median)} ms in the median",
         f"  first call    {report.first:,.3g} s{', compiling' if config.compile else ''}",
         f"  floor         {_ms(report.floor_step)} ms ({least})",
-        f"  step/floor    {report.ratio:.2f}: {1 / report.ratio:.0%} of the step are those layers and that update",
+        f"  step/floor    {report.ratio:.2f}: {share}",
         f"  utilisation   {report.utilisation:.0%}: {report.flops / 1e9:,.4g} GFLOP a step, "
         f"{report.flops / report.best / 1e9:,.4g} GFLOP/s of {report.peak_flops / 1e9:,.4g} ({peak})",
         f"  time by part  {shares}",

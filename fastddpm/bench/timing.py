@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..nn.layers import linear
+
 Call = Callable[[], object]
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -51,7 +53,9 @@ def copy_rate(bytes_moved: int, device: torch.device, repeat: int = 20) -> float
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, repeat: int = 5, size: int | None = None) -> float:
-    """Operations a second of one large matrix product: what this machine can do in this dtype and these threads."""
+    """Operations a second of one large matrix product, torch's or that of our layers, whichever takes less time: what
+    this machine can do in this dtype and these threads."""
     n = PRODUCT_SIZE.get(device.type, 2048) if size is None else size
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(times(lambda: a @ b, device, repeat))
+    with torch.no_grad():
+        return 2 * n**3 / min(min(times(product, device, repeat)) for product in (lambda: a @ b, lambda: linear(a, b)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,9 @@ def test_a_training_step_is_measured(no_child: None, tmp_path: Path) -> None:
     text = "\n".join(lines_of(found))
     for word in ("images/s", "floor", "step/floor", "utilisation", "time by part", "peak memory"):
         assert word in text
+    assert "% of the step are those layers" in text
+    faster = replace(found, best=found.best / 1e6)
+    assert "less than torch takes for those layers" in "\n".join(lines_of(faster))
 
 
 def test_weights_are_those_of_a_network_that_has_learnt() -> None:
