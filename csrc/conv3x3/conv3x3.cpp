@@ -153,7 +153,7 @@ Values pack(const Tensor& weight, bool turned) {
 void run_rows(const Conv3x3& a) {
     const int64_t side = a.tile + 2, panels = ceil_div(a.outputs, PANEL), row = side * (a.shape.channels + APART);
     const int64_t of_tile = side * (row + panels * a.tile * PANEL);
-    const int64_t most = std::max<int64_t>(1, largest_wave() / of_tile / BLOCK), groups = ceil_div(a.tiles, BLOCK);  // of BLOCK
+    const int64_t groups = ceil_div(a.tiles, BLOCK), most = std::max<int64_t>(1, largest_wave() / of_tile / BLOCK);
     Conv3x3Rows w{};
     w.of = a;
     w.rows = groups == 0 ? 0 : ceil_div(groups, ceil_div(groups, most)) * BLOCK;

@@ -172,7 +172,7 @@ INLINE int64_t first_of_block(const Conv3x3& a, int64_t block) {
 // frequency (i, j), i * row + j * apart. Pixels outside the map are read from ``zeros``.
 template <int I, int O, void (&TRANSFORM)(const VF (&)[I], VF (&)[O]), class T>
 NOINLINE void read_pixels(const Shape& s, const Image& image, int64_t sample, int64_t row, int64_t column, int64_t first,
-                        int64_t count, const T* zeros, float* v, int64_t row_apart, int64_t apart) {
+                          int64_t count, const T* zeros, float* v, int64_t row_apart, int64_t apart) {
     const int64_t stride = image.channel_stride;
     const T* data = static_cast<const T*>(image.data) + sample * image.sample_stride + first * stride;
     const T* from[I][I];
@@ -215,7 +215,7 @@ INLINE void read_gradient(const Conv3x3& a, int64_t tile, int64_t first, int64_t
 // A^T m A of the 32 channels of a panel, and the bias, to the pixels of a tile.
 template <int M, class T>
 NOINLINE void write_tile(const Conv3x3& a, T* y, int64_t tile, int64_t first, const float* m, int64_t apart,
-                       const float* bias, int64_t most = PANEL) {
+                         const float* bias, int64_t most = PANEL) {
     constexpr int S = SIDE<M>;
     const Place p = place<M>(a, tile);
     const int64_t count = a.outputs - first < most ? a.outputs - first : most;
