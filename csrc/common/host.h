@@ -124,6 +124,9 @@ inline Tensor rounded(const std::vector<double>& sums, const Tensor& like) {
     return out;
 }
 
+// Second caches that what is done at a time may fill: those of the threads, up to four; it was measured with one and three.
+inline int64_t caches() { return std::clamp<int64_t>(torch::stable::get_num_threads(), 1, 4); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t TILE = 2048;        // elements: a few tiles of floats fit in the first cache

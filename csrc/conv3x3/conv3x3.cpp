@@ -60,7 +60,7 @@ bool in_waves(const Conv3x3& a) {
 
 // Few threads have a smaller wave nearer to them, many have to wait for each other less often in a larger one. A tile is
 // the same in any.
-int64_t largest_wave() { return WAVE * std::clamp<int64_t>(torch::stable::get_num_threads(), 1, 4); }
+int64_t largest_wave() { return WAVE * caches(); }
 
 // In waves that are alike, and as large as they may be.
 void run_waves(const Conv3x3& a) {

@@ -44,7 +44,7 @@ void by_queries(const SelfAttention& a, const F& kernel) {
 // f(first sample, how many) of so many samples at a time that panels and scores lie in the caches of up to four threads.
 template <class F>
 void by_samples(const SelfAttention& a, const F& f) {
-    const int64_t floats = (1 << 18) * std::clamp<int64_t>(torch::stable::get_num_threads(), 1, 4);
+    const int64_t floats = (1 << 18) * caches();
     const int64_t batch = a.batch, of_sample = floats_of_panels(a) + a.heads * a.tokens * a.tokens;
     const int64_t most = std::max<int64_t>(1, floats / std::max<int64_t>(1, of_sample));
     for (int64_t first = 0; first < batch; first += most) f(first, std::min(most, batch - first));

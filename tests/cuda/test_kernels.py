@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import emulated
+from tests.ops.cases import QUICK
 from tests.ops.test_native import SETS
 from tests.ops.test_random_cases import NATIVE, PART
 
@@ -49,9 +50,6 @@ def passed(record_property: Callable[[str, object], None]) -> Passed:
         return int(count.group(1))
 
     return run
-
-
-QUICK = ["diffusion_loss", "normal", "q_sample", "solver_step"]  # in one process, which takes long to start
 
 
 def contract(ops: list[str], of: str = CONTRACT) -> list[str]:

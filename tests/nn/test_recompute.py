@@ -121,6 +121,7 @@ from fastddpm.nn.recompute import recomputed
 from fastddpm.ops import conv3x3
 from fastddpm.training.loop import _keep_freed_memory
 _keep_freed_memory(False)
+torch.set_num_threads(4)  # for more threads more tiles are kept
 x = torch.randn(1, 1, requires_grad=True)
 recomputed(torch.exp, x).backward()  # the code of backward is in memory, too, from here on
 y = recomputed(torch.exp, x)
@@ -128,7 +129,7 @@ image, weight = torch.randn(8, 256, 32, 32).to(memory_format=torch.channels_last
 first = conv3x3(image, weight)
 before = resident("VmRSS")
 y.backward()
-assert before - resident("VmRSS") > 5 << 20
+assert before - resident("VmRSS") > 8 << 20
 assert torch.equal(first, conv3x3(image, weight))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

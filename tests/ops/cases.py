@@ -36,6 +36,7 @@ HALVED = {
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 FLOAT = "the dtype of the test"
+QUICK = ["diffusion_loss", "normal", "q_sample", "solver_step"]  # tested in one process, which takes long to start
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 AT_HAND = "cuda" if torch.cuda.is_available() else "cpu"
 OF_A_GPU = [pytest.mark.gpu] if AT_HAND == "cuda" else []

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.cases import QUICK
+
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +20,6 @@ ARCHITECTURES = (80, 90, 100)
 # Threads times registers that leave room for this many programs on a multiprocessor of 65,536 registers.
 PROGRAMS = {"group_norm_silu": 1, "rms_norm_silu": 2, "adam_ema": 2, "normal": 8, "q_sample": 8, "solver_step": 8,
             "diffusion_loss": 8}  # fmt: skip
-
-QUICK = ["diffusion_loss", "normal", "q_sample", "solver_step"]  # in one process, which takes long to start
 
 # The narrow accesses of a kernel: numbers of a sample, a channel or a group, and rows of tables; uint8 pixels are 8
 # bytes a thread. Every other access is 16 bytes wide, or 8 for a bfloat16 beside a float32 of the same element.
