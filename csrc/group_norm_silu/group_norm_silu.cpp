@@ -38,7 +38,7 @@ void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last
     const int64_t batch = a.shape.batch, elements = a.shape.channels * a.shape.height * a.shape.width;
     if (batch >= torch::stable::get_num_threads() || batch * elements < 65536) {
         parallel(batch, 2 * elements, [&](int64_t begin, int64_t end) {
-            const bool own = keep && !a.keep_in_dx && elements <= MOST_KEPT;
+            const bool own = keep && elements <= MOST_KEPT;
             float* memory = scratch(a.scratch + (own ? elements : 0));
             GroupNorm mine = a;
             mine.kept = own ? memory + a.scratch : nullptr;
@@ -169,7 +169,6 @@ std::vector<Tensor> group_norm_silu_backward(
     std::vector<ChannelSums> sums(batch * spans * channels);
     std::vector<float> coefficients(2 * batch * channels);
     a.sums = sums.data(), a.coefficients = coefficients.data();
-    a.keep_in_dx = a.dx.dtype == DType::f32 && !x2 && !residual && (a.shape.nhwc || !a.draw.sample);
     passes(a, true, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
            FASTDDPM_KERNEL(group_norm_backward_apply));
 

@@ -34,8 +34,7 @@ struct GroupNorm {
     Moments* moments;       // [B, spans, G], in NCHW order [B, G]
     ChannelSums* sums;      // [B, spans, C], in NCHW order [B, C]; finish leaves the totals in span 0
     float* coefficients;    // [B, C, 2], of dx: finish_backward makes them
-    bool keep_in_dx;        // da is kept where dx will be
-    float* kept;            // or here, [C, H, W] of the sample at hand; or it is made again
+    float* kept;            // da, [C, H, W] of the sample at hand; or it is made again
     int64_t scratch;        // floats that a call needs, and of these
     int64_t draw_scratch;   // for drawing dropout
 };

@@ -23,12 +23,6 @@ struct Block {
     int64_t sample, channel, pixel, rows, cols, stride, apart;
 };
 
-// Element i of vector k is at + i step + k gap, in x or in what has all channels.
-struct Walk {
-    int64_t at, gap, step;
-    __attribute__((always_inline)) int64_t operator()(int64_t i, int64_t k) const { return at + i * step + k * gap; }
-};
-
 // The number that belongs to a channel, for each lane.
 template <bool NHWC>
 INLINE VF of_channel(const float* p, int64_t channel, int64_t n) {
@@ -43,79 +37,98 @@ INLINE void add_to_channel(float* p, int64_t channel, VF x, int64_t n) {
         p[channel] += sum(first_lanes(x, n));
 }
 
-template <int N>
+// R C vectors side by side: of C vectors of columns, R each.
+template <int R, int C>
 struct Strip {
-    static constexpr int K = N;
+    static constexpr int ROWS = R, COLS = C, K = R * C;
 };
 constexpr int MANY = W == 16 ? 8 : 4, HALF = MANY / 2;  // vectors side by side: AVX2 has registers for fewer
 
-// Cut a block in strips of one channel a lane or one channel in all: call f(Strip<K>, channel, in x, in all, count, n)
-// for vectors of n lanes, i < count, k < K. In NHWC order a few rows are walked together:
-// what belongs to a channel is then loaded once for all of them, and memory is still read nearly in its order.
-constexpr int64_t ROWS = 32;
-template <bool NHWC, class F>
-INLINE void for_strips(const Block& b, F f) {
+// Vector k of element i of a strip of C columns: at + i step + (k / C) gap + (k % C) W, in x or in what has all channels. From
+// ``next`` on lie, in the order of memory, as many vectors of the rows that follow: to be asked for now.
+struct Walk {
+    int64_t at, gap, step, next;
+};
+
+// Cut a block in strips: call f(strip, channel, in x, in all, count, n) for vectors of n lanes, i < count. In NHWC order
+// ``most`` rows are walked together, COLUMNS vectors of columns at a time where there are as many: what belongs to a channel
+// is loaded once for all of these rows. In NCHW order a strip has one channel.
+template <bool NHWC, int COLUMNS, class F>
+INLINE void for_strips(const Block& b, int64_t most, F f) {
     if (NHWC) {
-        int64_t r = 0;
-        const auto rows = [&](auto strip, int64_t most) {
-            constexpr int K = decltype(strip)::K;
-            while (r + K <= b.rows) {
-                const int64_t count = (b.rows - r < most ? b.rows - r : most) / K;
-                for_vectors(b.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                    f(strip, c, Walk{r * b.stride + c, b.stride, K * b.stride}, Walk{r * b.apart + c, b.apart, K * b.apart},
-                      count, n);
-                });
-                r += K * count;
+        for (int64_t r = 0, rows; r < b.rows; r += rows) {
+            rows = b.rows - r < most ? b.rows - r : most;
+            int64_t c = 0;
+            const auto part = [&](auto strip, int64_t from, int64_t count, int64_t n) __attribute__((always_inline)) {
+                constexpr int R = decltype(strip)::ROWS;
+                const auto walk = [&](int64_t stride, int64_t first) {
+                    return Walk{from * stride + c, stride, R * stride, (r + rows) * stride + (first + c) * rows - first};
+                };
+                f(strip, c, walk(b.stride, 0), walk(b.apart, b.channel), count, n);
+            };
+            const auto columns = [&](auto strip, int64_t n) __attribute__((always_inline)) {
+                constexpr int R = decltype(strip)::ROWS, C = decltype(strip)::COLS;
+                part(strip, r, rows / R, n);
+                if (R > 1 && rows % R) part(Strip<1, C>{}, r + rows / R * R, rows % R, n);
+                c += C * W;
+            };
+            if constexpr (COLUMNS == MANY) {
+                while (c + MANY * W <= b.cols) columns(Strip<1, MANY>{}, W);
+                if (c + HALF * W <= b.cols) columns(Strip<2, HALF>{}, W);
+                while (c + W <= b.cols) columns(Strip<MANY, 1>{}, W);
+                if (c < b.cols) columns(Strip<MANY, 1>{}, b.cols - c);
+            } else {
+                while (c + W <= b.cols) columns(Strip<4, 1>{}, W);
+                if (c < b.cols) columns(Strip<4, 1>{}, b.cols - c);
             }
-        };
-        rows(Strip<4>{}, ROWS), rows(Strip<1>{}, 1);  // with eight, sums of three tensors out of the cache are slower
+        }
         return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t many = b.cols / (MANY * W), ones = b.cols / W - MANY * many, rest = b.cols % W;
-        const auto walk = [&](auto strip, int64_t c, int64_t gap, int64_t count, int64_t step, int64_t n)
-                              __attribute__((always_inline)) {
-            f(strip, r, Walk{r * b.stride + c, gap, step}, Walk{r * b.apart + c, gap, step}, count, n);
+        const auto walk = [&](auto strip, int64_t c, int64_t count, int64_t step, int64_t n) __attribute__((always_inline)) {
+            f(strip, r, Walk{r * b.stride + c, W, step, 0}, Walk{r * b.apart + c, W, step, 0}, count, n);
         };
-        if (many) walk(Strip<MANY>{}, 0, W, many, MANY * W, W);
-        if (ones) walk(Strip<1>{}, MANY * W * many, 0, ones, W, W);
-        if (rest) walk(Strip<1>{}, b.cols - rest, 0, 1, 0, rest);
+        if (many) walk(Strip<MANY, 1>{}, 0, many, MANY * W, W);
+        if (ones) walk(Strip<1, 1>{}, MANY * W * many, ones, W, W);
+        if (rest) walk(Strip<1, 1>{}, b.cols - rest, 1, 0, rest);
     }
 }
 
-// The sum of K vectors, in pairs.
-template <int K>
+// Rows walked together: as many as fit in the first cache beside those that follow.
+template <class T>
+INLINE int64_t rows_at_a_time(const Block& b, int64_t bytes, int64_t most) {
+    const int64_t rows = bytes / (b.cols * static_cast<int64_t>(sizeof(T))) / 4 * 4;
+    return rows < 8 ? 8 : rows < most ? rows : most;
+}
+
+// The sum of N vectors that lie ``apart``, in pairs.
+template <int N, int APART = 1>
 INLINE VF added(const VF* x) {
-    if constexpr (K == 1) return x[0];
-    else return added<K / 2>(x) + added<K / 2>(x + K / 2);
+    if constexpr (N == 1) return x[0];
+    else return added<N / 2, APART>(x) + added<N / 2, APART>(x + N / 2 * APART);
 }
 
-// Sums over the pixels of a block, added to one float for each channel.
-template <bool NHWC, class T>
-INLINE void sum_pixels(const Block& b, const T* x, float* out) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
-        constexpr int K = decltype(strip)::K;
-        VF total[K]{};
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) total[k] += load(x + in(i, k), n);
-        add_to_channel<NHWC>(out, c, added<K>(total), n);
-    });
-}
-
-// Of d = x - centre: the sum, and that of the squares.
+// Over the pixels of a block, of d = x - centre: the sum, and that of the squares, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
-        constexpr int K = decltype(strip)::K;
-        VF total[K]{}, squares[K]{}, mid = of_channel<NHWC>(centre, c, n);
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                VF d = load(x + in(i, k), n) - mid;
+    for_strips<NHWC, MANY>(b, rows_at_a_time<T>(b, 16384, 32), [=](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n)
+                                                         __attribute__((always_inline)) {
+        constexpr int R = decltype(strip)::ROWS, C = decltype(strip)::COLS, K = R * C;
+        VF total[K]{}, squares[K]{}, mid[C];
+        side_by_side<C>([&](int k) { mid[k] = of_channel<NHWC>(centre, c + k * W, n); });
+        const T *p = x + in.at, *next = x + in.next;
+        for (int64_t i = 0; i < count; ++i, p += in.step, next += K * W)
+            side_by_side<K>([&](int k) {
+                const VF d = load(p + k / C * in.gap + k % C * W, n) - mid[k % C];
+                if (NHWC) __builtin_prefetch(next + k * W);
                 total[k] += d;
                 squares[k] += d * d;
-            }
-        add_to_channel<NHWC>(out, c, added<K>(total), n);
-        add_to_channel<NHWC>(out_squares, c, added<K>(squares), n);
+            });
+        side_by_side<C>([&](int k) {
+            add_to_channel<NHWC>(out, c + k * W, added<R, C>(total + k), n);
+            add_to_channel<NHWC>(out_squares, c + k * W, added<R, C>(squares + k), n);
+        });
     });
 }
 
@@ -126,7 +139,7 @@ struct Affine {
     Affine from(int64_t c) const { return {centre + c, gain + c, offset + c}; }
 };
 
-// f(Strip<K>, offset in x, and in all, channel of k, n) over a block in the order of memory: K vectors of n lanes, W apart.
+// f(strip, offset in x, and in all, channel of k, n) over a block in the order of memory: vectors of n lanes, W apart.
 // Where the two offsets are the SAME, it is known as the code is compiled: two would take instructions.
 template <bool NHWC, bool SAME, class F>
 INLINE void walk_runs(const Block& b, F f) {
@@ -136,10 +149,10 @@ INLINE void walk_runs(const Block& b, F f) {
             const int64_t in = r * b.stride + c;
             f(strip, in, SAME ? in : r * b.apart + c, NHWC ? c : r, n);
         };
-        for (; c + MANY * W <= b.cols; c += MANY * W) run(Strip<MANY>{}, W);
-        for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<HALF>{}, W);
-        for (; c + W <= b.cols; c += W) run(Strip<1>{}, W);
-        if (c < b.cols) run(Strip<1>{}, b.cols - c);
+        for (; c + MANY * W <= b.cols; c += MANY * W) run(Strip<1, MANY>{}, W);
+        for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<1, HALF>{}, W);
+        for (; c + W <= b.cols; c += W) run(Strip<1, 1>{}, W);
+        if (c < b.cols) run(Strip<1, 1>{}, b.cols - c);
     }
 }
 template <bool NHWC, class F>
@@ -157,26 +170,17 @@ INLINE bool starts_page(const T* p, int64_t size) {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % PAGE) < size * static_cast<int64_t>(sizeof(T));
 }
 
-INLINE void prefetch_lines(const void* p, bool to_write) {
-    for (int64_t at = 0; at < 4 * LINE; at += LINE) {
-        const char* line = static_cast<const char*>(p) + at;
-        if (to_write) __builtin_prefetch(line, 1, 3);
-        else __builtin_prefetch(line, 0, 2);
-    }
+INLINE void prefetch_lines(const char* p) {
+    for (int64_t at = 0; at < 4 * LINE; at += LINE) __builtin_prefetch(p + at, 1);
 }
 
-// With the activation, gain and offset are those of -a log2(e), which silus takes. ``to_next``: as far on lies what will
-// be read next, or 0.
+// With the activation, gain and offset are those of -a log2(e), which silus takes.
 template <bool NHWC, class T>
-INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
-                      int64_t to_next = 0) {
+INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y) {
     for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
-        const bool at_page = starts_page(y + at, K * W);
-        if (at_page) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE, true);
-        // half-precision numbers are few bytes for their arithmetic, which every line can come behind
-        if (to_next && (at_page || sizeof(T) == 2)) prefetch_lines(x + in + to_next, false);
+        if (starts_page(y + at, K * W)) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE);
         VF a[K];
         side_by_side<K>([&](int k) {
             a[k] = (load(x + in + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
@@ -187,14 +191,16 @@ INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activati
     });
 }
 
-// Of N vectors: da = dy through dropout and the activation. ``dy`` becomes da.
+// Of N vectors: da = dy silu'(a), silu'(a) = s + a s (1 - s), s = 1 / (1 + e^-a). ``dy`` becomes da; ``a`` is used up.
 template <int N>
-INLINE void before_activation(VF (&dy)[N], const VF (&a)[N], bool activation) {
-    if (!activation) return;
-    VF s[N];
-    side_by_side<N>([&](int k) { s[k] = a[k]; });
-    sigmoids<false>(s);
-    side_by_side<N>([&](int k) { dy[k] = dy[k] * (s[k] * (1.0f + a[k] * (1.0f - s[k]))); });
+INLINE void before_activation(VF (&dy)[N], VF (&a)[N]) {
+    constexpr float LN_2 = 0.693147181f;
+    VF s[N], y[N];
+    side_by_side<N>([&](int k) { a[k] = a[k] * MINUS_LOG2_E, s[k] = splat(1.0f); });
+    one_plus_powers<false>(1.0f, a, y);
+    quotients<false>(s, y);
+    side_by_side<N>([&](int k) { a[k] = a[k] * s[k], y[k] = fused(s[k], splat(LN_2), splat(-LN_2)); });
+    side_by_side<N>([&](int k) { dy[k] = dy[k] * fused(a[k], y[k], s[k]); });
 }
 
 // What is summed in backward, one float for each channel of the block.
@@ -207,25 +213,39 @@ struct BlockSums {
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n) __attribute__((always_inline)) {
+    for_strips<NHWC, 1>(b, rows_at_a_time<T>(b, 8192, 32), [=](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n)
+                                                      __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF da_sum{}, da_centred_sum{}, centred_sum{};
         const VF centre = of_channel<NHWC>(p.centre, c, n);
         const VF gain = of_channel<NHWC>(p.gain, c, n);
         const VF offset = of_channel<NHWC>(p.offset, c, n);
+        // in variables, for what is stored below could lie anywhere else
+        const int64_t gap = in.gap, gap_of_all = all.gap, step = in.step, step_of_all = all.step;
+        const T *at = x + in.at, *of = dy + all.at, *next = x + in.next, *next_of = dy + all.next;
+        const float* factors = factor ? factor + all.at : nullptr;
+        float* keep = kept ? kept + all.at : nullptr;
+        const bool through_activation = activation;
         for (int64_t i = 0; i < count; ++i) {
             VF centred[K], a[K], da[K];
             side_by_side<K>([&](int k) {
-                const int64_t e = all(i, k);
-                centred[k] = load(x + in(i, k), n) - centre, da[k] = load(dy + e, n);
-                if (factor) da[k] = da[k] * load(factor + e, n);
-                a[k] = centred[k] * gain + offset;
+                centred[k] = load(at + k * gap, n) - centre, da[k] = load(of + k * gap_of_all, n);
+                a[k] = fused(centred[k], gain, offset);
+                if (NHWC) __builtin_prefetch(next + k * W), __builtin_prefetch(next_of + k * W);
             });
-            before_activation(da, a, activation);
-            if (kept) side_by_side<K>([&](int k) { store(kept + all(i, k), da[k], n); });
+            if (factors) {
+                side_by_side<K>([&](int k) { da[k] = da[k] * load(factors + k * gap_of_all, n); });
+                factors += step_of_all;
+            }
+            if (through_activation) before_activation(da, a);
+            if (keep) {
+                side_by_side<K>([&](int k) { store(keep + k * gap_of_all, da[k], n); });
+                keep += step_of_all;
+            }
             da_sum += added<K>(da), centred_sum += added<K>(centred);
             side_by_side<K>([&](int k) { centred[k] = da[k] * centred[k]; });
             da_centred_sum += added<K>(centred);
+            at += step, of += step_of_all, next += K * W, next_of += K * W;
         }
         add_to_channel<NHWC>(out.da, c, da_sum, n);
         add_to_channel<NHWC>(out.da_centred, c, da_centred_sum, n);
@@ -240,6 +260,9 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
     for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
+        side_by_side<K>([&](int k) {
+            __builtin_prefetch(reinterpret_cast<const char*>(dx + in + k * W) + 1024, 1);
+        });
         VF centred[K], a[K], da[K];
         side_by_side<K>([&](int k) {
             const int64_t e = at + k * W;
@@ -247,11 +270,11 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
             if (factor && !kept) da[k] = da[k] * load(factor + e, n);
         });
         if (!kept) {
-            side_by_side<K>([&](int k) { a[k] = centred[k] * of(p.gain, k) + of(p.offset, k); });
-            before_activation(da, a, activation);
+            side_by_side<K>([&](int k) { a[k] = fused(centred[k], of(p.gain, k), of(p.offset, k)); });
+            if (activation) before_activation(da, a);
         }
         side_by_side<K>([&](int k) {
-            VF d = da[k] * of(p.gain, k) + (centred[k] * of(slope, k) + of(level, k));
+            VF d = fused(da[k], of(p.gain, k), fused(centred[k], of(slope, k), of(level, k)));
             if (dh) d += load(dh + in + k * W, n);
             store(dx + in + k * W, d, n);
         });
@@ -260,13 +283,11 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
 
 template <bool NHWC>
 INLINE void add_channels(const Block& b, const float* bias, float* x) {
-    for_strips<NHWC>(b, [&](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n) __attribute__((always_inline)) {
-        constexpr int K = decltype(strip)::K;
-        for (int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < K; ++k) {
-                float* e = x + in(i, k);
-                store(e, load(e, n) + of_channel<NHWC>(bias, c, n), n);
-            }
+    for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t, int64_t channel, int64_t n) __attribute__((always_inline)) {
+        side_by_side<decltype(strip)::K>([&](int k) {
+            const VF of = of_channel<NHWC>(bias, NHWC ? channel + k * W : channel, n);
+            store(x + in + k * W, load(x + in + k * W, n) + of, n);
+        });
     });
 }
 
@@ -498,8 +519,10 @@ INLINE void block_moments(const Block& b, const P& parts, int64_t groups, int64_
     float *sums = scratch.take(channels), *squares = scratch.take(channels);
     const bool first_block = moments[0].count == 0;
     if (first_block) {
-        memset(sums, 0, 4 * channels);
-        parts([&](const Block& part, int64_t first, const auto* x) { sum_pixels<NHWC>(part, x, sums + first); });
+        memset(centre, 0, 4 * channels), memset(sums, 0, 4 * channels), memset(squares, 0, 4 * channels);
+        parts([&](const Block& part, int64_t first, const auto* x) {
+            sum_centred<NHWC>(part, x, centre + first, sums + first, squares + first);
+        });
     }
     for (int64_t g = 0, c = 0; g < groups; ++g) {
         double total = 0;
@@ -566,9 +589,6 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
-    // the next sample, where the cache of a core holds it beside x and y of this one
-    const int64_t bytes = a.x.sample_stride * (a.x.dtype == DType::f32 ? 4 : 2);
-    const bool is_near = bytes <= 1 << 19;
     for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // what the pass before read last is nearest
         if (item / a.spans != last) {
             last = item / a.spans;
@@ -584,7 +604,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
                     with_output_type(t.dtype, t.data, [&](auto* x) {
                         auto* y = static_cast<decltype(x)>(a.y.data) + offset_of(a.y, b) + first;  // in the dtype of x
                         normalise<NHWC>(part, x + offset_of(t, b), p.from(first), a.activation,
-                                        factors ? factors + first : nullptr, y, is_near ? t.sample_stride : 0);
+                                        factors ? factors + first : nullptr, y);
                     });
                 });
                 return;
@@ -599,10 +619,9 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     }
 }
 
-// Where da of a block is kept from the first pass of backward to the second, if it is: in dx, whose place it takes, or
-// in memory for a sample; in the rows of x, or of a dense block where x is gathered.
+// Where da of a block is kept from the first pass of backward to the second, if it is: in the rows of x, or of a dense block
+// where x is gathered.
 INLINE float* kept_at(const GroupNorm& a, const Block& b) {
-    if (a.keep_in_dx) return static_cast<float*>(a.dx.data) + offset_of(a.dx, b);
     if (!a.kept) return nullptr;
     const int64_t pixels = a.shape.height * a.shape.width;
     if (a.shape.nhwc) return a.kept + b.pixel * b.cols;
@@ -645,7 +664,8 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
                 sum_gradients<NHWC>(dense(b), input, gradient, p, a.activation, factors, of_block, kept_at(a, b));
                 if (a.dh.data) {
                     gather_gradient(a, a.dh, b, gradient);
-                    sum_pixels<NHWC>(dense(b), gradient, of_block.dh);
+                    memset(rows, 0, 8 * channels);
+                    sum_centred<NHWC>(dense(b), gradient, rows, of_block.dh, rows + channels);
                 }
             }
             for (int64_t c = 0; c < here; ++c) {
