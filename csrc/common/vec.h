@@ -277,6 +277,24 @@ INLINE void write_lanes(T* p, int64_t n, V v) {
 INLINE VF load(const float* p, int64_t n = W) { return read_lanes<VF>(p, n); }
 INLINE void store(float* p, VF x, int64_t n = W) { write_lanes(p, n, x); }
 
+// A whole vector, past the caches where the processor can; p at a multiple of its size. ``fence`` before others may read it.
+INLINE void stream(float* p, VF x) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    _mm512_stream_ps(p, (__m512)x);
+#elif FASTDDPM_VECTOR_BYTES == 32
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+INLINE void fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 INLINE VU widen(VH h) {
 #if FASTDDPM_VECTOR_BYTES == 64
     return (VU)_mm512_cvtepu16_epi32((__m256i)h);

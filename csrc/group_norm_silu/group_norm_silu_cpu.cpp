@@ -4,7 +4,8 @@
 // Forward: moments of each span, merged to those of the sample, then y. The moments of a block are taken about the mean
 // of those before it, of the first about its own, and merged after Chan et al. (1983): nothing cancels.
 // Backward: per channel the sums of da, da (h - mean) and (h - mean) over the pixels, which give every gradient but
-// dx; then dx. The activation is computed again in both passes.
+// dx; then dx. da is kept from the first pass to the second, or made again where a sample is large: to the same bits, for
+// whether it is kept depends on the number of threads. So what a compiler may contract or not is written as fused().
 //
 // Bytes an element, float32: 8 forward (x is read twice, the second time from the cache where a sample fits), 12
 // backward. What limits it out of the cache is memory, in it the exponential: about 16 instructions a vector.
@@ -141,7 +142,7 @@ struct Affine {
 
 // f(strip, offset in x, and in all, channel of k, n) over a block in the order of memory: vectors of n lanes, W apart.
 // Where the two offsets are the SAME, it is known as the code is compiled: two would take instructions.
-template <bool NHWC, bool SAME, class F>
+template <bool NHWC, bool SAME, int MOST, class F>
 INLINE void walk_runs(const Block& b, F f) {
     for (int64_t r = 0; r < b.rows; ++r) {
         int64_t c = 0;
@@ -149,16 +150,17 @@ INLINE void walk_runs(const Block& b, F f) {
             const int64_t in = r * b.stride + c;
             f(strip, in, SAME ? in : r * b.apart + c, NHWC ? c : r, n);
         };
-        for (; c + MANY * W <= b.cols; c += MANY * W) run(Strip<1, MANY>{}, W);
-        for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<1, HALF>{}, W);
+        for (; c + MOST * W <= b.cols; c += MOST * W) run(Strip<1, MOST>{}, W);
+        if constexpr (MOST > HALF)
+            for (; c + HALF * W <= b.cols; c += HALF * W) run(Strip<1, HALF>{}, W);
         for (; c + W <= b.cols; c += W) run(Strip<1, 1>{}, W);
         if (c < b.cols) run(Strip<1, 1>{}, b.cols - c);
     }
 }
-template <bool NHWC, class F>
+template <bool NHWC, int MOST = MANY, class F>
 INLINE void for_runs(const Block& b, F f) {
-    if (b.stride == b.apart) walk_runs<NHWC, true>(b, f);
-    else walk_runs<NHWC, false>(b, f);
+    if (b.stride == b.apart) walk_runs<NHWC, true, MOST>(b, f);
+    else walk_runs<NHWC, false, MOST>(b, f);
 }
 
 // Processors load what follows in a page of memory before it is asked for, but each page they begin anew, and arithmetic
@@ -174,20 +176,40 @@ INLINE void prefetch_lines(const char* p) {
     for (int64_t at = 0; at < 4 * LINE; at += LINE) __builtin_prefetch(p + at, 1);
 }
 
+// Of float32, what is as large as this is written past the caches, which could not hold it: it need not be read first.
+constexpr int64_t PAST_CACHES = 1 << 24;  // bytes
+
+INLINE bool is_past_caches(const GroupNorm& a, const Image& t) {
+    return t.dtype == DType::f32 && 4 * a.shape.batch * t.sample_stride >= PAST_CACHES;
+}
+template <class T>
+INLINE bool can_stream(const T* rows, int64_t stride) {
+    return sizeof(T) == 4 && stride % W == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(VF) == 0;
+}
+template <class T>
+INLINE void put(T* p, VF x, int64_t n, bool past) {
+    if constexpr (sizeof(T) == 4)
+        if (past && n == W) return stream(p, x);
+    store(p, x, n);
+}
+
 // With the activation, gain and offset are those of -a log2(e), which silus takes.
 template <bool NHWC, class T>
-INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y) {
+INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
+                      bool past = false) {
+    past = past && can_stream(y, b.apart);
     for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
-        if (starts_page(y + at, K * W)) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE);
+        if (!past && starts_page(y + at, K * W)) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE);
+        if (past) side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(x + in + k * W) + PAGE); });
         VF a[K];
         side_by_side<K>([&](int k) {
             a[k] = (load(x + in + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
         });
         if (activation) silus<sizeof(T) == 2>(a);
         if (factor) side_by_side<K>([&](int k) { a[k] = a[k] * load(factor + at + k * W, n); });
-        side_by_side<K>([&](int k) { store(y + at + k * W, a[k], n); });
+        side_by_side<K>([&](int k) { put(y + at + k * W, a[k], n, past); });
     });
 }
 
@@ -256,13 +278,15 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
 // dx = da gain + (h - mean) slope + level + dh, the gain with rstd in it; da as kept, or made again from dy.
 template <bool NHWC, class T>
 INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
-                          const float* level, bool activation, const float* factor, const float* kept, T* dx) {
-    for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
+                          const float* level, bool activation, const float* factor, const float* kept, T* dx,
+                          bool past = false) {
+    past = past && can_stream(dx, b.stride);
+    // half as many side by side: where da is made again, twice as many would not fit in the registers
+    for_runs<NHWC, HALF>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
-        side_by_side<K>([&](int k) {
-            __builtin_prefetch(reinterpret_cast<const char*>(dx + in + k * W) + 1024, 1);
-        });
+        if (!past)
+            side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(dx + in + k * W) + PAGE / 4, 1); });
         VF centred[K], a[K], da[K];
         side_by_side<K>([&](int k) {
             const int64_t e = at + k * W;
@@ -276,7 +300,7 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
         side_by_side<K>([&](int k) {
             VF d = fused(da[k], of(p.gain, k), fused(centred[k], of(slope, k), of(level, k)));
             if (dh) d += load(dh + in + k * W, n);
-            store(dx + in + k * W, d, n);
+            put(dx + in + k * W, d, n, past);
         });
     });
 }
@@ -589,6 +613,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
+    const bool past = is_past_caches(a, a.y);
     for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // what the pass before read last is nearest
         if (item / a.spans != last) {
             last = item / a.spans;
@@ -604,7 +629,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
                     with_output_type(t.dtype, t.data, [&](auto* x) {
                         auto* y = static_cast<decltype(x)>(a.y.data) + offset_of(a.y, b) + first;  // in the dtype of x
                         normalise<NHWC>(part, x + offset_of(t, b), p.from(first), a.activation,
-                                        factors ? factors + first : nullptr, y);
+                                        factors ? factors + first : nullptr, y, past);
                     });
                 });
                 return;
@@ -617,6 +642,7 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
             scatter_block(a, a.h, Image{}, channels, b, input);
         });
     }
+    if (past) fence();
 }
 
 // Where da of a block is kept from the first pass of backward to the second, if it is: in the rows of x, or of a dense block
@@ -686,7 +712,7 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
     float* rows = s.take(2 * channels + 16);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size), *of_sum = s.take(size), *out = s.take(size);
-    for (int64_t item = begin, last = -1; item < end; ++item) {
+    for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // as in apply
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
         last = item / a.spans;
         const float *slope = a.coefficients + 2 * last * channels, *level = slope + channels;
@@ -701,7 +727,8 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
                         const T dy = static_cast<T>(a.dy.data) + offset_of(a.dy, b) + first, none = nullptr;
                         differentiate<NHWC>(part, x + offset_of(t, b), dy, none, p.from(first), k1 + first, k0 + first,
                                             a.activation, factors ? factors + first : nullptr,
-                                            kept ? kept + first : nullptr, static_cast<T>(dt.data) + offset_of(dt, b));
+                                            kept ? kept + first : nullptr, static_cast<T>(dt.data) + offset_of(dt, b),
+                                            is_past_caches(a, dt));
                     });
                 });
                 return;
@@ -715,6 +742,7 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
             if (a.dresidual.data) scatter_block(a, a.dresidual, Image{}, channels, b, out);
         });
     }
+    if (is_past_caches(a, a.dx) || is_past_caches(a, a.dx2)) fence();
 }
 
 // Moments of the spans of samples begin .. end - 1, merged: mean and 1 / std of each group.

@@ -196,6 +196,18 @@ def test_samples_that_threads_share_are_the_same() -> None:
     assert all(torch.equal(y, found[0]) for y in [*found[1:], torch.cat(alone)])
 
 
+@pytest.mark.parametrize(("channels", "layout"), [(64, "NHWC"), (72, "NHWC"), (64, "NCHW")])
+def test_what_is_written_past_the_caches_is_the_same(channels: int, layout: str) -> None:
+    """Group norm of float32 writes an output of 16 MiB and more past the caches, that of one sample alone does not."""
+    x, weight, bias = torch.randn(4, channels, 128, 128), torch.rand(channels), torch.rand(channels)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    with fastddpm.use_backend("native"):
+        y = fastddpm.group_norm_silu(x, weight, bias, 8)
+        alone = torch.cat([fastddpm.group_norm_silu(part, weight, bias, 8) for part in x.split(1)])
+    assert y.nbytes >= 2**24 > alone[:1].nbytes
+    assert torch.equal(y, alone)
+
+
 def test_a_step_of_the_optimiser_with_channels_last_parameters() -> None:
     """All tensors of a parameter lie as it does: moments of other strides raise, and those of its own are right.
 
