@@ -72,6 +72,9 @@ INLINE VF sqrt(VF x) {
 }
 
 INLINE float sum(VF x) {
+#if FASTDDPM_VECTOR_BYTES == 64
+    return _mm512_reduce_add_ps((__m512)x);  // in the order of what follows
+#endif
     float t[W];
     memcpy(t, &x, sizeof x);
     for (int64_t half = W / 2; half > 0; half /= 2)
@@ -220,12 +223,6 @@ INLINE VF sigmoid(VF x) {
     sigmoids<false>(one);
     return one[0];
 }
-INLINE VF coarse_sigmoid(VF x) {
-    VF one[1] = {x};
-    sigmoids<true>(one);
-    return one[0];
-}
-
 // The first n lanes, 0 in the others.
 INLINE VF first_lanes(VF x, int64_t n) {
     for (int64_t i = n; i < W; ++i) x[i] = 0;

@@ -37,6 +37,7 @@ INLINE VF new_lanes(VF x, int64_t old) {
 // What a sample is scaled with.
 struct Affine {
     const float *gain, *shift;
+    Affine from(int64_t c) const { return {gain + c, shift + c}; }
 };
 
 INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, float* out) {
@@ -46,7 +47,8 @@ INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, flo
     });
 }
 
-void affine_of(const RmsNorm& a, int64_t sample, float* gain, float* shift) {
+// ``times`` as much.
+void affine_of(const RmsNorm& a, int64_t sample, float times, float* gain, float* shift) {
     const int64_t channels = a.shape.channels;
     read_channels(a.weight, sample, channels, gain);
     if (a.scale.data) {
@@ -55,13 +57,7 @@ void affine_of(const RmsNorm& a, int64_t sample, float* gain, float* shift) {
     }
     if (a.shift.data) read_channels(a.shift, sample, channels, shift);
     else memset(shift, 0, 4 * channels);
-}
-
-// sqrt(C) / max(||x||, eps), from ||x||^2.
-INLINE float factor_of(float squares, float root, float eps, bool& is_norm) {
-    const float norm = __builtin_sqrtf(squares);
-    is_norm = norm > eps;
-    return root / (norm < eps ? eps : norm);
+    for (int64_t c = 0; c < channels; ++c) gain[c] *= times, shift[c] *= times;
 }
 
 template <class T>
@@ -86,9 +82,15 @@ INLINE float squares_of(const T* x, int64_t channels) {
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-INLINE VF activated(VF a, bool activation, bool coarse) {
-    if (!activation) return a;
-    return a * (coarse ? coarse_sigmoid(a) : sigmoid(a));
+// sqrt(C) / max(||x||, eps) of each of n <= W pixels, and 1 where the norm, 0 where eps counts. All roots and divisions at
+// once: one by one the arithmetic of a pixel would wait for them.
+template <class T>
+INLINE void factors_nhwc(const RmsNorm& a, const T* x, int64_t n, float* factor, float* is_norm) {
+    float squares[W]{};
+    for (int64_t i = 0; i < n; ++i) squares[i] = squares_of(x + i * a.shape.channels, a.shape.channels);
+    const VF norm = sqrt(load(squares)), root = splat(__builtin_sqrtf(float(a.shape.channels)));
+    store(factor, root / select(norm < a.eps, splat(a.eps), norm));
+    store(is_norm, select(norm > a.eps, splat(1.0f), VF{}));
 }
 
 INLINE VF before_activation(VF dy, VF a, bool activation) {
@@ -97,17 +99,32 @@ INLINE VF before_activation(VF dy, VF a, bool activation) {
     return dy * (s * (1.0f + a * (1.0f - s)));
 }
 
+// y of N vectors, W apart, of a pixel. With the activation, gain and shift are those of -a log2(e), which silus takes. What lies
+// ``ahead`` of x will be read next.
+template <int N, class T>
+INLINE void normalise(const T* x, int64_t ahead, float factor, const Affine& p, bool activation, T* y, int64_t n = W) {
+    side_by_side<N>([&](int k) { __builtin_prefetch(x + ahead + k * W); });
+    VF v[N];
+    side_by_side<N>([&](int k) { v[k] = load(x + k * W, n) * factor * load(p.gain + k * W, n) + load(p.shift + k * W, n); });
+    if (activation) silus<sizeof(T) == 2>(v);
+    side_by_side<N>([&](int k) { store(y + k * W, v[k], n); });
+}
+
 template <class T>
 void forward_nhwc(const RmsNorm& a, const T* x, int64_t pixels, const Affine& p, T* y) {
+    constexpr int MANY = W == 16 ? 8 : 4;
     const int64_t channels = a.shape.channels;
-    const float root = __builtin_sqrtf(float(channels));
+    const bool activation = a.activation;
+    float factor[W], is_norm[W];
     for (int64_t i = 0; i < pixels; ++i, x += channels, y += channels) {
-        bool is_norm;
-        const float factor = factor_of(squares_of(x, channels), root, a.eps, is_norm);
-        for_covering(channels, [&](int64_t c, int64_t n, int64_t) {
-            VF v = load(x + c, n) * factor * load(p.gain + c, n) + load(p.shift + c, n);
-            store(y + c, activated(v, a.activation, sizeof(T) == 2), n);
-        });
+        if (i % W == 0) factors_nhwc(a, x, pixels - i < W ? pixels - i : W, factor, is_norm);
+        const float f = factor[i % W];
+        int64_t c = 0;
+        for (; c + MANY * W <= channels; c += MANY * W) normalise<MANY>(x + c, W * channels, f, p.from(c), activation, y + c);
+        for (; c + W <= channels; c += W) normalise<1>(x + c, W * channels, f, p.from(c), activation, y + c);
+        if (c == channels) continue;
+        const int64_t rest = channels < W ? 0 : channels - W;  // the last ones, and of those before as many as fill a vector
+        normalise<1>(x + rest, W * channels, f, p.from(rest), activation, y + rest, channels < W ? channels : W);
     }
 }
 
@@ -121,10 +138,10 @@ template <class T>
 void backward_nhwc(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, const Affine& p, T* dx, const Sums& sums,
                    float* dn) {
     const int64_t channels = a.shape.channels;
-    const float root = __builtin_sqrtf(float(channels));
+    float factors[W], is_norm[W];
     for (int64_t i = 0; i < pixels; ++i, x += channels, dy += channels, dx += channels) {
-        bool is_norm;
-        const float factor = factor_of(squares_of(x, channels), root, a.eps, is_norm);
+        if (i % W == 0) factors_nhwc(a, x, pixels - i < W ? pixels - i : W, factors, is_norm);
+        const float factor = factors[i % W];
         VF dot{};
         for_covering(channels, [&](int64_t c, int64_t n, int64_t old) {
             VF gain = load(p.gain + c, n), v = load(x + c, n) * factor;
@@ -136,7 +153,7 @@ void backward_nhwc(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, co
             store(sums.da_n + c, load(sums.da_n + c, n) + da_n, n);
             dot += da_n * gain;  // lanes beyond n hold v = 0
         });
-        const float mean = is_norm ? sum(dot) / channels : 0.0f;
+        const float mean = is_norm[i % W] != 0 ? sum(dot) / channels : 0.0f;
         for_covering(channels, [&](int64_t c, int64_t n, int64_t) {
             VF v = load(x + c, n) * factor;
             store(dx + c, (load(dn + c, n) - v * mean) * factor, n);
@@ -170,8 +187,9 @@ void forward_nchw(const RmsNorm& a, const T* x, int64_t pixels, int64_t stride, 
     factors_nchw(a, x, pixels, stride, of);
     for (int64_t c = 0; c < a.shape.channels; ++c)
         for_covering(pixels, [&](int64_t i, int64_t n, int64_t) {
-            VF v = load(x + c * stride + i, n) * load(of.factor + i, n) * p.gain[c] + p.shift[c];
-            store(y + c * stride + i, activated(v, a.activation, sizeof(T) == 2), n);
+            VF v[1] = {load(x + c * stride + i, n) * load(of.factor + i, n) * p.gain[c] + p.shift[c]};
+            if (a.activation) silus<sizeof(T) == 2>(v);
+            store(y + c * stride + i, v[0], n);
         });
 }
 
@@ -246,14 +264,14 @@ INLINE Scratch scratch_of(const RmsNorm& a, float* next) {
     return s;
 }
 
-// f(item, sample, first pixel, pixels, rows) for each item, with the gain and shift of its sample in ``s``.
+// f(item, sample, first pixel, pixels, rows) for each item, with the gain and shift of its sample, ``times`` as much, in ``s``.
 template <class F>
-INLINE void for_items(const RmsNorm& a, int64_t begin, int64_t end, const Scratch& s, F f) {
+INLINE void for_items(const RmsNorm& a, int64_t begin, int64_t end, float times, const Scratch& s, F f) {
     const int64_t channels = a.shape.channels, all = a.shape.height * a.shape.width;
     const bool of_samples = a.scale.data || a.shift.data;
     for (int64_t item = begin, last = -1; item < end; ++item) {
         const int64_t sample = item / a.per_sample, k = item % a.per_sample;
-        if (last < 0 || (sample != last && of_samples)) affine_of(a, sample, s.gain, s.shift);
+        if (last < 0 || (sample != last && of_samples)) affine_of(a, sample, times, s.gain, s.shift);
         last = sample;
         const int64_t first = k * all / a.per_sample, pixels = (k + 1) * all / a.per_sample - first;
         f(item, sample, first, pixels, a.nhwc ? Rows{pixels, channels, channels} : Rows{channels, pixels, all});
@@ -286,7 +304,7 @@ void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end, float* scrat
     with_output_type(a.x.dtype, a.x.data, [&](auto* x_data) {
         using T = decltype(x_data);
         const T y_data = static_cast<T>(a.y.data);
-        for_items(a, begin, end, s, [&](int64_t, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
+        for_items(a, begin, end, a.activation ? MINUS_LOG2_E : 1.0f, s, [&](int64_t, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
             const T x = x_data + offset_of(a.x, b, first), y = y_data + offset_of(a.y, b, first);
             if (!is_turned(r)) return forward(a, a.nhwc, x, pixels, r.stride, s, y);
             turn(x, r, s.x);
@@ -302,7 +320,7 @@ void rms_norm_backward(const RmsNorm& a, int64_t begin, int64_t end, float* scra
     with_output_type(a.x.dtype, a.x.data, [&](auto* x_data) {
         using T = decltype(x_data);
         const T dy_data = static_cast<T>(a.dy.data), dx_data = static_cast<T>(a.dx.data);
-        for_items(a, begin, end, s, [&](int64_t item, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
+        for_items(a, begin, end, 1.0f, s, [&](int64_t item, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
             const Sums sums{a.sums + item * 2 * channels, a.sums + (item * 2 + 1) * channels};
             memset(sums.da, 0, 2 * 4 * channels);
             const T x = x_data + offset_of(a.x, b, first), dy = dy_data + offset_of(a.dy, b, first);
