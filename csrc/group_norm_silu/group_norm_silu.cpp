@@ -25,6 +25,8 @@ void plan(GroupNorm& a) {
     a.block = std::min(a.block, std::max<int64_t>(1, pixels));
     const int64_t of_block = a.block * (a.shape.nhwc ? channels : channels / a.groups) + MOST_DRAWN + 16;
     a.draw_scratch = a.draw.sample ? 4 * (a.block + 2 * MOST_DRAWN) : 0;
+    // one thread alone waits for each line that it writes to be read; of several the caches take somewhat more
+    a.past_caches = torch::stable::get_num_threads() == 1 ? 8 << 20 : 16 << 20;
     a.scratch = 16 * 16 + 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
 }
 

@@ -35,6 +35,7 @@ struct GroupNorm {
     ChannelSums* sums;      // [B, spans, C], in NCHW order [B, C]; finish leaves the totals in span 0
     float* coefficients;    // [B, C, 2], of dx: finish_backward makes them
     float* kept;            // da, [C, H, W] of the sample at hand; or it is made again
+    int64_t past_caches;    // bytes from which on a tensor of float32 is written past the caches
     int64_t scratch;        // floats that a call needs, and of these
     int64_t draw_scratch;   // for drawing dropout
 };

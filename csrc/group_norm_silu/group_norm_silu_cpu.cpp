@@ -176,11 +176,9 @@ INLINE void prefetch_lines(const char* p) {
     for (int64_t at = 0; at < 4 * LINE; at += LINE) __builtin_prefetch(p + at, 1);
 }
 
-// Of float32, what is as large as this is written past the caches, which could not hold it: it need not be read first.
-constexpr int64_t PAST_CACHES = 1 << 24;  // bytes
-
+// Whether a float32 tensor is written past the caches, which could not hold it: it need not be read first.
 INLINE bool is_past_caches(const GroupNorm& a, const Image& t) {
-    return t.dtype == DType::f32 && 4 * a.shape.batch * t.sample_stride >= PAST_CACHES;
+    return t.dtype == DType::f32 && 4 * a.shape.batch * t.sample_stride >= a.past_caches;
 }
 template <class T>
 INLINE bool can_stream(const T* rows, int64_t stride) {

@@ -196,16 +196,25 @@ def test_samples_that_threads_share_are_the_same() -> None:
     assert all(torch.equal(y, found[0]) for y in [*found[1:], torch.cat(alone)])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("channels", "layout"), [(64, "NHWC"), (72, "NHWC"), (64, "NCHW")])
-def test_what_is_written_past_the_caches_is_the_same(channels: int, layout: str) -> None:
-    """Group norm of float32 writes an output of 16 MiB and more past the caches, that of one sample alone does not."""
-    x, weight, bias = torch.randn(4, channels, 128, 128), torch.rand(channels), torch.rand(channels)
-    x = x.contiguous(memory_format=LAYOUTS[layout])
-    with fastddpm.use_backend("native"):
+def test_what_is_written_past_the_caches_is_the_same(channels: int, layout: str, threads: int) -> None:
+    """Group norm of float32 writes y and dx of 16 MiB and more past the caches, those of one sample alone not."""
+    torch.set_num_threads(threads)
+    x, dy = (torch.randn(4, channels, 128, 128).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    weight, bias = torch.rand(channels), torch.rand(channels)
+
+    def norm(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.clone().requires_grad_()
         y = fastddpm.group_norm_silu(x, weight, bias, 8)
-        alone = torch.cat([fastddpm.group_norm_silu(part, weight, bias, 8) for part in x.split(1)])
-    assert y.nbytes >= 2**24 > alone[:1].nbytes
-    assert torch.equal(y, alone)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    with fastddpm.use_backend("native"):
+        found = norm(x, dy)
+        alone = [norm(*parts) for parts in zip(x.split(1), dy.split(1), strict=True)]
+    for all_of_it, parts in zip(found, zip(*alone, strict=True), strict=True):
+        assert all_of_it.nbytes >= 2**24 and parts[0].nbytes < 2**23
+        assert torch.equal(all_of_it, torch.cat(parts))
 
 
 def test_a_step_of_the_optimiser_with_channels_last_parameters() -> None:
