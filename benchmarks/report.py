@@ -1,4 +1,4 @@
-"""The table and the plot of a record of the benchmarks.
+"""The table and the plot of a record of the benchmarks, and what others reached.
 
     python -m benchmarks.report benchmarks/results/RECORD.jsonl --plot docs/benchmarks.png >docs/benchmarks.md
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ def verdicts(rows: Rows) -> list[str]:
     return lines
 
 
-def markdown(about: dict[str, Any], rows: Rows, record: Path, picture: Path | None) -> str:
+def markdown(
+    about: dict[str, Any], rows: Rows, record: Path, picture: Path | None, others: Sequence[Path] = ()
+) -> str:
     """The page of the documentation."""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     lines = [
@@ -107,6 +109,11 @@ def markdown(about: dict[str, Any], rows: Rows, record: Path, picture: Path | No
         )
     lines += ["", "## Against what was set out", ""]
     lines += [f"- {line}" for line in verdicts(rows)]
+    for other in others:
+        about, rows = read(other)
+        lines += ["", f"With torch {about['packages']['torch']} on {about['device']}, {about['date']}, commit "
+                  f"{about['commit']} (`{other}`):", ""]  # fmt: skip
+        lines += [f"- {line}" for line in verdicts(rows) if not line.endswith("not measured")]
     return "\n".join(lines)
 
 
@@ -148,21 +155,30 @@ def plot(about: dict[str, Any], rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def read(record: Path) -> tuple[dict[str, Any], Rows]:
+    """The header of a record, and its rows."""
+    about, *rows = (json.loads(line) for line in record.read_text(encoding="utf-8").splitlines())
+    return about, rows
+
+
 def make_page(
     description: str | None,
-    page: Callable[[dict[str, Any], Rows, Path, Path | None], str],
+    page: Callable[..., str],
     plot: Callable[[dict[str, Any], Rows, Path], None],
+    has_others: bool = False,
 ) -> None:
     """The command line of a report: a record, and where its plot goes; the page is printed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
     parser.add_argument("--plot", type=Path)
+    if has_others:
+        parser.add_argument("--also", type=Path, nargs="*", default=(), help="further records, for what they reached")
     options = parser.parse_args()
-    about, *rows = (json.loads(line) for line in options.record.read_text(encoding="utf-8").splitlines())
+    about, rows = read(options.record)
     if options.plot:
         plot(about, rows, options.plot)
-    print(page(about, rows, options.record, options.plot))
+    print(page(about, rows, options.record, options.plot, *([options.also] if has_others else [])))
 
 
 if __name__ == "__main__":
-    make_page(__doc__, markdown, plot)
+    make_page(__doc__, markdown, plot, has_others=True)
