@@ -96,11 +96,11 @@ INLINE void for_strips(const Block& b, int64_t most, F f) {
     }
 }
 
-// Rows walked together: as many as fit in the first cache beside those that follow.
+// Rows walked together: of so many bytes, which leave room in the first cache for those that follow; 8 to 32.
 template <class T>
-INLINE int64_t rows_at_a_time(const Block& b, int64_t bytes, int64_t most) {
+INLINE int64_t rows_at_a_time(const Block& b, int64_t bytes) {
     const int64_t rows = bytes / (b.cols * static_cast<int64_t>(sizeof(T))) / 4 * 4;
-    return rows < 8 ? 8 : rows < most ? rows : most;
+    return rows < 8 ? 8 : rows > 32 ? 32 : rows;
 }
 
 // The sum of N vectors that lie ``apart``, in pairs.
@@ -113,8 +113,9 @@ INLINE VF added(const VF* x) {
 // Over the pixels of a block, of d = x - centre: the sum, and that of the squares, added to one float for each channel.
 template <bool NHWC, class T>
 INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* out, float* out_squares) {
-    for_strips<NHWC, MANY>(b, rows_at_a_time<T>(b, 16384, 32), [=](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n)
-                                                         __attribute__((always_inline)) {
+    const int64_t rows = rows_at_a_time<T>(b, 16384);
+    for_strips<NHWC, MANY>(b, rows, [=](auto strip, int64_t c, Walk in, Walk, int64_t count, int64_t n)
+                                        __attribute__((always_inline)) {
         constexpr int R = decltype(strip)::ROWS, C = decltype(strip)::COLS, K = R * C;
         VF total[K]{}, squares[K]{}, mid[C];
         side_by_side<C>([&](int k) { mid[k] = of_channel<NHWC>(centre, c + k * W, n); });
@@ -233,8 +234,9 @@ struct BlockSums {
 template <bool NHWC, class T>
 INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
-    for_strips<NHWC, 1>(b, rows_at_a_time<T>(b, 8192, 32), [=](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n)
-                                                      __attribute__((always_inline)) {
+    const int64_t rows = rows_at_a_time<T>(b, 8192);
+    for_strips<NHWC, 1>(b, rows, [=](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n)
+                                     __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         VF da_sum{}, da_centred_sum{}, centred_sum{};
         const VF centre = of_channel<NHWC>(p.centre, c, n);
@@ -503,7 +505,7 @@ INLINE void for_parts(const GroupNorm& a, const Block& b, F f) {
     if (a.x2.data) part.cols = part.stride = first_channels(a);
     f(part, 0, a.x, a.dx);
     if (!a.x2.data) return;
-    part.cols = part.stride = a.channels2;
+    part.cols = part.stride = a.channels2, part.channel = b.cols - a.channels2;
     f(part, b.cols - a.channels2, a.x2, a.dx2);
 }
 

@@ -99,8 +99,8 @@ INLINE VF before_activation(VF dy, VF a, bool activation) {
     return dy * (s * (1.0f + a * (1.0f - s)));
 }
 
-// y of N vectors, W apart, of a pixel. With the activation, gain and shift are those of -a log2(e), which silus takes. What lies
-// ``ahead`` of x will be read next.
+// y of N vectors, W apart, of a pixel. With the activation, gain and shift are those of -a log2(e), which silus takes.
+// What lies ``ahead`` of x will be read next.
 template <int N, class T>
 INLINE void normalise(const T* x, int64_t ahead, float factor, const Affine& p, bool activation, T* y, int64_t n = W) {
     side_by_side<N>([&](int k) { __builtin_prefetch(x + ahead + k * W); });
@@ -304,7 +304,8 @@ void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end, float* scrat
     with_output_type(a.x.dtype, a.x.data, [&](auto* x_data) {
         using T = decltype(x_data);
         const T y_data = static_cast<T>(a.y.data);
-        for_items(a, begin, end, a.activation ? MINUS_LOG2_E : 1.0f, s, [&](int64_t, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
+        const float times = a.activation ? MINUS_LOG2_E : 1.0f;
+        for_items(a, begin, end, times, s, [&](int64_t, int64_t b, int64_t first, int64_t pixels, const Rows& r) {
             const T x = x_data + offset_of(a.x, b, first), y = y_data + offset_of(a.y, b, first);
             if (!is_turned(r)) return forward(a, a.nhwc, x, pixels, r.stride, s, y);
             turn(x, r, s.x);
