@@ -73,13 +73,14 @@ INLINE VF sqrt(VF x) {
 
 INLINE float sum(VF x) {
 #if FASTDDPM_VECTOR_BYTES == 64
-    return _mm512_reduce_add_ps((__m512)x);  // in the order of what follows
-#endif
+    return _mm512_reduce_add_ps((__m512)x);  // in the order of what others do
+#else
     float t[W];
     memcpy(t, &x, sizeof x);
     for (int64_t half = W / 2; half > 0; half /= 2)
         for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
     return t[0];
+#endif
 }
 
 // e^x to about one rounding, for every float: 0 and infinity beyond the range, NaN for NaN.
@@ -200,16 +201,6 @@ INLINE void quotients(VF (&x)[N], const VF (&y)[N]) {
 
 constexpr float MINUS_LOG2_E = -1.44269504f;
 
-// 1 / (1 + e^-x) of N vectors.
-template <bool COARSE, int N>
-INLINE void sigmoids(VF (&x)[N]) {
-    VF y[N];
-    side_by_side<N>([&](int k) { x[k] = x[k] * MINUS_LOG2_E; });
-    one_plus_powers<COARSE>(1.0f, x, y);
-    side_by_side<N>([&](int k) { x[k] = splat(1.0f); });
-    quotients<COARSE>(x, y);
-}
-
 // a / (1 + e^-a) of N vectors, given as t = -a log2(e), which a multiplication before can be made to give.
 template <bool COARSE, int N>
 INLINE void silus(VF (&t)[N]) {
@@ -218,11 +209,18 @@ INLINE void silus(VF (&t)[N]) {
     quotients<COARSE>(t, y);
 }
 
-INLINE VF sigmoid(VF x) {
-    VF one[1] = {x};
-    sigmoids<false>(one);
-    return one[0];
+// Of N vectors: da = dy silu'(a), silu'(a) = s + a s (1 - s), s = 1 / (1 + e^-a). ``dy`` becomes da; ``a`` is used up.
+template <int N>
+INLINE void before_activation(VF (&dy)[N], VF (&a)[N]) {
+    constexpr float LN_2 = 0.693147181f;
+    VF s[N], y[N];
+    side_by_side<N>([&](int k) { a[k] = a[k] * MINUS_LOG2_E, s[k] = splat(1.0f); });
+    one_plus_powers<false>(1.0f, a, y);
+    quotients<false>(s, y);
+    side_by_side<N>([&](int k) { a[k] = a[k] * s[k], y[k] = fused(s[k], splat(LN_2), splat(-LN_2)); });
+    side_by_side<N>([&](int k) { dy[k] = dy[k] * fused(a[k], y[k], s[k]); });
 }
+
 // The first n lanes, 0 in the others.
 INLINE VF first_lanes(VF x, int64_t n) {
     for (int64_t i = n; i < W; ++i) x[i] = 0;
@@ -396,6 +394,14 @@ INLINE void with_output_type(DType dtype, void* data, F f) {
         case DType::f16: f(static_cast<f16*>(data)); break;
         default: f(static_cast<float*>(data)); break;
     }
+}
+
+// Of a sample the numbers of every channel, as floats.
+INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, float* out) {
+    with_type(v.dtype, v.data, [&](const auto* p) {
+        p += sample * v.row_stride;
+        for_vectors(channels, [&](int64_t i, int64_t n) { store(out + i, load(p + i, n), n); });
+    });
 }
 
 // One number of any dtype.

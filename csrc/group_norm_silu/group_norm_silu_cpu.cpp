@@ -212,18 +212,6 @@ INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activati
     });
 }
 
-// Of N vectors: da = dy silu'(a), silu'(a) = s + a s (1 - s), s = 1 / (1 + e^-a). ``dy`` becomes da; ``a`` is used up.
-template <int N>
-INLINE void before_activation(VF (&dy)[N], VF (&a)[N]) {
-    constexpr float LN_2 = 0.693147181f;
-    VF s[N], y[N];
-    side_by_side<N>([&](int k) { a[k] = a[k] * MINUS_LOG2_E, s[k] = splat(1.0f); });
-    one_plus_powers<false>(1.0f, a, y);
-    quotients<false>(s, y);
-    side_by_side<N>([&](int k) { a[k] = a[k] * s[k], y[k] = fused(s[k], splat(LN_2), splat(-LN_2)); });
-    side_by_side<N>([&](int k) { dy[k] = dy[k] * fused(a[k], y[k], s[k]); });
-}
-
 // What is summed in backward, one float for each channel of the block.
 struct BlockSums {
     float *da, *da_centred, *centred, *dh;
@@ -405,14 +393,6 @@ INLINE void dropout_factors(const GroupNorm& a, const Block& b, float* out, floa
     for_vectors(b.rows * b.cols, [&](int64_t i, int64_t n) {
         VI kept = (VI)((VU)load(out + i, n) >= (VU{} + threshold));
         store(out + i, none ? VF{} : select(kept, splat(a.keep_scale), VF{}), n);
-    });
-}
-
-// Numbers of every channel, as floats.
-INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, float* out) {
-    with_type(v.dtype, v.data, [&](const auto* p) {
-        p += sample * v.row_stride;
-        for_vectors(channels, [&](int64_t i, int64_t n) { store(out + i, load(p + i, n), n); });
     });
 }
 

@@ -40,13 +40,6 @@ struct Affine {
     Affine from(int64_t c) const { return {gain + c, shift + c}; }
 };
 
-INLINE void read_channels(const Values& v, int64_t sample, int64_t channels, float* out) {
-    with_type(v.dtype, v.data, [&](const auto* p) {
-        p += sample * v.row_stride;
-        for_vectors(channels, [&](int64_t i, int64_t n) { store(out + i, load(p + i, n), n); });
-    });
-}
-
 // ``times`` as much.
 void affine_of(const RmsNorm& a, int64_t sample, float times, float* gain, float* shift) {
     const int64_t channels = a.shape.channels;
@@ -91,12 +84,6 @@ INLINE void factors_nhwc(const RmsNorm& a, const T* x, int64_t n, float* factor,
     const VF norm = sqrt(load(squares)), root = splat(__builtin_sqrtf(float(a.shape.channels)));
     store(factor, root / select(norm < a.eps, splat(a.eps), norm));
     store(is_norm, select(norm > a.eps, splat(1.0f), VF{}));
-}
-
-INLINE VF before_activation(VF dy, VF a, bool activation) {
-    if (!activation) return dy;
-    VF s = sigmoid(a);
-    return dy * (s * (1.0f + a * (1.0f - s)));
 }
 
 // y of N vectors, W apart, of a pixel. With the activation, gain and shift are those of -a log2(e), which silus takes.
@@ -145,7 +132,9 @@ void backward_nhwc(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, co
         VF dot{};
         for_covering(channels, [&](int64_t c, int64_t n, int64_t old) {
             VF gain = load(p.gain + c, n), v = load(x + c, n) * factor;
-            VF da = before_activation(load(dy + c, n), v * gain + load(p.shift + c, n), a.activation);
+            VF of_y[1] = {load(dy + c, n)}, inner[1] = {v * gain + load(p.shift + c, n)};
+            if (a.activation) before_activation(of_y, inner);
+            VF da = of_y[0];
             store(dn + c, da * gain, n);
             da = new_lanes(da, old);
             VF da_n = new_lanes(da * v, old);
@@ -203,7 +192,9 @@ void backward_nchw(const RmsNorm& a, const T* x, const T* dy, int64_t pixels, in
         VF of_da{}, of_da_n{};
         for_covering(pixels, [&](int64_t i, int64_t n, int64_t old) {
             VF v = load(x + c * stride + i, n) * load(of.factor + i, n);
-            VF da = before_activation(load(dy + c * stride + i, n), v * p.gain[c] + p.shift[c], a.activation);
+            VF of_y[1] = {load(dy + c * stride + i, n)}, inner[1] = {v * p.gain[c] + p.shift[c]};
+            if (a.activation) before_activation(of_y, inner);
+            VF da = of_y[0];
             store(dn + c * a.block + i, da * p.gain[c], n);
             da = new_lanes(n == W ? da : first_lanes(da, n), old);
             VF da_n = new_lanes(da * v, old);
