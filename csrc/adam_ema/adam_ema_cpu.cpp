@@ -36,15 +36,17 @@ double squares_of(const T* g, int64_t size, float scale) {
     return total / (double(scale) * scale);
 }
 
+// With fused() throughout: an element has the same bits wherever it lies, at the end of a tensor, too.
 template <class G>
 INLINE void update(const AdamEma& a, const AdamChunk& c, const G* gradient) {
     const VF weight1 = splat(a.weight1), weight2 = splat(a.weight2), ema_weight = splat(a.ema_weight);
-    const float inverse_root = 1.0f / a.root;
+    const VF inverse_root = splat(1.0f / a.root), eps = splat(a.eps), shrink = splat(a.shrink), factor = splat(a.factor);
     for_vectors(c.size, [&](int64_t i, int64_t n) {
-        VF g = load(gradient + i, n) * a.factor;
+        VF g = fused(load(gradient + i, n), factor, VF{});
         VF m = lerp(load(c.exp_avg + i, n), g, weight1);
-        VF v = lerp(load(c.exp_avg_sq + i, n), g * g, weight2);
-        VF p = load(c.param + i, n) * a.shrink - m * a.rate / (sqrt(v) * inverse_root + a.eps);
+        VF v = lerp(load(c.exp_avg_sq + i, n), fused(g, g, VF{}), weight2);
+        VF step = m * a.rate / fused(sqrt(v), inverse_root, eps);
+        VF p = fused(load(c.param + i, n), shrink, -step);
         store(c.exp_avg + i, m, n);
         store(c.exp_avg_sq + i, v, n);
         store(c.param + i, p, n);

@@ -121,7 +121,7 @@ INLINE VF log(VF x) {
 // start + weight (end - start), exact at both ends.
 INLINE VF lerp(VF start, VF end, VF weight) {
     VF d = end - start;
-    return select(weight < 0.5f, start + weight * d, end - d * (1.0f - weight));
+    return select(weight < 0.5f, fused(weight, d, start), fused(weight - 1.0f, d, end));
 }
 
 // x no smaller than low and no larger than high; NaN stays NaN.
