@@ -13,7 +13,7 @@ from .fused import Fused, is_plain_conv
 class FastConv2d(Fused):
     """A convolution with square filters, stride and border, and no other options; others run as they did."""
 
-    pattern = "Conv2d: by minimal filtering, matrix products, or in float32 in place of half precision"
+    pattern = "Conv2d: by minimal filtering or matrix products"
     stride: tuple[int, int]
     padding: tuple[int, int]
 
@@ -26,7 +26,7 @@ class FastConv2d(Fused):
 class FastLinear(Fused):
     """A linear layer."""
 
-    pattern = "Linear: in float32 in place of half precision"
+    pattern = "Linear: by a product that reads and writes half precision, and adds"
     weight: Tensor
     bias: Tensor | None
 
