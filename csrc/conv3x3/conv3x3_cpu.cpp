@@ -559,9 +559,11 @@ void rows_of_output(const Conv3x3Rows& w, T* y, int64_t begin, int64_t end) {
 }
 
 // What weights are packed as: half precision as it is, and all else as float32.
-INLINE bf16 packed(bf16 x) { return x; }
-INLINE f16 packed(f16 x) { return x; }
-INLINE float packed(double x) { return static_cast<float>(x); }
+template <class T>
+INLINE auto packed(T x) {
+    if constexpr (sizeof(T) == 2) return x;
+    else return static_cast<float>(x);
+}
 
 // To of[k][9][PACK], of a pack of which so many outputs are there, ``count`` channels.
 template <class T, class O>
