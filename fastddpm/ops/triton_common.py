@@ -5,7 +5,6 @@ Imported by ``triton_impl`` modules alone, so that the package imports without T
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import _dispatch
 
@@ -58,6 +58,12 @@ def drawing(seed_tensor, seed_low, seed_high, step_tensor, step, SEED: tl.conste
     else:
         step_word = tl.cast(step, tl.uint32)
     return low, high, step_word
+
+
+@triton.jit
+def as_float32(number):
+    """A number of Python, which torch.compile hands over as float64: what meets it would be computed in that."""
+    return tl.cast(number, tl.float32)
 
 
 @triton.jit
@@ -184,14 +190,20 @@ def reason_against(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     return None
 
 
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its tensors, which need not be the current one; nothing for an empty grid."""
+    if 0 not in grid:
+        first = next(x for x in (*args, *options.values()) if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):
+            kernel[grid](*args, **options)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel, as torch.compile can see it; nothing for an empty grid."""
-    if not math.prod(grid):
-        return
-    if not INTERPRETED:
+    """The same, in an operator that torch.compile can see into: of tensors that stand for others it notes the call."""
+    if not any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in (*args, *options.values())):
+        run(kernel, grid, *args, **options)
+    elif not INTERPRETED and 0 not in grid:
         torch.library.wrap_triton(kernel)[grid](*args, **options)
-    elif not any(isinstance(x, FakeTensor) for x in (*args, *options.values())):  # which have shapes alone
-        kernel[grid](*args, **options)
 
 
 def strides(x: Tensor) -> tuple[int, int]:
@@ -256,7 +268,11 @@ def draw_arguments(
 
 
 def like_in_order(like: Tensor, shape: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-    """A new image in the memory order of ``like``."""
-    layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
-    shape = like.shape if shape is None else shape
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    """A new image in the memory order of ``like``.
+
+    By its strides: what is asked for by a memory format Inductor fills with NaN first, in a kernel of its own.
+    """
+    batch, channels, height, width = like.shape if shape is None else shape
+    channel, pixel = (height * width, 1) if like.is_contiguous() else (1, channels)
+    by = (channels * height * width, channel, width * pixel, pixel)
+    return torch.empty_strided((batch, channels, height, width), by, dtype=dtype or like.dtype, device=like.device)

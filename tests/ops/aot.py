@@ -68,16 +68,18 @@ def recorded(op: str, call: Callable[[Any], object]) -> list[Launch]:
         arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
         launches.append(Launch(kernel, grid, arguments, options))
 
-    launch, module.launch = module.launch, record
+    name = "launch" if hasattr(module, "launch") else "run"  # of an operator that torch.compile does not see into
+    as_it_was = getattr(module, name)
+    setattr(module, name, record)
     try:
         call(module)
     finally:
-        module.launch = launch
+        setattr(module, name, as_it_was)
     return launches
 
 
-def compiled(launch: Launch, arch: int) -> Any:
-    """The kernel as Triton's launcher would have it compiled for these arguments."""
+def compiled(launch: Launch, arch: int, floats: str = "fp32") -> Any:
+    """The kernel as Triton's launcher would have it compiled for these arguments; torch.compile makes floats "fp64"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -92,7 +94,7 @@ def compiled(launch: Launch, arch: int) -> Any:
             signature[parameter.name] = "*" + TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif kind is float:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = floats
         elif value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
         else:

@@ -21,13 +21,32 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastddpm
 from fastddpm.ops import normal, philox
-from tests.ops.cases import CASES, DTYPES, IMPLEMENTATIONS, LAYOUTS, OPS, Case, Inputs, converted, copied, op_of
+from tests.ops.cases import (
+    AT_HAND,
+    CASES,
+    DTYPES,
+    IMPLEMENTATIONS,
+    LAYOUTS,
+    OF_A_GPU,
+    OPS,
+    Case,
+    Inputs,
+    converted,
+    copied,
+    op_of,
+)
 from tests.tolerance import assert_normals_within, assert_within
 
 aten = torch.ops.aten
 
+
+def device_of(backend: str) -> str:
+    """Where an implementation is tested: Triton on a GPU if there is one, and else in its interpreter."""
+    return AT_HAND if backend == "triton" else "cpu"
+
+
 EVERY = [
-    pytest.param(backend, case, id=f"{case.op}-{backend}-{case.name}")
+    pytest.param(backend, case, id=f"{case.op}-{backend}-{case.name}", marks=OF_A_GPU if backend == "triton" else [])
     for op, backend in IMPLEMENTATIONS
     for case in CASES
     if case.op == op
@@ -150,7 +169,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype, layout: str) -> None:
     """Within the one tolerance rule, in the dtypes and the memory order promised, with unwritten memory poisoned."""
-    inputs = case.inputs(dtype, layout)
+    inputs = case.inputs(dtype, layout, device_of(backend))
     with fastddpm.use_backend(backend), poisoned_memory():
         found = results(case, inputs, dtype)
     check_values(case, found, inputs, dtype, backend)
@@ -166,7 +185,7 @@ def test_values_and_gradients(backend: str, case: Case, dtype: torch.dtype, layo
 def test_mixed_layouts(backend: str, case: Case) -> None:
     """Images of one call need not lie in one order; the outputs lie in that of the first, or where they are written."""
     first = next(iter(inspect.signature(op_of(case.op)).parameters))
-    nchw, nhwc = (case.inputs(torch.float32, layout) for layout in ("NCHW", "NHWC"))
+    nchw, nhwc = (case.inputs(torch.float32, layout, device_of(backend)) for layout in LAYOUTS)
     for mixed in (nhwc | {first: nchw[first]}, nchw | {first: nhwc[first]}):
         with fastddpm.use_backend(backend):
             found = results(case, mixed)
@@ -179,7 +198,7 @@ def test_mixed_layouts(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_two_runs_give_the_same_bits_and_leave_the_inputs(backend: str, case: Case) -> None:
-    inputs = case.inputs(torch.bfloat16, "NHWC")
+    inputs = case.inputs(torch.bfloat16, "NHWC", device_of(backend))
     before = copied(inputs)
     with fastddpm.use_backend(backend):
         op_of(case.op)(**inputs)
@@ -197,7 +216,7 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs(backend: str, case: Ca
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_outputs_are_new_tensors(backend: str, case: Case) -> None:
     """No output shares memory with an input, but for those that the op writes over."""
-    inputs = case.inputs(torch.float32)
+    inputs = case.inputs(torch.float32, device=device_of(backend))
     with fastddpm.use_backend(backend):
         outputs = tree_leaves(op_of(case.op)(**inputs))
     given = [x for name, value in inputs.items() if name not in case.written for x in tree_leaves(value)]
@@ -207,10 +226,10 @@ def test_outputs_are_new_tensors(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_autocast_around_changes_nothing(backend: str, case: Case) -> None:
-    inputs = case.inputs(torch.float32)
+    inputs = case.inputs(torch.float32, device=device_of(backend))
     with fastddpm.use_backend(backend):
         expected = results(case, inputs)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_of(backend), torch.bfloat16):
             found = results(case, inputs)
     for name, value in expected.items():
         assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
@@ -232,11 +251,11 @@ def strided(x: Tensor, kind: str) -> Tensor:
     ("backend", "case"), [p for p in EVERY if p.values[1].gradients and p.values[1].op != "diffusion_loss"]
 )
 def test_a_gradient_of_other_strides_is_accepted(backend: str, case: Case, kind: str) -> None:
-    inputs = case.inputs(torch.float32, "NHWC")
+    inputs = case.inputs(torch.float32, "NHWC", device_of(backend))
 
     def of_output(x: Tensor, dtype: torch.dtype) -> Tensor:
         if kind == "expanded":
-            return torch.ones((), dtype=x.dtype).expand_as(x)
+            return torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
         return strided(cotangent(x, dtype), kind)
 
     with fastddpm.use_backend(backend):
@@ -250,9 +269,9 @@ def test_a_gradient_of_other_strides_is_accepted(backend: str, case: Case, kind:
 # shapes
 
 
-def of_no_rows(case: Case) -> Inputs:
+def of_no_rows(case: Case, device: str) -> Inputs:
     """The same call on an empty batch."""
-    inputs = case.inputs(torch.float32, "NHWC")
+    inputs = case.inputs(torch.float32, "NHWC", device)
     batch = len(inputs["sample"] if inputs.get("sample") is not None else next(iter(inputs.values())))
     rows = {"t", "sample", "index", "flip", "weight", "vlb_weight", "clamp", "scale", "shift", "channel_bias"}
     per_channel = {"weight", "bias"} if case.op.endswith("norm_silu") or case.op == "linear" else set()
@@ -267,7 +286,7 @@ def of_no_rows(case: Case) -> Inputs:
 @pytest.mark.parametrize(("backend", "case"), IMAGES)
 def test_empty_batch(backend: str, case: Case) -> None:
     """Nothing in, nothing out; the parameters' gradients are 0, and the mean of no losses is nan."""
-    inputs = of_no_rows(case)
+    inputs = of_no_rows(case, device_of(backend))
     with fastddpm.use_backend(backend):
         found = results(case, inputs)
     for name, value in found.items():
@@ -579,17 +598,18 @@ class Recorded(TorchDispatchMode):
 def on_device(inputs: Inputs, make: Callable[[Tensor], Tensor] = Tensor.clone) -> Inputs:
     """The inputs as a captured loop has them: every number that may be a device scalar is one."""
     scalars = {"seed": I64, "step": I64, "lr": F64, "ema_decay": F64, "guidance_scale": torch.float32}
+    device = next(x.device for x in tree_leaves(inputs) if isinstance(x, Tensor))
     out = {}
     for name, x in inputs.items():
         if name in scalars and isinstance(x, int | float):
-            x = torch.tensor(x - 2**64 if name == "seed" and x >= 2**63 else x, dtype=scalars[name])
+            x = torch.tensor(x - 2**64 if name == "seed" and x >= 2**63 else x, dtype=scalars[name], device=device)
         out[name] = tree_map_only(Tensor, make, x)
     return out
 
 
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_no_host_sync(backend: str, case: Case) -> None:
-    inputs = on_device(case.inputs(torch.float32, "NHWC"))
+    inputs = on_device(case.inputs(torch.float32, "NHWC", device_of(backend)))
     with fastddpm.use_backend(backend), Recorded() as recorded:
         results(case, inputs)
     assert recorded.calls
@@ -598,7 +618,7 @@ def test_no_host_sync(backend: str, case: Case) -> None:
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_shapes_and_strides_without_data(backend: str, case: Case) -> None:
     """On fake tensors, which have no values to wait for: the shapes, dtypes and strides are those of a real run."""
-    inputs = case.inputs(torch.bfloat16, "NHWC")
+    inputs = case.inputs(torch.bfloat16, "NHWC", device_of(backend))
     with fastddpm.use_backend(backend):
         real = results(case, on_device(inputs))
         with FakeTensorMode() as mode:
@@ -616,7 +636,7 @@ def test_shapes_and_strides_without_data(backend: str, case: Case) -> None:
 @pytest.mark.parametrize(("backend", "case"), EVERY)
 def test_dense_inputs_are_not_copied(backend: str, case: Case, layout: str) -> None:
     """Neither order is turned into the other, nor a copy made of what has the right dtype already."""
-    inputs = case.inputs(torch.float32, layout)
+    inputs = case.inputs(torch.float32, layout, device_of(backend))
     with fastddpm.use_backend(backend), Recorded() as recorded:
         op_of(case.op)(**inputs)
     size = max(x.numel() for x in tree_leaves(inputs) if isinstance(x, Tensor))
@@ -628,7 +648,7 @@ def test_dense_inputs_are_not_copied(backend: str, case: Case, layout: str) -> N
 def test_library_ops_pass_opcheck(backend: str, case: Case) -> None:
     """What an implementation registers with torch.library passes opcheck; the reference is plain PyTorch: nothing."""
     with fastddpm.use_backend(backend), Recorded() as recorded:
-        results(case, case.inputs(torch.float32, "NHWC"))
+        results(case, case.inputs(torch.float32, "NHWC", device_of(backend)))
     registered = [call for call in recorded.calls if call[0].namespace not in ("aten", "prim", "prims")]
     assert bool(registered) == (backend != "reference")
     for func, args, kwargs in registered:
@@ -640,7 +660,7 @@ def test_library_ops_pass_opcheck(backend: str, case: Case) -> None:
 
 def check_compiled(backend: str, case: Case, compiler: str, **options: Any) -> None:
     torch._dynamo.reset()
-    inputs = case.inputs(torch.float32, "NHWC")
+    inputs = case.inputs(torch.float32, "NHWC", device_of(backend))
     compiled = torch.compile(op_of(case.op), fullgraph=True, backend=compiler, **options)
     with fastddpm.use_backend(backend):
         found = results(case, inputs, op=compiled)
@@ -678,7 +698,7 @@ def test_compiled_code_follows_use_backend() -> None:
 
 
 def on_gpu(case: Case, dtype: torch.dtype = torch.float32, layout: str = "NHWC") -> Inputs:
-    return {name: tree_map_only(Tensor, Tensor.cuda, x) for name, x in on_device(case.inputs(dtype, layout)).items()}
+    return on_device(case.inputs(dtype, layout, "cuda"))
 
 
 def ones(like: Tensor, dtype: torch.dtype) -> Tensor:

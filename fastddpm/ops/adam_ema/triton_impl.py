@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import float_or_tensor, launch, reason_against, save
+from ..triton_common import float_or_tensor, reason_against, run, save
 
 CHUNK = 2048  # elements of a program
 TYPES = {
@@ -172,7 +172,7 @@ class _Tables:
         self.written = [] if capturing else addresses
         addresses = addresses + [addresses[0]] * (self.addresses.numel() - len(addresses))
         for begin in range(0, len(addresses), WRITTEN):
-            launch(write_addresses_kernel, (1,), self.addresses[begin:], *addresses[begin : begin + WRITTEN])
+            run(write_addresses_kernel, (1,), self.addresses[begin:], *addresses[begin : begin + WRITTEN])
 
 
 _tables: dict[tuple[Any, ...], _Tables] = {}
@@ -204,7 +204,7 @@ def _adam_ema(
     shared = dict(ALIGNED=tables.aligned, CHUNK=CHUNK, num_warps=8)
     for (grad, _), first, end in tables.launches:
         rows, squares = chunks[first:], partial[first:]
-        launch(gradient_squares_kernel, (end - first,), rows, addresses, squares, GRAD=TYPES[grad], **shared)
+        run(gradient_squares_kernel, (end - first,), rows, addresses, squares, GRAD=TYPES[grad], **shared)
 
     # The numbers that all parameters share, on the device and in double precision.
     one = torch.ones((), dtype=torch.float64, device=device)
@@ -225,7 +225,7 @@ def _adam_ema(
     ]).float()  # fmt: skip
     for (grad, kept), first, end in tables.launches:
         types = dict(GRAD=TYPES[grad], EMA=bool(ema), MIRROR=TYPES[kept] if mirror else None)
-        launch(adam_ema_kernel, (end - first,), chunks[first:], addresses, numbers, **types, **shared)
+        run(adam_ema_kernel, (end - first,), chunks[first:], addresses, numbers, **types, **shared)
     step.add_(valid)
     return norm
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..philox import TRAINING_NOISE
 from ..triton_common import (
     INTERPRETED,
+    as_float32,
     draw_arguments,
     drawing,
     float_or_tensor,
@@ -114,6 +115,11 @@ def diffusion_loss_kernel(
     float32: 4 read, 4 written. What limits it is memory, closely followed by the multiplications of Philox. Sums go to
     memory for each program: no atomics, so that two runs agree.
     """
+    pixel_scale = as_float32(pixel_scale)
+    pixel_shift = as_float32(pixel_shift)
+    gradient_scale = as_float32(gradient_scale)
+    half_bin = as_float32(half_bin)
+    vlb_number = as_float32(vlb_number)
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     counter, element, channel, pixel, inside = places(part, channels, pixels, LANES, VECTOR, BLOCK)
     elements = channels * pixels

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..._dispatch import dense_gradient
 from ..philox import DROPOUT
 from ..triton_common import (
+    as_float32,
     draw_arguments,
     drawing,
     launch,
@@ -278,6 +279,8 @@ def forward_kernel(
     With ONE_READ mean and rstd are made here, and otherwise read. Bytes an element in half precision: 2 read, 2 written
     (with chunks 4 read in all). What limits it is memory.
     """
+    eps = as_float32(eps)
+    keep_scale = as_float32(keep_scale)
     sample, chunk, pixel, channel, real, inside = place(
         channels, pixels, slabs, chunks, EVEN, GROUPS, OF_GROUP, LANES, ROWS, WIDE
     )
@@ -351,6 +354,7 @@ def merge_moments_kernel(
 
     A program each. It reads 12 bytes a chunk of thousands of elements; what limits it is the time of a launch.
     """
+    eps = as_float32(eps)
     sample, group = tl.program_id(0).to(tl.int64) // num_groups, tl.program_id(0) % num_groups
     of_all, n = num_groups * chunks, tl.cast(pixels, tl.float32)
     at = partial + sample * 3 * of_all + group * chunks
@@ -416,6 +420,7 @@ def backward_kernel(
     `merge_sums_kernel` made of them, means [B, num_groups, 2], and makes dx. Bytes an element in half precision: 4
     read, 2 written (8 and 2 in two passes). Memory limits it.
     """
+    keep_scale = as_float32(keep_scale)
     sample, chunk, pixel, channel, real, inside = place(
         channels, pixels, slabs, chunks, EVEN, GROUPS, OF_GROUP, LANES, ROWS, WIDE
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..philox import TRAINING_NOISE
 from ..triton_common import (
     INTERPRETED,
+    as_float32,
     draw_arguments,
     drawing,
     launch,
@@ -47,6 +48,8 @@ def q_sample_kernel(
     four from each counter of the noise. What belongs to the sample is loaded once. Bytes an element: 1 (uint8) + 2 or
     4. What limits it is memory, closely followed by the integer multiplications of Philox.
     """
+    pixel_scale = as_float32(pixel_scale)
+    pixel_shift = as_float32(pixel_shift)
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     time = tl.load(t + b)
     signal, sigma = tl.load(table + 2 * time).to(tl.float32), tl.load(table + 2 * time + 1).to(tl.float32)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import dense_gradient
-from ..triton_common import launch, like_in_order, reason_against, save, strides
+from ..triton_common import as_float32, launch, like_in_order, reason_against, save, strides
 
 Saved = tuple[Tensor, ...]
 
@@ -47,6 +47,7 @@ def forward_kernel(
     A program takes a few pixels of one sample with all their channels, so that x is read once. Bytes an element in half
     precision: 2 read, 2 written. What limits it is memory.
     """
+    eps = as_float32(eps)
     sample, part = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
     pixel, channel = part * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
     real = channel < channels
@@ -72,6 +73,7 @@ def backward_kernel(
     The sums of da and da n over the pixels of a program go to memory, for the gradients of the parameters: no atomics.
     Bytes an element in half precision: 4 read, 2 written. What limits it is memory.
     """
+    eps = as_float32(eps)
     sample, part = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
     pixel, channel = part * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
     real = channel < channels

@@ -13,6 +13,7 @@ from ..._checks import is_nhwc
 from ..philox import SAMPLER_NOISE, TRAINING_NOISE
 from ..triton_common import (
     INTERPRETED,
+    as_float32,
     draw_arguments,
     drawing,
     float_or_tensor,
@@ -58,6 +59,8 @@ def solver_step_kernel(
     four from each counter of the noise. The row of the table is read by the step on the device. Bytes an element,
     float32: 8 read, 8 written. What limits it is memory.
     """
+    guidance_number = as_float32(guidance_number)
+    clamp_number = as_float32(clamp_number)
     b, part = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     counter, element, channel, pixel, inside = places(part, channels, pixels, LANES, VECTOR, BLOCK)
     elements = channels * pixels
