@@ -9,6 +9,7 @@ reason, in words, why they cannot run on these arguments, or with None.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -28,6 +29,7 @@ from ._gpu_defaults import range_of, source
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("native", "triton", "reference")
+NO_SECOND = b"fastddpm's ops have no gradient of the gradient; use torch's own layers for a penalty on gradients"
 _forced: str | None = None
 _copied: Counter[str] = Counter()  # op to the gradients that came with other strides than the kernels take
 
@@ -167,14 +169,38 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = before
 
 
-def dense_gradient(op: str, x: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient in the memory order of x: itself, or a copy where it has other strides, which `explain` counts."""
-    nchw = x.is_contiguous()
-    if gradient.is_contiguous() if nchw else is_nhwc(gradient):
-        return gradient
+def dense_gradient(op: str, nchw: bool, gradient: Tensor) -> Tensor:
+    """A gradient in NCHW or NHWC order: itself, or a copy where it has other strides, which `explain` counts.
+
+    Under torch.compile no tensor is asked for its strides: in a backward Dynamo does not allow it, and begins again
+    with a copy of every gradient in NCHW order. So forward notes the order of x for it.
+    """
+    order = torch.contiguous_format if nchw else torch.channels_last
     if not torch.compiler.is_compiling():
+        if gradient.is_contiguous() if nchw else is_nhwc(gradient):
+            return gradient
         _copied[op] += 1
-    return gradient.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
+    return gradient.contiguous(memory_format=order)
+
+
+def once_differentiable(backward: Function) -> Function:
+    """Of an autograd.Function's backward: its result has no gradient, and who asks for one is told.
+
+    torch's own tells only those whose upstream gradient has a gradient; that of a loss, 1, has none, and the gradient
+    of a penalty on the gradient would be missing without a word.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return found
+        outputs = found if isinstance(found, tuple) else (found,)
+        refuse = torch._C._functions.DelayedError(NO_SECOND, len(outputs))
+        return refuse(*[None if g is None else g.detach().requires_grad_() for g in outputs])  # type: ignore[arg-type]
+
+    return once  # type: ignore[return-value]
 
 
 def own(y: Tensor) -> Tensor:

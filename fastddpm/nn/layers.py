@@ -24,11 +24,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch, _native
 from .._checks import is_nhwc
-from .._dispatch import _constant
+from .._dispatch import _constant, once_differentiable
 from ..ops.conv3x3 import conv3x3
 from ..ops.kept import is_kept
 from ..ops.linear import linear as own_linear

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._dispatch import once_differentiable
 from ..ops.linear.interface import OP, linear
 
 

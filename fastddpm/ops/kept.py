@@ -16,7 +16,8 @@ packed, to be transformed on the way; of a linear layer "panels"."""
 
 
 class _Thread(threading.local):
-    kept: Transformed | None = None
+    def __init__(self) -> None:  # of each thread its own: torch.compile refuses an attribute that comes while it reads
+        self.kept: Transformed | None = None
 
 
 _here = _Thread()

@@ -8,13 +8,16 @@ import itertools
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -676,6 +679,47 @@ def test_fullgraph(backend: str, case: Case) -> None:
 @pytest.mark.parametrize(("backend", "case"), COMPILED)
 def test_inductor(backend: str, case: Case) -> None:
     check_compiled(backend, case, "inductor")
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"), [p for p in COMPILED if p.values[1].gradients and p.values[0] != "reference"]
+)
+def test_a_compiled_backward_copies_no_gradient(backend: str, case: Case) -> None:
+    """Dynamo makes a copy in NCHW order of every gradient that a backward asks for its strides, and we one in NHWC."""
+    found = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        found.append([node for node in calls if node.target is aten.clone.default and node.meta["val"].dim() == 4])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiler = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=look)
+    compiled = torch.compile(op_of(case.op), fullgraph=True, backend=compiler)
+    inputs = case.inputs(torch.float32, "NHWC", device_of(backend))
+    with fastddpm.use_backend(backend):
+        results(case, inputs, op=compiled)
+    assert found == [[]]
+
+
+@pytest.mark.parametrize("op", ["conv3x3", "linear"])
+def test_compiled_training_in_a_new_thread(op: str) -> None:
+    """What a thread keeps is there from its first call on: a guard on it would fail at the second."""
+    errors: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            compiled = torch.compile(op_of(op), fullgraph=True, backend="aot_eager")
+            for _ in range(2):
+                results(FIRST[op], FIRST[op].inputs(torch.float32, "NHWC"), op=compiled)
+        except BaseException as error:
+            errors.append(error)
+
+    torch._dynamo.reset()
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert not errors, errors[0]
 
 
 def test_compiled_code_follows_use_backend() -> None:

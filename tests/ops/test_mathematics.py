@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,13 +181,33 @@ def test_gradient_of_the_loss_with_the_term_of_the_bound() -> None:
     assert_equal_to_rounding(ours[:, :2], of_mse[:, :2], ulps=16)
 
 
-def test_gradient_of_the_gradient_is_refused() -> None:
+WITH_A_GRADIENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "diffusion_loss": lambda x: fastddpm.diffusion_loss(x, torch.tensor([0, 0]), target=torch.zeros_like(x))[0],
+    "group_norm_silu": lambda x: fastddpm.group_norm_silu(x, torch.ones(4), torch.zeros(4), 2).sum(),
+    "rms_norm_silu": lambda x: fastddpm.rms_norm_silu(x, torch.ones(4)).sum(),
+    "conv3x3": lambda x: fastddpm.conv3x3(x, torch.ones(2, 4, 3, 3)).sum(),
+    "linear": lambda x: fastddpm.linear(x, torch.ones(2, 4)).sum(),
+    "self_attention": lambda x: fastddpm.self_attention(x.flatten(2).mT.repeat(1, 1, 3)).sum(),
+}
+
+
+@pytest.mark.parametrize("upstream", ["a loss", "another gradient"])
+@pytest.mark.parametrize("op", WITH_A_GRADIENT)
+def test_gradient_of_the_gradient_is_refused(op: str, upstream: str) -> None:
+    """A penalty on the gradient raises: without that it would be missing from the gradient of what lies before."""
+    before = rand(1).requires_grad_()
+    x = rand(2, 4, 4, 4) * before
+    y = WITH_A_GRADIENT[op](x)
+    loss = y if upstream == "a loss" else y.square()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradient of the gradient"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_the_losses_of_the_samples_have_no_gradient() -> None:
     pred = rand(1, 1, 2, 2).requires_grad_()
-    loss, per_sample = fastddpm.diffusion_loss(pred, torch.tensor([0]), target=torch.zeros(1, 1, 2, 2))
+    _, per_sample = fastddpm.diffusion_loss(pred, torch.tensor([0]), target=torch.zeros(1, 1, 2, 2))
     assert not per_sample.requires_grad
-    (gradient,) = torch.autograd.grad(loss, pred, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
 
 
 def test_solver_step_is_the_ddpm_update() -> None:

@@ -360,5 +360,5 @@ def test_a_gradient_of_the_gradient_is_refused(backend: str) -> None:
     x, weight = torch.randn(20, 9, requires_grad=True), torch.randn(8, 9, requires_grad=True)
     with fastddpm.use_backend(backend):
         (dx,) = torch.autograd.grad(fastddpm.linear(x, weight).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="no gradient of the gradient"):
             dx.sum().backward()

@@ -245,6 +245,18 @@ def test_a_mask_is_read_where_it_lies(shape: tuple[int, int], layout: str) -> No
     assert not any(func.overloadpacket is torch.ops.aten.clone and args[0] is mask for func, args, _ in recorded.calls)
 
 
+@interpreted
+@pytest.mark.parametrize("kind", ["expanded", "a column"])
+def test_bounds_of_each_sample_lie_anywhere(kind: str) -> None:
+    case = stepped(3, (4, 5))
+    inputs = case.inputs(torch.float32, "NHWC")
+    bounds = torch.tensor([[0.5, 0.1], [0.7, 0.2]])
+    inputs["clamp"] = bounds[:1, 0].expand(2) if kind == "expanded" else bounds[:, 0]
+    with fastddpm.use_backend("triton"):
+        found = results(case, inputs, op=lambda **named: op_of("solver_step")(**named | dict(clamp=inputs["clamp"])))
+    check_values(case, found, inputs, torch.float32)
+
+
 @triton.jit
 def erfc_kernel(x, y, N: tl.constexpr):
     at = tl.arange(0, N)

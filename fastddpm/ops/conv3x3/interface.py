@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
-from ..._dispatch import Op, own
+from ..._dispatch import Op, dense_gradient, once_differentiable, own
 from ..kept import transform_anew
 from . import reference
 
@@ -29,6 +28,7 @@ class _Conv3x3(torch.autograd.Function):
         with transform_anew():
             y, saved = ctx.implementation.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, *saved)
+        ctx.nchw, ctx.weight_nchw = x.is_contiguous(), weight.is_contiguous()
         ctx.precision = x.dtype if torch.is_autocast_enabled(x.device.type) else weight.dtype
         return own(y)
 
@@ -36,10 +36,14 @@ class _Conv3x3(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *saved = ctx.saved_tensors
-        gradients: tuple[Tensor | None, ...] = ctx.implementation.backward(
+        dy = dense_gradient(OP.name, ctx.nchw, dy)
+        dx, dweight, dbias = ctx.implementation.backward(
             dy, tuple(saved), x, weight, bias, ctx.needs_input_grad, ctx.precision
         )
-        return gradients
+        if dweight is not None:
+            order = torch.contiguous_format if ctx.weight_nchw else torch.channels_last
+            dweight = dweight.contiguous(memory_format=order)
+        return dx, dweight, dbias
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

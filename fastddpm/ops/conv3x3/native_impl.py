@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._dispatch import dense_gradient
 from ..kept import is_kept, kept
 from ..native_common import like_in_order, reason_against, register_fake
 
@@ -54,7 +53,6 @@ def backward(
     Args:
         precision: the dtype whose rounding the gradient of weight may show, as far as x does.
     """
-    dy = dense_gradient("conv3x3", x, dy)
     dx = dweight = dbias = None
     if wanted[0]:
         dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
@@ -62,8 +60,7 @@ def backward(
         tile = _tile(x, precision, READ)
         of_weight = weight.float() if weight.dtype == torch.float64 else weight  # kernels write no float64
         found = torch.ops.fastddpm.conv3x3_gradient(dy, x, of_weight, bias if wanted[2] else None, tile)
-        layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
-        dweight = found[0].to(weight.dtype).contiguous(memory_format=layout)
+        dweight = found[0].to(weight.dtype)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias
 

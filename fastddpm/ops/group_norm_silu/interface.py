@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import check_device, check_draw, check_image, check_numbers, check_shape
-from ..._dispatch import Op, own
+from ..._dispatch import Op, dense_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -38,6 +37,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
         ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
         ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *drawn, *saved)
+        ctx.nchw = x.is_contiguous()
         ctx.set_materialize_grads(False)
         return own(y) if h is None else (own(y), own(h))
 
@@ -49,6 +49,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         drawn = dict(zip(DRAWN, others, strict=False))
         options = drawn | ctx.options
         saved = tuple(others[len(DRAWN) :])
+        dy, dh = (g if g is None else dense_gradient(OP.name, ctx.nchw, g) for g in (dy, dh))
         return None, *ctx.implementation.backward(dy, dh, saved, x, weight, bias, **inputs, **options)
 
 

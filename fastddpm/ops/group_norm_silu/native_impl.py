@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._dispatch import dense_gradient
 from ..native_common import NOTHING_DRAWN, drawing, like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
@@ -71,13 +70,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2; dropout is drawn again."""
     if dy is None:
-        shape = x.shape if x2 is None else (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
-        dy = torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
+        assert dh is not None
+        dy = torch.zeros_like(dh)
     if residual is not None and residual.dtype == torch.float64:
         residual = residual.float()  # kernels write no float64; autograd widens the gradient
     dx, dweight, dbias, *others = torch.ops.fastddpm.group_norm_silu_backward.default(
-        dense_gradient("group_norm_silu", x, dy), None if dh is None else dense_gradient("group_norm_silu", x, dh),
-        *saved, x,
+        dy, dh, *saved, x,
         weight.contiguous(), bias.contiguous(), num_groups, *_contiguous(channel_bias, scale, shift), residual, x2,
         dropout, *drawing(seed, sample, step), layer, activation,
     )  # fmt: skip

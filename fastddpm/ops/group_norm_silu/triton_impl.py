@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._dispatch import dense_gradient
 from ..philox import DROPOUT
 from ..triton_common import (
     as_float32,
@@ -721,8 +720,7 @@ def backward(
     """Gradients of x, weight, bias, channel_bias, scale, shift, residual and x2; dropout is drawn again."""
     parameters = _contiguous(channel_bias, scale, shift)
     dx, dweight, dbias, *others = _backward(
-        None if dy is None else dense_gradient("group_norm_silu", x, dy),
-        None if dh is None else dense_gradient("group_norm_silu", x, dh), *saved, x,
+        dy, dh, *saved, x,
         weight.contiguous(), bias.contiguous(), num_groups, *parameters, residual, x2,
         dropout, *number_or_tensor(seed), *_contiguous(sample), *number_or_tensor(step), layer, activation,
     )  # fmt: skip

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_dtype, check_shape
-from ..._dispatch import Op, own
+from ..._dispatch import Op, once_differentiable, own
 from ..kept import transform_anew
 from . import reference
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
-from ..._dispatch import Op, own
+from ..._dispatch import Op, dense_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -23,7 +22,7 @@ class _RMSNormSiLU(torch.autograd.Function):
         ctx: Any, options: dict[str, Any], x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
         ctx.implementation = OP.choose(x=x, weight=weight, scale=scale, shift=shift, **options)
-        ctx.options = options
+        ctx.options, ctx.nchw = options, x.is_contiguous()
         y: Tensor
         y, saved = ctx.implementation.forward(x, weight, scale=scale, shift=shift, **options)
         ctx.save_for_backward(x, weight, scale, shift, *saved)
@@ -34,6 +33,7 @@ class _RMSNormSiLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, *saved = ctx.saved_tensors
         backward = ctx.implementation.backward
+        dy = dense_gradient(OP.name, ctx.nchw, dy)
         return None, *backward(dy, tuple(saved), x, weight, scale=scale, shift=shift, **ctx.options)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._dispatch import dense_gradient
 from ..native_common import like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
@@ -40,7 +39,7 @@ def backward(
     """Gradients of x, weight, scale and shift from that of y."""
     scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
     dx, dweight, *others = torch.ops.fastddpm.rms_norm_silu_backward(
-        dense_gradient("rms_norm_silu", x, dy), x, weight.contiguous(), scale, shift, eps, activation
+        dy, x, weight.contiguous(), scale, shift, eps, activation
     )
     gradients = iter(others)
     return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._dispatch import dense_gradient
 from ..triton_common import as_float32, launch, like_in_order, reason_against, save, strides
 
 Saved = tuple[Tensor, ...]
@@ -167,7 +166,6 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, scale and shift from that of y."""
     scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
-    dy = dense_gradient("rms_norm_silu", x, dy)
     dx, dweight, *others = _backward(dy, x, weight.contiguous(), scale, shift, eps, activation)
     gradients = iter(others)
     return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..._checks import FLOATS, check_dtype
-from ..._dispatch import Op, own
+from ..._dispatch import Op, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)

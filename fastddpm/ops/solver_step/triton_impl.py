@@ -221,6 +221,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
     known_table, sample = (p if p is None else p.contiguous() for p in (known_table, sample))
+    clamp = clamp.contiguous() if isinstance(clamp, Tensor) else clamp
     if mask is not None and not is_nhwc(mask):
         mask = mask.contiguous()
     where = (table.contiguous(), *number_or_tensor(step))
