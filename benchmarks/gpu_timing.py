@@ -17,13 +17,13 @@ import fastddpm
 from benchmarks import contests
 from benchmarks.contests import Call, Contest, Function
 from benchmarks.gpu_cases import Case
+from fastddpm.bench import GpuClock
 from tests.tolerance import assert_within
 
 Line = dict[str, Any]
 OURS = ("native", "triton")
-BATCH_SECONDS = 4e-4  # of work between two events: what an event costs is little beside it
 MOST_COPIES = 256
-CLOCK = 2e9  # cycles a second that no GPU exceeds by much: how long to sleep
+FEWEST_CALLS = 4  # between two events
 
 
 def copies_of(size: int, cache: int) -> int:
@@ -45,39 +45,22 @@ class Rotation:
     def __init__(self, calls: list[Call]) -> None:
         self.calls, self.next = calls, 0
 
-    def run(self, count: int) -> None:
-        for _ in range(count):
-            self.calls[self.next]()
-            self.next = (self.next + 1) % len(self.calls)
+    def __call__(self) -> None:
+        self.calls[self.next]()
+        self.next = (self.next + 1) % len(self.calls)
 
 
 class Timed:
     """A contestant, and the best time of one of its calls so far."""
 
     def __init__(self, calls: list[Call]) -> None:
-        self.rotation, self.best = Rotation(calls), float("inf")
-        self.rotation.run(min(3, len(calls)))
-        torch.cuda.synchronize()
-        first, enqueued = self._measure(4, 0.002)
-        self.count = max(4, min(64, round(BATCH_SECONDS / max(first, 1e-7))))
-        self.sleep = max(5e-5, 2 * enqueued * self.count)
+        rotation, self.best = Rotation(calls), float("inf")
+        for _ in range(min(3, len(calls))):
+            rotation()
+        self.clock = GpuClock(rotation, FEWEST_CALLS)
 
     def turn(self) -> None:
-        seconds, enqueued = self._measure(self.count, self.sleep)
-        self.sleep = max(self.sleep, 1.5 * enqueued * self.count)  # else the GPU would wait for the host
-        self.best = min(self.best, seconds)
-
-    def _measure(self, count: int, sleep: float) -> tuple[float, float]:
-        """Seconds of a call on the GPU, and on the host, which runs ahead while the GPU sleeps."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(min(sleep, 0.1) * CLOCK))
-        begin.record()
-        start = time.perf_counter()
-        self.rotation.run(count)
-        enqueued = time.perf_counter() - start
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count, enqueued / count
+        self.best = min(self.best, self.clock.read())
 
 
 class Rates:
