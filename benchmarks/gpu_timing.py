@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ FEWEST_CALLS = 4  # between two events
 
 
 def copies_of(size: int, cache: int) -> int:
-    """How many sets of inputs make three times the cache: at least a quarter of what an op moves are its inputs."""
+    """How many sets of inputs make three times the cache, and how many of results: at least a quarter of what an op
+    moves are its inputs, where it has any, and at least a quarter its results."""
     return max(1, min(MOST_COPIES, -(-3 * cache // max(1, size // 4))))
 
 
@@ -40,22 +42,24 @@ class DeviceLostError(Exception):
 
 
 class Rotation:
-    """Calls on one set of inputs after the other, so that none is found in the cache."""
+    """Calls on one set of inputs after the other, of which so many results are held, so that the cache has neither
+    what is read nor what is written: torch would give a call the memory of the last result, were it free."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    def __init__(self, calls: list[Call], held: int) -> None:
         self.calls, self.next = calls, 0
+        self.results: deque[object] = deque(maxlen=held)
 
     def __call__(self) -> None:
-        self.calls[self.next]()
+        self.results.append(self.calls[self.next]())
         self.next = (self.next + 1) % len(self.calls)
 
 
 class Timed:
     """A contestant, and the best time of one of its calls so far."""
 
-    def __init__(self, calls: list[Call]) -> None:
-        rotation, self.best = Rotation(calls), float("inf")
-        for _ in range(min(3, len(calls))):
+    def __init__(self, calls: list[Call], held: int) -> None:
+        rotation, self.best = Rotation(calls, held), float("inf")
+        for _ in range(max(3, held + 1)):  # so that torch has the memory of all
             rotation()
         self.clock = GpuClock(rotation, FEWEST_CALLS)
 
@@ -88,7 +92,7 @@ def _draw(sample: torch.Tensor) -> object:
 
 
 def best_of(call: Call, turns: int = 10) -> float:
-    timed = Timed([call])
+    timed = Timed([call], held=1)
     for _ in range(turns):
         timed.turn()
     return timed.best
@@ -191,7 +195,8 @@ def check_values(case: Case, backend: str, expected: tuple[list[torch.Tensor], l
 def measured(case: Case, rates: Rates, cache: int, seconds: float, without: frozenset[str]) -> list[Line]:
     """The rows of a case: every contestant, in turns, and a copy of as many bytes. Wrong values are no time."""
     contest = contest_of(case)
-    copies = copies_of(contest.size, cache) if contest.inputs else 1
+    held = copies_of(contest.size, cache)
+    copies = held if contest.inputs else 1
     inputs = [contest.inputs, *(contest.copied_inputs() for _ in range(copies - 1))]
     name = contests.name_of(getattr(contests, case.contest), case.shape)
     about = dict(
@@ -216,7 +221,7 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
         def step() -> None:
             if name in OURS:
                 check_values(case, name, expected())
-            entrants[name] = Timed(calls())
+            entrants[name] = Timed(calls(), held)
 
         attempt(name, step)
 
@@ -225,7 +230,7 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
             if name not in without:
                 enter(name, partial(bound_all, contest, maker, inputs))
         expected.cache_clear()
-        enter("copy", partial(copying, contest.size, copies))
+        enter("copy", partial(copying, contest.size, held))
         end = time.perf_counter() + seconds
         turns = 0
         while entrants and (turns < 5 or time.perf_counter() < end):
