@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 import fastddpm
 from fastddpm import _native
+from fastddpm.bench import GpuClock
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
@@ -95,7 +97,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
 
     def run(
         contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0,
-        seconds: float = 0.0,
+        seconds: float = 0.0, launches: bool = False,
     ) -> None:
         benchmark.group = f"{case} {dtype}, {threads} thread(s)"
         if benchmark.disabled:  # each runs once, to see that it runs
@@ -105,7 +107,8 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
             return
         torch.set_num_threads(threads)
         floors = {"copy": copy_of(size)} | ({"draw": drawing(normals)} if normals else {})
-        best = turns({**contestants, **floors}, max(seconds, pytestconfig.getoption("--bench-seconds")))
+        seconds = max(seconds, pytestconfig.getoption("--bench-seconds"))
+        best = turns({**contestants, **floors}, seconds, launches=launches)
         floor = max(best[name] for name in floors)
         for name in contestants:
             ratio = best["eager"] / best[name]
@@ -117,47 +120,53 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
     torch.set_num_threads(before)
 
 
-def turns(calls: dict[str, Call], seconds: float) -> dict[str, float]:
+def turns(calls: dict[str, Call], seconds: float, *, launches: bool = True) -> dict[str, float]:
     """The best time of each, in turns for so many seconds, at least three.
+
+    On a GPU ``launches`` says whether what the host does is in it. A step, a sampling or a script takes what its user
+    waits for, until the device is idle. An op is one among many, whose launches need not be waited for: `GpuClock`.
 
     A turn is two to five calls in a row, about 2 ms of them: after a contestant that uses one thread the others sleep,
     and the first call to want them pays some 100 us for waking them, which a network that keeps them busy does not.
     In return what fits in a cache is found there, by each contestant and by the floors alike.
     """
-    timed = on_gpu if torch.cuda.is_available() else on_cpu
     for call in calls.values():
         call()
+    timed = {name: partial(waited, call) if launches else clock_of(call) for name, call in calls.items()}
     best = dict.fromkeys(calls, float("inf"))
     end, count = time.perf_counter() + seconds, 0
     while count < 3 or time.perf_counter() < end:
-        for name, call in calls.items():
+        for name, read in timed.items():
             left, begin = 5, time.perf_counter()
             while left > 3 or (left > 0 and time.perf_counter() < begin + 2e-3):
-                best[name] = min(best[name], timed(call))
+                best[name] = min(best[name], read())
                 left -= 1
         count += 1
     return best
 
 
-def on_cpu(call: Call) -> float:
+def clock_of(call: Call) -> Callable[[], float]:
+    """What reads the seconds of a call without its launches, of which a CPU has none."""
+    return GpuClock(call).read if torch.cuda.is_available() else partial(waited, call)
+
+
+def waited(call: Call) -> float:
+    """Seconds until the device, which was idle, is so again."""
+    wait()
     begin = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - begin
 
 
-def on_gpu(call: Call) -> float:
-    """Events around one call, behind enough work that its launch is not waited for."""
-    torch.cuda._sleep(200_000)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def wait() -> None:
+    """Until a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def copy_of(size: int) -> Call:
-    """Read size / 2 bytes and write as many; on a GPU, of memory that the cache does not hold."""
+    """Read size / 2 bytes and write as many, at each call the same."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.ones(max(1, size // 8), device=device)
     target = torch.empty_like(source)

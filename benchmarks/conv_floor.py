@@ -2,9 +2,9 @@
 and multiplies, alone.
 
 Each distinct layer is timed by itself in channels_last, and the least of 20 calls counts, times how often the network
-has it; the optimiser's bytes are taken at the measured rate of a copy. On a GPU the time of a call is that between two
-events around it, and its launch is not waited for. The list of layers for CIFAR-10 is that of diffusers' network, with
-three projections for an attention; `shapes_of` finds that of another network.
+has it; the optimiser's bytes are taken at the measured rate of a copy. On a GPU a call is one of some in a row between
+two events, and its launch is not waited for, see `fastddpm.bench.GpuClock`. The list of layers for CIFAR-10 is that of
+diffusers' network, with three projections for an attention; `shapes_of` finds that of another network.
 
     OMP_NUM_THREADS=3 python -m benchmarks.conv_floor --batch 8 --dtype bfloat16 float32
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastddpm.bench import Layer
+from fastddpm.bench import Layer, timing
 
 # (in, out, kernel, stride, input size) x count; a stride of 2 has its padding in the input
 CONVS = {
@@ -40,7 +39,6 @@ LINEARS = {
 }  # fmt: skip
 ATTENTION = {(256, 256): 5, (16, 256): 1}  # (tokens, width) x count
 OPTIMIZER_BYTES = 38  # a parameter: AdamW, average of the weights, bfloat16 copy
-SLEEP = 2_000_000  # cycles that a GPU sleeps while a call is launched
 
 
 @dataclass(frozen=True)
@@ -94,24 +92,8 @@ def flops(shapes: Shapes) -> int:
 
 def least(call: Callable[[], object], repeat: int, device: str) -> float:
     """Seconds of the fastest of ``repeat`` calls, after two that are not counted."""
-    timed = _on_gpu if device == "cuda" else _on_cpu
-    return min([timed(call) for _ in range(repeat + 2)][2:])
-
-
-def _on_cpu(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
     call()
-    return time.perf_counter() - begin
-
-
-def _on_gpu(call: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SLEEP)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return timing.least(call, torch.device(device), repeat, seconds=float("inf"))
 
 
 def conv_floor(

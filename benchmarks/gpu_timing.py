@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,17 +18,18 @@ import fastddpm
 from benchmarks import contests
 from benchmarks.contests import Call, Contest, Function
 from benchmarks.gpu_cases import Case
+from fastddpm.bench import GpuClock
 from tests.tolerance import assert_within
 
 Line = dict[str, Any]
 OURS = ("native", "triton")
-BATCH_SECONDS = 4e-4  # of work between two events: what an event costs is little beside it
 MOST_COPIES = 256
-CLOCK = 2e9  # cycles a second that no GPU exceeds by much: how long to sleep
+FEWEST_CALLS = 4  # between two events
 
 
 def copies_of(size: int, cache: int) -> int:
-    """How many sets of inputs make three times the cache: at least a quarter of what an op moves are its inputs."""
+    """How many sets of inputs make three times the cache, and how many of results: at least a quarter of what an op
+    moves are its inputs, where it has any, and at least a quarter its results."""
     return max(1, min(MOST_COPIES, -(-3 * cache // max(1, size // 4))))
 
 
@@ -40,44 +42,29 @@ class DeviceLostError(Exception):
 
 
 class Rotation:
-    """Calls on one set of inputs after the other, so that none is found in the cache."""
+    """Calls on one set of inputs after the other, of which so many results are held, so that the cache has neither
+    what is read nor what is written: torch would give a call the memory of the last result, were it free."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    def __init__(self, calls: list[Call], held: int) -> None:
         self.calls, self.next = calls, 0
+        self.results: deque[object] = deque(maxlen=held)
 
-    def run(self, count: int) -> None:
-        for _ in range(count):
-            self.calls[self.next]()
-            self.next = (self.next + 1) % len(self.calls)
+    def __call__(self) -> None:
+        self.results.append(self.calls[self.next]())
+        self.next = (self.next + 1) % len(self.calls)
 
 
 class Timed:
     """A contestant, and the best time of one of its calls so far."""
 
-    def __init__(self, calls: list[Call]) -> None:
-        self.rotation, self.best = Rotation(calls), float("inf")
-        self.rotation.run(min(3, len(calls)))
-        torch.cuda.synchronize()
-        first, enqueued = self._measure(4, 0.002)
-        self.count = max(4, min(64, round(BATCH_SECONDS / max(first, 1e-7))))
-        self.sleep = max(5e-5, 2 * enqueued * self.count)
+    def __init__(self, calls: list[Call], held: int) -> None:
+        rotation, self.best = Rotation(calls, held), float("inf")
+        for _ in range(max(3, held + 1)):  # so that torch has the memory of all
+            rotation()
+        self.clock = GpuClock(rotation, FEWEST_CALLS)
 
     def turn(self) -> None:
-        seconds, enqueued = self._measure(self.count, self.sleep)
-        self.sleep = max(self.sleep, 1.5 * enqueued * self.count)  # else the GPU would wait for the host
-        self.best = min(self.best, seconds)
-
-    def _measure(self, count: int, sleep: float) -> tuple[float, float]:
-        """Seconds of a call on the GPU, and on the host, which runs ahead while the GPU sleeps."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(min(sleep, 0.1) * CLOCK))
-        begin.record()
-        start = time.perf_counter()
-        self.rotation.run(count)
-        enqueued = time.perf_counter() - start
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count, enqueued / count
+        self.best = min(self.best, self.clock.read())
 
 
 class Rates:
@@ -105,7 +92,7 @@ def _draw(sample: torch.Tensor) -> object:
 
 
 def best_of(call: Call, turns: int = 10) -> float:
-    timed = Timed([call])
+    timed = Timed([call], held=1)
     for _ in range(turns):
         timed.turn()
     return timed.best
@@ -208,7 +195,8 @@ def check_values(case: Case, backend: str, expected: tuple[list[torch.Tensor], l
 def measured(case: Case, rates: Rates, cache: int, seconds: float, without: frozenset[str]) -> list[Line]:
     """The rows of a case: every contestant, in turns, and a copy of as many bytes. Wrong values are no time."""
     contest = contest_of(case)
-    copies = copies_of(contest.size, cache) if contest.inputs else 1
+    held = copies_of(contest.size, cache)
+    copies = held if contest.inputs else 1
     inputs = [contest.inputs, *(contest.copied_inputs() for _ in range(copies - 1))]
     name = contests.name_of(getattr(contests, case.contest), case.shape)
     about = dict(
@@ -233,7 +221,7 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
         def step() -> None:
             if name in OURS:
                 check_values(case, name, expected())
-            entrants[name] = Timed(calls())
+            entrants[name] = Timed(calls(), held)
 
         attempt(name, step)
 
@@ -242,7 +230,7 @@ def measured(case: Case, rates: Rates, cache: int, seconds: float, without: froz
             if name not in without:
                 enter(name, partial(bound_all, contest, maker, inputs))
         expected.cache_clear()
-        enter("copy", partial(copying, contest.size, copies))
+        enter("copy", partial(copying, contest.size, held))
         end = time.perf_counter() + seconds
         turns = 0
         while entrants and (turns < 5 or time.perf_counter() < end):

@@ -77,4 +77,4 @@ def test_training_step(threads: int, compare: Any, benchmark: Any) -> None:
     contestants = {"eager": stock_step(on_stock_ops(model), images), "fastddpm": our_step(small, 8)}
     size = 2 * 42 * sum(p.numel() for p in model.parameters())
     case = "training step CIFAR-10 U-Net, batch 8"
-    compare(contestants, case=case, dtype="bfloat16", threads=threads, size=size, seconds=12.0)
+    compare(contestants, case=case, dtype="bfloat16", threads=threads, size=size, seconds=12.0, launches=True)

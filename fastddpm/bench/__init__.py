@@ -8,11 +8,12 @@ from .floor import Floor, Layer, floor, flops, record
 from .ops import OpTime, measure_ops, table_of
 from .parts import time_by_part
 from .report import Report, lines_of, measure
-from .timing import copy_rate, product_rate, times
+from .timing import GpuClock, copy_rate, least, product_rate, times
 from .work import Work, random_images
 
 __all__ = [
     "Floor",
+    "GpuClock",
     "Layer",
     "OpTime",
     "Report",
@@ -20,6 +21,7 @@ __all__ = [
     "copy_rate",
     "floor",
     "flops",
+    "least",
     "lines_of",
     "measure",
     "measure_ops",

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..nn.layers import torch_layers
-from .timing import copy_rate, times
+from .timing import copy_rate, least
 
 OPTIMIZER_BYTES = 38
 """A parameter: AdamW reads a gradient, reads and writes weight, two moments and average, and writes a bfloat16 copy."""
@@ -115,7 +115,7 @@ def floor(
     repeat: int = 20,
     seconds: float = 60.0,
 ) -> Floor:
-    """Time each layer alone, in ``dtype`` and channels_last; the best of ``repeat`` calls counts.
+    """Time each layer alone, in ``dtype`` and channels_last; the best of ``repeat`` counts, see `least`.
 
     Args:
         layers: how often each is called in a step, see `record`.
@@ -127,9 +127,9 @@ def floor(
     forward, train = (dict.fromkeys(sorted({layer.kind for layer in layers}), 0.0) for _ in range(2))
     for layer, count in layers.items():
         with torch.no_grad():
-            forward[layer.kind] += count * min(times(_replay(layer, dtype, device), device, repeat, seconds))
+            forward[layer.kind] += count * least(_replay(layer, dtype, device), device, repeat, seconds)
         if training:
-            train[layer.kind] += count * min(times(_replay_gradients(layer, dtype, device), device, repeat, seconds))
+            train[layer.kind] += count * least(_replay_gradients(layer, dtype, device), device, repeat, seconds)
     rate = copy_rate(8 * parameters, device, repeat)
     optimizer = OPTIMIZER_BYTES * parameters / rate if training else 0.0
     return Floor(forward, train if training else {}, optimizer, rate)

@@ -1,7 +1,8 @@
 """The most memory that a piece of work takes.
 
-On a GPU it is what torch allocated at the most. On a CPU it is measured in a process of its own, whose allocator has
-not been used before: the peak of its resident size less what it had after importing.
+On a GPU it is what torch allocated at the most while the work was launched op by op. On a CPU it is measured in a
+process of its own, whose allocator has not been used before: the peak of its resident size less what it had after
+importing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def resident(name: str) -> int | None:
 
 
 def peak_on_gpu(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that torch had allocated at the most in ``call()``, with what was there before."""
+    """Bytes that torch had allocated at the most in a second ``call()``, with what was there before.
+
+    The first is not counted: cuDNN may try its algorithms in it, with all memory that they ask for. A call must not
+    replay a CUDA graph: its tensors lie in memory that torch counts as allocated while it records alone.
+    """
+    call()
     wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()

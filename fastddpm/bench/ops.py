@@ -18,7 +18,7 @@ from .._dispatch import explain
 from ..nn.norm import GroupNormSiLU
 from ..nn.unet import UNet, UNetConfig
 from .parts import trace_calls
-from .timing import Call, copy_rate, times
+from .timing import Call, copy_rate, least
 from .work import Work
 
 
@@ -79,9 +79,9 @@ def measure_ops(
     device, found = work.device, []
     makers = [make for name, make in MAKERS.items() if only in (None, name)]
     for case in _cases(makers, work):
-        best = min(times(case.call, device, repeat, seconds))
-        least = case.bytes / copy_rate(case.bytes, device, repeat)
-        found.append(OpTime(case.op, case.shape, _backend(case), case.calls, best, case.bytes, least))
+        best = least(case.call, device, repeat, seconds)
+        floor = case.bytes / copy_rate(case.bytes, device, repeat)
+        found.append(OpTime(case.op, case.shape, _backend(case), case.calls, best, case.bytes, floor))
     if trace is not None:
         trace_calls(((f"{case.op} {_size(case)}", case.call) for case in _cases(makers, work)), device, trace)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -100,9 +101,12 @@ def measure(
     wait(device)
     first = time.perf_counter() - begin
     found = [taken / work.steps for taken in times(call, device, repeat, seconds)]
-    memory = peak_on_gpu(call, device) if device.type == "cuda" else None
-    if device.type == "cuda":
-        call = work.unrecorded().prepare()  # the profiler sees a CUDA graph as one launch, without its ops
+    memory = None
+    if device.type == "cuda":  # a CUDA graph is one launch to the profiler, and allocates nothing
+        del call
+        gc.collect()  # else the network that was timed would be counted, too
+        call = work.unrecorded().prepare()
+        memory = peak_on_gpu(call, device)
     parts = {name: s / work.steps for name, s in time_by_part(call, device, trace=trace).items()}
     del call
     parameters = parameters_of(work)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from fastddpm import cli
-from fastddpm.bench import Work, lines_of, measure, measure_ops, report, time_by_part
+from fastddpm.bench import Floor, Work, lines_of, measure, measure_ops, report, time_by_part
 from fastddpm.bench.memory import peak_of_child, peak_of_work, resident
 from fastddpm.bench.parts import part_of
 from fastddpm.bench.work import fill_zeros
@@ -133,6 +135,71 @@ def test_on_a_gpu_a_work_is_recorded_and_profiled_without(monkeypatch: pytest.Mo
         for _ in range(5):
             call()
         assert not happened
+
+
+class Allocator:
+    """Bytes as torch counts those of a GPU: now, and the most since they were asked to be forgotten."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def forget(self, device: torch.device) -> None:
+        self.most = self.now
+
+
+class Step:
+    """A step of a network of 100 bytes with activations of 50, for which cuDNN takes 900 at first; a replay takes none.
+
+    It refers to itself, as what refers to the network may.
+    """
+
+    def __init__(self, memory: Allocator, recorded: bool) -> None:
+        self.memory, self.recorded, self.calls, self.itself = memory, recorded, 0, self
+        memory.add(100)
+        weakref.finalize(self, memory.add, -100)
+
+    def __call__(self) -> None:
+        taken = 900 if self.calls == 0 else 0 if self.recorded else 50
+        self.memory.add(taken)
+        self.memory.add(-taken)
+        self.calls += 1
+
+
+@pytest.mark.parametrize("cuda_graph", ["auto", "off"])
+def test_on_a_gpu_memory_is_that_of_a_step_without_a_graph(cuda_graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Allocator()
+    device = torch.device("cuda")
+    for name, value in (("device", device), ("dtype", torch.float32)):
+        monkeypatch.setattr(Work, name, property(lambda _, value=value: value))
+    monkeypatch.setattr(Work, "layers", lambda _: Counter())
+    monkeypatch.setattr(Work, "prepare", lambda work: Step(memory, work.config.cuda_graph != "off"))
+    monkeypatch.setattr(report, "floor", lambda *_, **__: Floor({}, {}, 1.0, 1.0))
+    monkeypatch.setattr(report, "time_by_part", lambda *_, **__: {"convolution": 1.0})
+    for name, fake in (
+        ("reset_peak_memory_stats", memory.forget), ("max_memory_allocated", lambda _: memory.most),
+        ("synchronize", lambda _: None), ("get_device_name", lambda _: "a GPU"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    work = Work("train", UNET, {}, {**TRAIN, "cuda_graph": cuda_graph})
+    assert measure(work, repeat=5, peak_flops=1e12).memory == 150
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_has_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that is replayed when it is timed: at the least 20 tensors of [B, 8, 8, 8] in float32."""
+    monkeypatch.setattr(report, "floor", lambda *_, **__: Floor({}, {}, 1.0, 1.0))
+    monkeypatch.setattr(report, "time_by_part", lambda *_, **__: {"convolution": 1.0})
+    found = []
+    for batch in (64, 64, 1024):  # once for the workspaces of libraries, which stay
+        train = {**TRAIN, "batch_size": batch, "micro_batch_size": None, "device": "cuda", "cuda_graph": "on"}
+        memory = measure(Work("train", UNET, {}, train), repeat=5, peak_flops=1e12).memory
+        assert memory is not None
+        found.append(memory)
+    assert found[2] - found[1] > (1024 - 64) * 20 * 8 * 8 * 8 * 4
 
 
 def test_parts_add_up_and_know_the_ops() -> None:

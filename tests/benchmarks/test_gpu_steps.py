@@ -22,6 +22,7 @@ from benchmarks.gpu_steps import StepCase
 from benchmarks.peers import contestants
 from benchmarks.peers.contestants import DIFFUSERS, LARGE, OURS, TINY, TORCH, Contestant
 from fastddpm import UNet
+from tests.launched import launch_on_cpu
 
 PARTS = gpu_steps.parts()
 CASES = [case for part in PARTS for case in part.cases]
@@ -234,38 +235,19 @@ def test_precisions_are_those_of_the_case_alone() -> None:
 # what needs a GPU, as far as its calls go
 
 
-class Event:
-    """As torch.cuda.Event is called; a millisecond lies between two."""
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, other: Event) -> float:
-        return 1.0
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 def test_calls_of_the_device(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_steps, "DEVICE", "cuda")
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu = launch_on_cpu(monkeypatch)
     names = ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved", "empty_cache")
     fakes = {name: mock.create_autospec(getattr(torch.cuda, name), return_value=2**20) for name in names}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    sleep = mock.Mock()
-    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
     case = StepCase("", "train", "tiny", 2, "bfloat16")
     row = gpu_steps.measured(case, Contestant(OURS, "bfloat16", True, graph="on"), 0.0)
     gpu_steps.clean_up(Contestant(OURS, compiled="default"))
     assert row["memory"] == row["reserved"] == 2**20 and all(fake.called for fake in fakes.values())
-    assert conv_floor.least(lambda: None, 3, "cuda") == pytest.approx(1e-3)
-    assert sleep.call_count == 5
+    assert conv_floor.least(lambda: gpu.launch(5e-3, 1e-3), 3, "cuda") == pytest.approx(1e-3)
 
 
 def test_launches_are_counted_by_kind() -> None:

@@ -14,6 +14,7 @@ import torch
 from benchmarks import contests, gpu_cases, gpu_record, gpu_report, gpu_suite, gpu_timing
 from benchmarks.gpu_suite import Options
 from fastddpm import _gpu_defaults
+from tests.launched import launch_on_cpu
 
 PARTS = gpu_cases.parts()
 CASES = [case for part in PARTS for case in part.cases]
@@ -76,7 +77,7 @@ def test_inputs_fill_three_caches() -> None:
 class Clock:
     """Runs the calls once, and takes a second."""
 
-    def __init__(self, calls: list[Any]) -> None:
+    def __init__(self, calls: list[Any], held: int) -> None:
         for call in calls:
             call()
         self.best = 1.0
@@ -114,6 +115,45 @@ def test_contestants_of_every_case_run(contest: str, monkeypatch: pytest.MonkeyP
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("contest", sorted({case.contest for case in CASES} - {"adam_ema"}))
+def test_results_that_are_held_fill_three_caches(contest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every contestant, as its inputs do. adam_ema has none: it writes to its 40 tensors, which no cache holds."""
+    written = []
+
+    class Held(Clock):
+        def __init__(self, calls: list[Any], held: int) -> None:
+            self.best = 1.0
+            result = torch.utils._pytree.tree_leaves(calls[0]())
+            written.append(held * sum(x.nbytes for x in result if torch.is_tensor(x)))
+
+    monkeypatch.setattr(gpu_timing, "Timed", Held)
+    monkeypatch.setattr(gpu_timing, "copying", lambda size, copies: [lambda: torch.empty(size // 2 // 4)])
+    monkeypatch.setattr(contests, "DEVICE", "cpu")
+    monkeypatch.setattr(contests, "TABLE", contests.TABLE.cpu())
+    case = gpu_cases.Case("elementwise", contest, (2, 32, 4, 4), "float32", "cifar-10")
+    cache = 2**16
+    gpu_timing.measured(case, Rates(), cache, 0.0, frozenset({"triton", "compile"}))  # type: ignore[arg-type]
+    assert len(written) == 3 and min(written) >= 3 * cache
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_result_lies_where_none_of_those_held_does(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the memory of all is there before the clock runs."""
+    gpu = launch_on_cpu(monkeypatch)
+    places, before = [], []
+
+    def call() -> torch.Tensor:
+        result = torch.empty(2**18, device=device)
+        places.append(result.data_ptr())
+        before.append(gpu.slept == 0)
+        gpu.launch(1e-5, 1e-5)
+        return result
+
+    gpu_timing.Timed([call], held=5).turn()
+    assert sum(before) > 5
+    assert all(len(set(places[at : at + 6])) == 6 for at in range(len(places) - 5))
+
+
 @pytest.mark.parametrize("contest", sorted({case.contest for case in CASES}))
 def test_wrong_values_are_no_time(contest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An implementation is held against the reference before it is timed; one number in a thousand is enough."""
@@ -138,7 +178,7 @@ def test_a_contestant_that_loses_the_device_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu_timing, "is_lost", lambda: True)
     case = gpu_cases.Case("elementwise", "q_sample", (2, 3, 4, 4), "float32", "cifar-10")
 
-    def fails(calls: Any) -> Any:
+    def fails(calls: Any, held: int) -> Any:
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(gpu_timing, "Timed", fails)
