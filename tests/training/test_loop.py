@@ -692,6 +692,30 @@ def test_a_step_recorded_on_a_cpu_has_the_bits_of_one_that_is_not(
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.parametrize("options", [{}, dict(gradient_dtype="bfloat16"), dict(precision="bfloat16")])
+def test_gradients_of_a_recording_that_fails_are_dropped(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two micro-batches: what the first one left is of a step that never ran."""
+    happened, calls, found = record_on_cpu(monkeypatch), list[str](), []
+
+    def wait(module: nn.Module, args: Any) -> None:
+        calls.extend(happened)
+        if calls == ["record"] * 2:
+            args[0].sum().item()
+
+    for cuda_graph in ("on", "off"):
+        trainer = toy_trainer(tmp_path / cuda_graph, cuda_graph=cuda_graph, micro_batch_size=4, **options)
+        trainer.diffusion.model.register_forward_pre_hook(wait)
+        for step in range(5):
+            fails = cuda_graph == "on" and step == 3
+            with pytest.warns(UserWarning, match="without a CUDA graph") if fails else nullcontext():
+                trainer.step()
+        found.append(weights(trainer))
+    assert happened == ["record"]
+    assert_same_bits(*found)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("data_on", ["device", "host"])
 def test_a_recorded_step_has_the_bits_of_one_that_is_not(tmp_path: Path, data_on: str) -> None:
