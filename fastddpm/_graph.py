@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,9 +57,30 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class _Streams(threading.local):
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, torch.cuda.Stream], torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A stream beside the current one, the same each time: each stream keeps freed memory, and a workspace of cuBLAS.
+
+    Each thread has its own, since a capture takes in whatever is launched on its stream; and each stream that work is
+    done on, since two may work at once, and the graphs captured on one side stream share a workspace. That for captures
+    is not that for warm-ups, whose workspace is no memory of a graph, and may be freed while there are graphs.
+    """
+    current = torch.cuda.current_stream(device)
+    if (purpose, current) not in _streams.known:
+        _streams.known[purpose, current] = torch.cuda.Stream(current.device)
+    return _streams.known[purpose, current]
+
+
 def beside(function: Callable[[], None], device: torch.device) -> None:
     """Call it on another stream, as what will be recorded must have run before."""
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, current = side_stream(device, "warm-up"), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         function()
@@ -86,7 +108,7 @@ def capture(function: Callable[[], None], device: torch.device) -> Callable[[], 
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # for the memory of the graph, which is not shared
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.stream(side_stream(device, "capture")):
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             function()

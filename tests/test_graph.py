@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -189,6 +190,42 @@ def test_where_torch_has_other_names_the_error_is_the_same(cuda: FakeCUDA, monke
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         _graph.capture(cuda.item, CUDA)
     assert cuda.stream is cuda.first and cuda.draws
+
+
+def test_streams_are_used_again(cuda: FakeCUDA) -> None:
+    """One for the calls before a recording and one for recordings, of each thread and beside each stream."""
+    found: list[Any] = []
+
+    def streams() -> tuple[Any, Any]:
+        for do in (_graph.beside, _graph.capture):
+            do(lambda: found.append(cuda.stream), CUDA)
+        return found[-2], found[-1]
+
+    first = streams()
+    assert streams() == first and first[0] is not first[1] and cuda.first not in first
+    with cuda.on(Stream()):
+        elsewhere = streams()
+        assert streams() == elsewhere
+    thread = threading.Thread(target=streams)
+    thread.start()
+    thread.join()
+    assert len({*first, *elsewhere, *found[-2:]}) == 6
+    assert streams() == first
+
+
+@pytest.mark.gpu
+def test_recordings_use_two_streams_on_a_gpu() -> None:
+    seen, x = set(), torch.zeros(3, device="cuda")
+
+    def adding() -> None:
+        seen.add(torch.cuda.current_stream())
+        x.add_(1)
+
+    for _ in range(3):
+        run = Replayed(CUDA, "a test")
+        for _ in range(WARM_UP + 1):
+            run(adding)
+    assert len(seen) == 2 and torch.cuda.current_stream() not in seen
 
 
 @pytest.mark.gpu
