@@ -6,9 +6,10 @@ import builtins
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -410,6 +411,65 @@ def test_products_of_a_gpu_are_float32_or_tf32_as_asked_for(tmp_path: Path) -> N
         with trainer._products():
             assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
     assert [backend.allow_tf32 for backend in backends] == before
+
+
+def multiplying() -> dict[str, Any]:
+    """How torch multiplies on a GPU, by its newer names and, unless it refuses to tell, by the older ones."""
+    cudnn = torch.backends.cudnn
+    places = dict(matmul=torch.backends.cuda.matmul, conv=cudnn.conv, rnn=cudnn.rnn, cudnn=cudnn, all=torch.backends)
+    found: dict[str, Any] = {name: place.fp32_precision for name, place in places.items()}
+    for name, backend in dict(matmul=torch.backends.cuda.matmul, cudnn=cudnn).items():
+        with suppress(RuntimeError):
+            found[f"{name} flag"] = backend.allow_tf32
+    return found
+
+
+def choose(places: str, value: object) -> None:
+    """Write it to each of these attributes of torch.backends."""
+    for place in places.split():
+        *path, name = place.split(".")
+        setattr(reduce(getattr, path, torch.backends), name, value)
+
+
+@pytest.fixture
+def back_to_default() -> Iterator[None]:
+    """Afterwards torch multiplies as when it was loaded."""
+    before = multiplying()
+    yield
+    choose("cuda.matmul.allow_tf32", False)
+    choose("cudnn.allow_tf32", True)
+    choose("fp32_precision cuda.matmul.fp32_precision cudnn.fp32_precision", "none")
+    assert multiplying() == before
+
+
+CHOICES = [
+    ("cuda.matmul.allow_tf32 cudnn.allow_tf32", True),
+    ("cuda.matmul.allow_tf32 cudnn.allow_tf32", False),
+    ("cuda.matmul.fp32_precision", "tf32"),
+    ("cudnn.conv.fp32_precision", "ieee"),
+    ("cudnn.fp32_precision", "ieee"),
+    ("fp32_precision", "tf32"),
+    ("fp32_precision cuda.matmul.fp32_precision cudnn.conv.fp32_precision cudnn.rnn.fp32_precision", "ieee"),
+]
+
+
+@pytest.mark.usefixtures("back_to_default")
+@pytest.mark.parametrize(("places", "value"), CHOICES)
+def test_either_way_to_choose_tf32_is_the_users_again_after_a_step(tmp_path: Path, places: str, value: object) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.device = torch.device("cuda")
+    choose(places, value)
+    before = multiplying()
+    for precision, expected in (("tf32", "tf32"), ("float32", "ieee")):
+        trainer.config = replace(trainer.config, precision=precision)
+        with trainer._products():
+            inside = multiplying()
+            assert [inside[name] for name in ("matmul", "conv", "rnn")] == [expected] * 3
+            assert before.keys() <= inside.keys()  # what could be read can be read by a network, too
+        assert multiplying() == before
+    if places == "fp32_precision":  # which still decides for what was not chosen by itself
+        choose(places, "ieee")
+        assert multiplying()["matmul"] == "ieee"
 
 
 def test_the_time_of_the_first_step_is_told_where_it_compiles(
