@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -55,9 +57,30 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class _Streams(threading.local):
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, torch.cuda.Stream], torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A stream beside the current one, the same each time: each stream keeps freed memory, and a workspace of cuBLAS.
+
+    Each thread has its own, since a capture takes in whatever is launched on its stream; and each stream that work is
+    done on, since two may work at once, and the graphs captured on one side stream share a workspace. That for captures
+    is not that for warm-ups, whose workspace is no memory of a graph, and may be freed while there are graphs.
+    """
+    current = torch.cuda.current_stream(device)
+    if (purpose, current) not in _streams.known:
+        _streams.known[purpose, current] = torch.cuda.Stream(current.device)
+    return _streams.known[purpose, current]
+
+
 def beside(function: Callable[[], None], device: torch.device) -> None:
     """Call it on another stream, as what will be recorded must have run before."""
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, current = side_stream(device, "warm-up"), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         function()
@@ -77,9 +100,53 @@ def record(function: Callable[[], None], device: torch.device) -> Callable[[], N
 
 
 def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A CUDA graph of one call. What other threads do meanwhile, such as taking pinned memory, does not end it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-        function()
+    """A CUDA graph of one call. What other threads do meanwhile, such as taking pinned memory, does not end it.
+
+    Where it fails, the error says why, and torch is left so that work can go on. `torch.cuda.graph` does not see to
+    that: the thread stays on the stream of the capture.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # for the memory of the graph, which is not shared
+    with torch.cuda.stream(side_stream(device, "capture")):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            function()
+        except BaseException:
+            with suppress(RuntimeError):  # which says only that something was wrong before
+                end_capture(graph, pool)
+            raise
+        end_capture(graph, pool)
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def end_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End it; where that fails, with an error, end also what torch then leaves open (2.11 to 2.13)."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # Memory that was freed on another stream would not be reclaimed for as long as a capture seems under way. The
+        # names are none that torch promises, and where the end came far enough to do this itself, they refuse.
+        with suppress(AttributeError, RuntimeError):
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        with suppress(RuntimeError):
+            graph.reset()
+            capture_little()
+        _failed.append(graph)
+        raise
+
+
+def capture_little() -> None:
+    """Capture next to nothing on the current stream: at the end the generator of random numbers, which in torch 2.11
+    refuses to draw any after a capture that failed, takes it that none is under way."""
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros((), device=torch.cuda.current_stream().device)
+    graph.capture_begin(capture_error_mode="thread_local")
+    x.zero_()
+    graph.capture_end()
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: what hands out pinned memory goes on asking them whether it is for them."""

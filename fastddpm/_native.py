@@ -152,12 +152,18 @@ def _cuda_build() -> dict[str, Any]:
 
 
 def _serves(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for it runs on a GPU: sm_86 on 8.6 and 8.9, sm_90a on 9.0 alone, compute_90 (PTX) on all since."""
+    """Whether code for it runs on a GPU: sm_86 on 8.6 and 8.9, sm_90a on 9.0 alone, compute_90 (PTX) on all since.
+
+    PTX of 8.x would start on 9.0, too, and compute something else: it has no clusters and waits for no kernel in front
+    of it (csrc/common/cuda/platform.cuh), while the host launches by the GPU that is there.
+    """
     kind, _, number = architecture.partition("_")
     digits = number.rstrip("af")
     since = int(digits[:-1]), int(digits[-1])
     if number.endswith("a"):
         return capability == since
+    if since < (9, 0) <= capability:
+        return False
     return capability >= since and (capability[0] == since[0] or (kind == "compute" and number == digits))
 
 

@@ -406,15 +406,8 @@ class Trainer:
         if self.device.type != "cuda":
             yield
             return
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-        before = [backend.allow_tf32 for backend in backends]
-        for backend in backends:
-            backend.allow_tf32 = self.config.precision == "tf32"
-        try:
+        with tf32(self.config.precision == "tf32"):
             yield
-        finally:
-            for backend, allowed in zip(backends, before, strict=True):
-                backend.allow_tf32 = allowed
 
     def _ema_decay(self, step: int) -> float | None:
         if self._decay is None:
@@ -653,6 +646,34 @@ def _keep_freed_memory(keep: bool) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 15)
         mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 15)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """On GPUs, products of float32 in TF32 or not, inside a ``with`` block.
+
+    Torch has two ways to say so. Where the newer one (fp32_precision) was used, the older one (allow_tf32) may refuse
+    to be read; then it is left alone, as nobody can rely on it.
+    """
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    places: list[Any] = [backends[0], backends[1].conv, backends[1].rnn]
+    precisions = [place.fp32_precision for place in places]
+    flags: list[tuple[Any, bool]] = []
+    for backend in backends:
+        with suppress(RuntimeError):
+            flags.append((backend, backend.allow_tf32))
+            backend.allow_tf32 = allowed
+    for place in places:
+        place.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        for backend, flag in flags:
+            backend.allow_tf32 = flag
+        for place, precision in zip(places, precisions, strict=True):
+            place.fp32_precision = "none"  # as where it was not set: then what is set for all decides, later on, too
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
 
 
 @contextmanager

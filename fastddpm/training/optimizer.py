@@ -109,6 +109,7 @@ class AdamEMA:
     def keeping(self) -> Iterator[None]:
         """Around forward and backward: the model reads its weights from the mirror, and each gradient is rounded to
         ``gradients`` as soon as it is whole. Those of the mirror come in its dtype, and are summed in ``gradients``."""
+        self._drop_gradients()  # of a step whose recording failed midway: nothing has computed them
         taken = self._read if self.gradients == torch.float32 else {**self.parameters, **self._read}
         hooks = [p.register_post_accumulate_grad_hook(partial(self._keep, n)) for n, p in taken.items()]
         try:
@@ -180,10 +181,14 @@ class AdamEMA:
         if scale is not None:
             scale.update()
         self.skipped.add_(self.found_inf)
-        for p in self.parameters.values():
-            p.grad = None
+        self._drop_gradients()
         self._versions = self._versions_now()
         return norm
+
+    def _drop_gradients(self) -> None:
+        self._kept.clear()
+        for p in (*self.parameters.values(), *self._read.values()):
+            p.grad = None
 
     def written(self) -> None:
         """Tell autograd that weights were written, where a recorded `update` did it unseen; the mirror has them."""

@@ -171,6 +171,8 @@ def test_without_native_code_there_are_no_cuda_kernels(checkout: Path) -> None:
         ("sm_90a", [(9, 0)], [(10, 0)]),
         ("sm_100", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
         ("sm_100f", [(10, 0), (10, 3)], [(11, 0)]),
+        ("compute_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("compute_75", [(7, 5), (8, 6)], [(9, 0)]),
         ("compute_90", [(9, 0), (10, 3), (12, 1)], [(8, 9)]),
         ("compute_90a", [(9, 0)], [(10, 0)]),
     ],
@@ -180,6 +182,17 @@ def test_which_gpus_an_architecture_serves(
 ) -> None:
     assert all(_native._serves(architecture, gpu) for gpu in runs_on)
     assert not any(_native._serves(architecture, gpu) for gpu in not_on)
+
+
+def test_for_a_gpu_that_it_does_not_serve_it_tells_what_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the PTX of another GPU would start, too, and compute something else."""
+    monkeypatch.setattr(_native, "_load_cuda", lambda: None)
+    monkeypatch.setattr(_native, "_cuda_build", lambda: {"architectures": ["sm_80", "sm_86", "compute_86"]})
+    reason = _native.cuda_reason.__wrapped__
+    assert reason((8, 9)) is None
+    assert reason((9, 0)) == (
+        "they were built for sm_80, sm_86, compute_86; build with FASTDDPM_CUDA_ARCHS=90 for this GPU"
+    )
 
 
 # --- the library of this installation

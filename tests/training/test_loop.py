@@ -6,9 +6,10 @@ import builtins
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,65 @@ def test_products_of_a_gpu_are_float32_or_tf32_as_asked_for(tmp_path: Path) -> N
     assert [backend.allow_tf32 for backend in backends] == before
 
 
+def multiplying() -> dict[str, Any]:
+    """How torch multiplies on a GPU, by its newer names and, unless it refuses to tell, by the older ones."""
+    cudnn = torch.backends.cudnn
+    places = dict(matmul=torch.backends.cuda.matmul, conv=cudnn.conv, rnn=cudnn.rnn, cudnn=cudnn, all=torch.backends)
+    found: dict[str, Any] = {name: place.fp32_precision for name, place in places.items()}
+    for name, backend in dict(matmul=torch.backends.cuda.matmul, cudnn=cudnn).items():
+        with suppress(RuntimeError):
+            found[f"{name} flag"] = backend.allow_tf32
+    return found
+
+
+def choose(places: str, value: object) -> None:
+    """Write it to each of these attributes of torch.backends."""
+    for place in places.split():
+        *path, name = place.split(".")
+        setattr(reduce(getattr, path, torch.backends), name, value)
+
+
+@pytest.fixture
+def back_to_default() -> Iterator[None]:
+    """Afterwards torch multiplies as when it was loaded."""
+    before = multiplying()
+    yield
+    choose("cuda.matmul.allow_tf32", False)
+    choose("cudnn.allow_tf32", True)
+    choose("fp32_precision cuda.matmul.fp32_precision cudnn.fp32_precision", "none")
+    assert multiplying() == before
+
+
+CHOICES = [
+    ("cuda.matmul.allow_tf32 cudnn.allow_tf32", True),
+    ("cuda.matmul.allow_tf32 cudnn.allow_tf32", False),
+    ("cuda.matmul.fp32_precision", "tf32"),
+    ("cudnn.conv.fp32_precision", "ieee"),
+    ("cudnn.fp32_precision", "ieee"),
+    ("fp32_precision", "tf32"),
+    ("fp32_precision cuda.matmul.fp32_precision cudnn.conv.fp32_precision cudnn.rnn.fp32_precision", "ieee"),
+]
+
+
+@pytest.mark.usefixtures("back_to_default")
+@pytest.mark.parametrize(("places", "value"), CHOICES)
+def test_either_way_to_choose_tf32_is_the_users_again_after_a_step(tmp_path: Path, places: str, value: object) -> None:
+    trainer = toy_trainer(tmp_path)
+    trainer.device = torch.device("cuda")
+    choose(places, value)
+    before = multiplying()
+    for precision, expected in (("tf32", "tf32"), ("float32", "ieee")):
+        trainer.config = replace(trainer.config, precision=precision)
+        with trainer._products():
+            inside = multiplying()
+            assert [inside[name] for name in ("matmul", "conv", "rnn")] == [expected] * 3
+            assert before.keys() <= inside.keys()  # what could be read can be read by a network, too
+        assert multiplying() == before
+    if places == "fp32_precision":  # which still decides for what was not chosen by itself
+        choose(places, "ieee")
+        assert multiplying()["matmul"] == "ieee"
+
+
 def test_the_time_of_the_first_step_is_told_where_it_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -690,6 +750,30 @@ def test_a_step_recorded_on_a_cpu_has_the_bits_of_one_that_is_not(
         assert happened == ["record", *["replay"] * (5 if kind == "graph" else 4)]  # to record a graph runs nothing
     assert_same_bits(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_dtype="bfloat16"), dict(precision="bfloat16")])
+def test_gradients_of_a_recording_that_fails_are_dropped(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of two micro-batches: what the first one left is of a step that never ran."""
+    happened, calls, found = record_on_cpu(monkeypatch), list[str](), []
+
+    def wait(module: nn.Module, args: Any) -> None:
+        calls.extend(happened)
+        if calls == ["record"] * 2:
+            args[0].sum().item()
+
+    for cuda_graph in ("on", "off"):
+        trainer = toy_trainer(tmp_path / cuda_graph, cuda_graph=cuda_graph, micro_batch_size=4, **options)
+        trainer.diffusion.model.register_forward_pre_hook(wait)
+        for step in range(5):
+            fails = cuda_graph == "on" and step == 3
+            with pytest.warns(UserWarning, match="without a CUDA graph") if fails else nullcontext():
+                trainer.step()
+        found.append(weights(trainer))
+    assert happened == ["record"]
+    assert_same_bits(*found)
 
 
 @pytest.mark.gpu
