@@ -376,11 +376,11 @@ def check_numbers() -> None:
 
 
 @pytest.mark.timeout(60)  # a process of its own, in which kernels are not interpreted
-@pytest.mark.parametrize("check", ["check_graphs", "check_numbers"])
+@pytest.mark.parametrize("check", ["test_triton.check_graphs", "test_triton.check_numbers", "inductor_for_gpu.main"])
 def test_what_torch_compile_sees(check: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from tests.ops import test_triton; test_triton.{check}()"],
+        [sys.executable, "-W", "ignore", "-c", f"from tests.ops import {check.partition('.')[0]}; {check}()"],
         cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
