@@ -1,6 +1,7 @@
 """Random calls of every op: options that cover all pairs of their values, sizes around the edges of blocks.
 
-    python -m tests.ops.random_cases --cases 20000 --record tests/ops/records/random-cases.json
+    python -m tests.ops.random_cases --cases 20000 --backend native --most 8192 \\
+        --record tests/ops/records/random-cases.json
     python -m tests.ops.random_cases --op group_norm_silu --cases 500      of one op alone
     python -m tests.ops.random_cases --op group_norm_silu --number 17      one of them again
 
@@ -11,11 +12,13 @@ output by output and gradient by gradient.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
 import platform
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -50,6 +53,9 @@ from tests.ops.test_contract import check_values, results
 
 Choice = dict[str, Any]
 
+RECORD = Path(__file__).parent / "records" / "random-cases.json"
+CSRC = Path(__file__).parents[2] / "csrc"
+COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, in which there is none
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EDGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 YES_NO = (False, True)
@@ -382,6 +388,15 @@ def numbered(count: int, first: int = 0, backend: str = "native", only: str | No
     return [(ops[i % len(ops)], i // len(ops)) for i in range(first, first + count)]
 
 
+def sources() -> str:
+    """A digest of the native code for CPUs, but for its comments and how its lines are broken: what a record is of."""
+    sha = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.is_file() and "cuda" not in str(p.relative_to(CSRC))):
+        text = COMMENT.sub(lambda found: found[0] if found[0][0] == '"' else " ", path.read_text(encoding="utf-8"))
+        sha.update("\0".join([str(path.relative_to(CSRC)), *text.split()]).encode())
+    return sha.hexdigest()[:16]
+
+
 def _mismatches(first: int, count: int, backend: str, most: int, only: str | None) -> list[str]:
     torch.set_num_threads(1)
     found = (_mismatch(op, number, backend, most) for op, number in numbered(count, first, backend, only))
@@ -412,6 +427,7 @@ def run(
         "command": f"python -m tests.ops.random_cases --cases {count} --backend {backend} --most {most}"
         + (f" --op {only}" if only else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "sources": sources() if backend == "native" else None,
         "cases": count,
         "mismatches": len(mismatches),
         "first mismatches": mismatches[:10],

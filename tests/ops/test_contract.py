@@ -286,15 +286,29 @@ def of_no_rows(case: Case, device: str) -> Inputs:
     return inputs
 
 
+def of_no_pixels(case: Case, device: str) -> Inputs:
+    """The same call on maps without a row of pixels; on rows without a token where an op takes rows."""
+    inputs = case.inputs(torch.float32, "NHWC", device)
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and (name in PICTURES or name == "mask"):
+            rows = case.op in ("linear", "self_attention")
+            inputs[name] = x[:, :, :0] if not rows else x[:, :0] if x.dim() > 2 else x[:0]
+    return inputs
+
+
+EMPTY = {"batch": of_no_rows, "map": of_no_pixels}
+
+
+@pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize(("backend", "case"), IMAGES)
-def test_empty_batch(backend: str, case: Case) -> None:
-    """Nothing in, nothing out; the parameters' gradients are 0, and the mean of no losses is nan."""
-    inputs = of_no_rows(case, device_of(backend))
-    with fastddpm.use_backend(backend):
+def test_empty(backend: str, case: Case, empty: str) -> None:
+    """Nothing in, nothing out; the parameters' gradients are 0, and the mean of no losses, or of no pixels, is nan."""
+    inputs = EMPTY[empty](case, device_of(backend))
+    with fastddpm.use_backend(backend), poisoned_memory():
         found = results(case, inputs)
     for name, value in found.items():
-        if case.op == "diffusion_loss" and name == "output 0":
-            assert value.isnan()
+        if case.op == "diffusion_loss" and name.startswith("output"):
+            assert value.isnan().all()
         elif value.numel():
             assert name.startswith("gradient of ") and not value.any(), name
 
@@ -463,6 +477,8 @@ ERRORS: list[tuple[str, str | None, Change, type[Exception], str]] = [
     ("group_norm_silu", None, dict(x2=Z(2, 4, 5, 7, dtype=F64)), TypeError, "x2 of dtype float32, got torch.float64"),
     ("group_norm_silu", None, dict(num_groups=3), ValueError, "num_groups to divide the 8 channels, got 3"),
     ("group_norm_silu", None, dict(num_groups=0), ValueError, "num_groups to divide"),
+    ("group_norm_silu", None, dict(x=Z(2, 0, 5, 7)), ValueError, r"x with at least one channel, got shape \[2, 0"),
+    ("group_norm_silu", None, dict(x=Z(2, 0, 5, 7), x2=Z(2, 8, 5, 7)), ValueError, "x with at least one channel"),
     ("group_norm_silu", None, dict(eps=0.0), ValueError, "eps > 0, got 0.0"),
     ("group_norm_silu", None, dict(dropout=1.0), ValueError, r"dropout in \[0, 1\), got 1.0"),
     ("group_norm_silu", None, dict(layer=-1), ValueError, r"layer in \[0, 2\^31\), got -1"),
@@ -520,6 +536,7 @@ ERRORS: list[tuple[str, str | None, Change, type[Exception], str]] = [
     # rms_norm_silu
     ("rms_norm_silu", None, dict(x=Z(2, 7)), ValueError, r"x of shape \[B, C, H, W\]"),
     ("rms_norm_silu", None, dict(x=Z(2, 7, 5, 3, dtype=I64)), TypeError, "x of dtype"),
+    ("rms_norm_silu", None, dict(x=Z(2, 0, 5, 3)), ValueError, r"x with at least one channel, got shape \[2, 0"),
     ("rms_norm_silu", None, dict(weight=Z(1, 7, 1, 1)), ValueError, r"weight of shape \[7\]"),
     ("rms_norm_silu", None, dict(weight=Z(7, dtype=I64)), TypeError, "weight of dtype"),
     ("rms_norm_silu", None, dict(scale=Z(7)), ValueError, r"scale of shape \[2, 7\]"),
@@ -534,6 +551,14 @@ ERRORS: list[tuple[str, str | None, Change, type[Exception], str]] = [
     ("adam_ema", None, lambda i: i | dict(grads=i["grads"][:2]), ValueError, "grads with a tensor for each of the 4"),
     ("adam_ema", None, at("grads", 2, lambda g: None), TypeError, r"grads\[2\] to be a torch.Tensor"),
     ("adam_ema", None, at("exp_avg", 1, Tensor.double), TypeError, r"exp_avg\[1\] of dtype float32"),
+    ("adam_ema", None, at("params", 1, lambda p: None), TypeError, r"params\[1\] to be a torch.Tensor"),
+    ("adam_ema", None, at("params", 3, lambda p: p.to("meta")), ValueError, r"params\[3\] on cpu, got meta"),
+    ("adam_ema", None, at("params", 0, lambda p: p[:, ::2]), ValueError, r"params\[0\] to be contiguous or"),
+    ("adam_ema", None, at("grads", 1, lambda g: g.long()), TypeError, r"grads\[1\] of dtype float32 or bfloat16 or"),
+    ("adam_ema", None, at("grads", 0, lambda g: strided(g, "other order")), ValueError, r"grads\[0\] with shape"),
+    ("adam_ema", None, at("grads", 3, lambda g: g.to("meta")), ValueError, r"grads\[3\] on cpu, got meta"),
+    ("adam_ema", ADAM_ALL, at("mirror", 0, lambda m: strided(m, "with gaps")), ValueError, r"mirror\[0\] with shape"),
+    ("adam_ema", ADAM_ALL, at("mirror", 1, lambda m: m.long()), TypeError, r"mirror\[1\] of dtype float32 or bfloat16"),
     (
         "adam_ema",
         None,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastddpm
 from fastddpm import _native
-from tests.ops.cases import DTYPES, LAYOUTS, STATE, Case, Inputs, copied, rand, randn
+from tests.ops.cases import DTYPES, LAYOUTS, STATE, Case, Inputs, converted, copied, optimizer_state, rand, randn
 from tests.ops.test_contract import check_values, poisoned_memory, results
 from tests.ops.test_native import device_fixture, instruction_set  # noqa: F401, the fixtures
 from tests.tolerance import assert_equal_to_rounding
@@ -322,6 +322,29 @@ def test_memory_orders_of_a_step() -> None:
         mixed = laid_out(torch.channels_last) | {name: laid_out(torch.contiguous_format)[name]}
         with pytest.raises(ValueError, match=rf"expected {name}\[0\] with shape .* and strides"):
             fastddpm.adam_ema(**mixed)
+
+
+def test_the_first_tensor_that_does_not_fit_is_named() -> None:
+    """Lists come in order, tensors in the order of their list, and of one tensor its dtype, strides and device."""
+    wrong: list[Callable[[Tensor], Any]] = [Tensor.t, lambda x: x.to("meta"), lambda x: None]
+    for i, text in enumerate([r"grads\[0\] with shape", r"grads\[1\] on cpu", r"grads\[2\] to be a torch.Tensor"]):
+        inputs = converted(optimizer_state(torch.Generator().manual_seed(0), *((4, 3),) * 3), torch.float32)
+        for name in ("grads", "exp_avg"):
+            inputs[name][i:] = [wrong[k](inputs[name][k]) for k in range(i, 3)]
+        with pytest.raises((TypeError, ValueError), match=text):
+            fastddpm.adam_ema(**inputs)
+
+
+def test_a_stride_over_one_element_says_nothing() -> None:
+    """The gradient of a 1x1 convolution in channels_last has other strides than its weight, and the same memory."""
+    inputs = converted(optimizer_state(torch.Generator().manual_seed(0), (4, 3, 1, 1), (3,)), torch.float32)
+    inputs["grads"][0] = inputs["grads"][0].as_strided((4, 3, 1, 1), (3, 1, 7, 5))
+    expected = copied(inputs)
+    expected["grads"][0] = expected["grads"][0].reshape(4, 3, 1, 1)
+    for given in (inputs, expected):
+        fastddpm.adam_ema(**given)
+    assert inputs["grads"][0].stride() != inputs["params"][0].stride()
+    assert torch.equal(inputs["params"][0], expected["params"][0])
 
 
 def adamw(moments: torch.memory_format, **options: bool) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +90,38 @@ def test_the_cases_of_one_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     record = json.loads(capsys.readouterr().out)
     assert record["cases of each op"] == {"q_sample": 3} and record["command"].endswith(" --op q_sample")
     assert main("--number", "1") == 2 and "give --op" in capsys.readouterr().err
+
+
+def test_the_committed_record_is_of_these_kernels(request: pytest.FixtureRequest) -> None:
+    """A change of a kernel does not fail `make test`, which warns; it does fail `make test-all`."""
+    record = json.loads(random_cases.RECORD.read_text(encoding="utf-8"))
+    assert record["cases"] == 20000 and record["mismatches"] == 0
+    assert set(record["cases of each op"]) == set(MAKE)
+    if record.get("sources") == random_cases.sources():
+        return
+    text = "tests/ops/records/random-cases.json is of other kernels than those in csrc: build these, and renew it with "
+    text += f"{record['command']} --record tests/ops/records/random-cases.json"
+    if request.config.getoption("--run-slow"):
+        pytest.fail(text)
+    warnings.warn(text, stacklevel=1)
+
+
+def test_a_change_of_a_kernel_is_seen_and_one_of_a_comment_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(random_cases, "CSRC", tmp_path)
+
+    def digest_of(file: str, text: str) -> str:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+        return random_cases.sources()
+
+    before = digest_of("op/op_cpu.cpp", 'int a = 1;  // one\nconst char* url = "a//b";\n')
+    assert digest_of("op/op_cpu.cpp", '/* of\ntwo lines */ int a = 1;\n\nconst char* url = "a//b";') == before
+    number = digest_of("op/op_cpu.cpp", 'int a = 2;\nconst char* url = "a//b";')
+    string = digest_of("op/op_cpu.cpp", 'int a = 1;\nconst char* url = "a//c";')
+    assert len({before, number, string, digest_of("common/vec.h", "int b;")}) == 4
+    assert random_cases.sources() == digest_of("op/op_cuda.cu", "int c;") == digest_of("op/op_cuda.cu", "int d;")
 
 
 # Faults, each put into the reference under the name of another implementation.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ pytestmark = OF_A_GPU
 tl = triton.language
 
 from fastddpm.ops import triton_common  # noqa: E402
+from fastddpm.ops.adam_ema import triton_impl as adam_ema  # noqa: E402
 from fastddpm.ops.diffusion_loss import triton_impl as diffusion_loss  # noqa: E402
 from fastddpm.ops.group_norm_silu import triton_impl as group_norm  # noqa: E402
 
@@ -261,6 +264,41 @@ def test_bounds_of_each_sample_lie_anywhere(kind: str) -> None:
 def erfc_kernel(x, y, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(y + at, diffusion_loss.erfc(tl.load(x + at)))
+
+
+def step_of(size: int) -> Any:
+    """A step over one parameter of this many elements; returns the tables that it left for the next."""
+    one = [torch.ones(size, device=AT_HAND) for _ in range(4)]
+    with fastddpm.use_backend("triton"):
+        fastddpm.adam_ema(*([x] for x in one), step=torch.tensor(0, device=AT_HAND), lr=0.1)
+    assert one[0].lt(1).all()
+    return list(adam_ema._tables.values())[-1]
+
+
+def test_few_tables_of_addresses_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the sets of parameters stepped last; a set that is stepped again keeps its own."""
+    monkeypatch.setattr(adam_ema, "_tables", {})
+    first = step_of(1)
+    gone = weakref.ref(step_of(2))
+    for size in range(3, 3 + adam_ema.KEPT - 1):
+        step_of(size)
+        assert step_of(1) is first
+    gc.collect()
+    assert len(adam_ema._tables) == adam_ema.KEPT and gone() is None
+    step_of(2)
+    assert len(adam_ema._tables) == adam_ema.KEPT and step_of(1) is first
+
+
+def test_the_tables_that_a_graph_reads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam_ema, "_tables", {})
+    monkeypatch.setattr(adam_ema, "_of_graphs", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(adam_ema, "_is_capturing", lambda device: True)
+        captured = weakref.ref(step_of(1))
+    for size in range(2, 2 + adam_ema.KEPT):
+        step_of(size)
+    gc.collect()
+    assert captured() not in [None, *adam_ema._tables.values()] and len(adam_ema._of_graphs) == 1
 
 
 @interpreted

@@ -79,8 +79,7 @@ def adam_ema(
         missing = "ema" if ema is None else "ema_decay"
         raise ValueError(f"adam_ema: expected ema and ema_decay together, got no {missing}; pass both or none")
     lists |= {name: list(x) for name, x in (("ema", ema), ("mirror", mirror)) if x is not None}
-    for name, tensors in lists.items():
-        _check_list(name, tensors, params, FLOATS if name in ("grads", "mirror") else (dtype,))
+    _check_lists(lists, dtype)
 
     check_shape("adam_ema", "step", step, ())
     check_dtype("adam_ema", "step", step, torch.int64)
@@ -118,31 +117,68 @@ def adam_ema(
     return norm
 
 
-def _check_list(name: str, tensors: list[Any], params: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Expect one tensor for each parameter, that lies in memory as the parameter does."""
-    if len(tensors) != len(params):
-        raise ValueError(
-            f"adam_ema: expected {name} with a tensor for each of the {len(params)} params, got {len(tensors)}; "
-            f"leave out the parameters that have none"
-        )
+def _check_lists(lists: dict[str, list[Any]], dtype: torch.dtype) -> None:
+    """Expect in each list one tensor for each parameter, that lies in memory as the parameter does.
+
+    All tensors of a list are asked for one attribute after the other, which takes a fifth of the time that asking each
+    for all of them does. Where one does not fit, `_check_each` finds which.
+    """
+    params = lists["params"]
+    device = params[0].device
+    shapes: list[Any] = []
+    strides: list[Any] = []
+    for name, tensors in lists.items():
+        dtypes = FLOATS if name in ("grads", "mirror") else (dtype,)
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"adam_ema: expected {name} with a tensor for each of the {len(params)} params, got {len(tensors)}; "
+                f"leave out the parameters that have none"
+            )
+        fit = _are_floats(tensors, dtypes, device)
+        if fit and name == "params":
+            fit = False not in [_is_dense(p) for p in params]
+            shapes, strides = [p.shape for p in params], [p.stride() for p in params]
+        elif fit:
+            fit = [x.shape for x in tensors] == shapes and _same_strides([x.stride() for x in tensors], strides, shapes)
+        if not fit:
+            _check_each(name, tensors, params, dtypes)
+
+
+def _check_each(name: str, tensors: list[Any], params: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Name the first tensor of a list that does not fit its parameter."""
     for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
         check_dtype("adam_ema", f"{name}[{i}]", x, *dtypes)
-        if not (p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))):
+        if not _is_dense(p):
             raise ValueError(
                 f"adam_ema: expected params[{i}] to be contiguous or channels_last, got strides {list(p.stride())} for "
                 f"shape {list(p.shape)}; call .contiguous() on it when it is made"
             )
-        if x is not p and not _same_memory(x, p):
+        if x is not p and not (x.shape == p.shape and _same_strides([x.stride()], [p.stride()], [p.shape])):
             raise ValueError(
                 f"adam_ema: expected {name}[{i}] with shape {list(p.shape)} and strides {list(p.stride())}, those of "
                 f"params[{i}], got {list(x.shape)} and {list(x.stride())}; make it with torch.zeros_like(params[{i}]), "
                 f"or copy it with torch.empty_like(params[{i}]).copy_(it)"
             )
         check_device("adam_ema", params[0], **{f"{name}[{i}]": x})
+    raise AssertionError(f"adam_ema: {name} do not fit params, and each of them does")
 
 
-def _same_memory(x: Tensor, p: Tensor) -> bool:
-    """Same shape and strides, where a stride over one element says nothing."""
-    return x.shape == p.shape and all(
-        size == 1 or a == b for size, a, b in zip(p.shape, x.stride(), p.stride(), strict=True)
+def _are_floats(tensors: list[Any], dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    """Whether all are tensors of one of these dtypes on this device; by lists, since generators take twice as long."""
+    return (
+        False not in [isinstance(x, Tensor) for x in tensors]
+        and False not in [x.dtype in dtypes for x in tensors]
+        and False not in [x.device == device for x in tensors]
+    )
+
+
+def _is_dense(p: Tensor) -> bool:
+    return p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+
+
+def _same_strides(strides: list[Any], others: list[Any], shapes: list[Any]) -> bool:
+    """Whether the strides of tensors of these shapes are equal, where a stride over one element says nothing."""
+    return strides == others or all(
+        a == b or all(size == 1 or m == n for size, m, n in zip(shape, a, b, strict=True))
+        for a, b, shape in zip(strides, others, shapes, strict=True)
     )

@@ -163,7 +163,12 @@ class _Tables:
     def write(self, lists: list[list[Tensor]]) -> None:
         """Bring the addresses up to date."""
         addresses = [tensors[i].data_ptr() for i in range(len(lists[PARAM])) for tensors in lists]
-        capturing = self.addresses.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(self.addresses.device)
+        if capturing:
+            _of_graphs.add(self)
+        elif self.addresses.is_cuda and self not in _of_graphs:  # nobody gets their memory before this stream is done
+            for table in (self.chunks, self.addresses):
+                table.record_stream(torch.cuda.current_stream(table.device))
         self.aligned = all(address % 16 == 0 for address in addresses)
         if addresses == self.written and not capturing:
             return
@@ -175,15 +180,22 @@ class _Tables:
             run(write_addresses_kernel, (1,), self.addresses[begin:], *addresses[begin : begin + WRITTEN])
 
 
-_tables: dict[tuple[Any, ...], _Tables] = {}
+KEPT = 8
+_tables: dict[tuple[Any, ...], _Tables] = {}  # of the sets of parameters stepped last, the last one at the end
+_of_graphs: set[_Tables] = set()  # a replay reads them, however long ago it was captured
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _tables_of(lists: list[list[Tensor]]) -> _Tables:
     key = (lists[PARAM][0].device, *(p.numel() for p in lists[PARAM]), *_kinds(lists))
-    if key not in _tables:
-        _tables[key] = _Tables(lists)
-    tables = _tables[key]
+    tables = _tables.pop(key, None) or _Tables(lists)
     tables.write(lists)
+    _tables[key] = tables
+    if len(_tables) > KEPT:
+        del _tables[next(iter(_tables))]
     return tables
 
 

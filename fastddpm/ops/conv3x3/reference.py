@@ -12,6 +12,8 @@ Saved = tuple[Tensor, ...]
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
     dtype = _computed_in(x)
+    if 0 in x.shape[2:]:  # conv2d refuses an image without pixels
+        return _stored(x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:])), x), ()
     with torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), padding=1)
     return _stored(y, x), ()
@@ -35,8 +37,9 @@ def backward(
     g = dy.to(dtype)
     dx = dweight = dbias = None
     with torch.autocast(x.device.type, enabled=False):
-        if wanted[0]:
-            dx = _stored(F.conv_transpose2d(g, weight.to(dtype), padding=1), x)
+        if wanted[0]:  # conv_transpose2d refuses them, too
+            dx = g.new_empty(x.shape) if 0 in x.shape[2:] else F.conv_transpose2d(g, weight.to(dtype), padding=1)
+            dx = _stored(dx, x)
         if wanted[1]:
             h, w = x.shape[2:]
             patches = F.pad(x.to(dtype), (1, 1, 1, 1)).unfold(2, h, 1).unfold(3, w, 1)  # [B, C, 3, 3, H, W]

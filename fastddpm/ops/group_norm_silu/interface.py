@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         x2: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-        ctx.implementation = OP.choose_for(x)
+        ctx.implementation = _implementation(x)
         y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
         drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
         ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
@@ -78,7 +79,8 @@ def group_norm_silu(
     (Wu and He 2018, eq. 1-2);  y = drop(silu((n * weight + bias) * (1 + scale) + shift)), silu(a) = a / (1 + exp(-a)).
 
     Args:
-        x: float [B, C1, H, W], dense in NCHW or NHWC order; the output keeps the order. C = C1 unless x2 is given.
+        x: float [B, C1, H, W], dense in NCHW or NHWC order; the output keeps the order. C = C1 unless x2 is given. Of
+            no samples or no pixels the result is empty, and the gradients of the parameters are 0.
         weight, bias: gamma and beta, float [C].
         num_groups: number of groups, a divisor of C.
         eps: added to the variance, > 0.
@@ -110,6 +112,11 @@ def group_norm_silu(
         check_shape("group_norm_silu", "x2", x2, (b, x2.shape[1], *x.shape[2:]))
         check_device("group_norm_silu", x, x2=x2)
         c += x2.shape[1]
+    if x.shape[1] == 0:
+        raise ValueError(
+            f"group_norm_silu: expected x with at least one channel, got shape {list(x.shape)}; "
+            f"leave out the norm where there are no channels"
+        )
     if num_groups < 1 or c % num_groups:
         raise ValueError(
             f"group_norm_silu: expected num_groups to divide the {c} channels, got {num_groups}; "
@@ -145,9 +152,15 @@ def group_norm_silu(
         )  # fmt: skip
         result = _GroupNormSiLU.apply(options, *inputs)  # type: ignore[no-untyped-call]
         return result
-    y, h, _ = OP.choose_for(x).forward(
+    y, h, _ = _implementation(x).forward(
         x, weight, bias, num_groups, eps=eps, channel_bias=channel_bias, scale=scale, shift=shift, residual=residual,
         x2=x2, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer, activation=activation,
     )  # fmt: skip
     result = y if h is None else (y, h)
     return result
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    """The one to run. Where x has no pixels that is the reference, whatever is forced: there is nothing to compute, and
+    what a kernel divides by the number of pixels would be nan."""
+    return reference if x.numel() == 0 else OP.choose_for(x)

@@ -142,7 +142,9 @@ def _per_channel(p: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mean_of_groups(a: Tensor, num_groups: int) -> Tensor:
-    """The mean over each group of channels and the pixels, for each channel of the group: [B, C, 1, 1]."""
+    """The mean over each group of channels and the pixels, for each channel of the group: [B, C, 1, 1]; 0 of none."""
+    if a.numel() == 0:
+        return a.new_zeros((*a.shape[:2], 1, 1))
     channels = a.mean(dim=(2, 3), keepdim=True).unflatten(1, (num_groups, -1))  # [B, G, C/G, 1, 1]
     mean: Tensor = channels.mean(dim=2, keepdim=True).expand_as(channels).flatten(1, 2)
     return mean

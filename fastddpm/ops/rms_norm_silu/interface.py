@@ -52,7 +52,8 @@ def rms_norm_silu(
     (Zhang and Sennrich 2019, eq. 4);  silu(a) = a / (1 + exp(-a)).
 
     Args:
-        x: float [B, C, H, W], dense in NCHW or NHWC order; the output keeps the order.
+        x: float [B, C, H, W], dense in NCHW or NHWC order; the output keeps the order. Of no samples or no pixels the
+            result is empty, and the gradients of the parameters are 0.
         weight: g, float [C].
         scale, shift: the conditioning of improved DDPM, each float [B, C].
         eps: smallest divisor, > 0.
@@ -70,6 +71,11 @@ def rms_norm_silu(
     """
     check_image("rms_norm_silu", "x", x)
     b, c = x.shape[0], x.shape[1]
+    if c == 0:
+        raise ValueError(
+            f"rms_norm_silu: expected x with at least one channel, got shape {list(x.shape)}; "
+            f"leave out the norm where there are no channels"
+        )
     check_shape("rms_norm_silu", "weight", weight, (c,))
     check_dtype("rms_norm_silu", "weight", weight, *FLOATS)
     for name, q in (("scale", scale), ("shift", shift)):
