@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import __version__, _native, bench, diffusion, pictures
+from . import __version__, _native, bench, diffusion, outputs, pictures
 from .diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from .likelihood import BitsPerDim, bits_per_dim, histogram_bits_per_dim, plot_bits_per_dim
 from .nn import UNet, UNetConfig
@@ -92,6 +92,7 @@ def train(args: argparse.Namespace) -> None:
     preset = {part: dict(PRESETS[args.preset][part]) if args.preset else {} for part in PARTS}
     fields = {part: {**preset[part], **given[part]} for part in PARTS}
     levels = fields["diffusion"].get("levels", DiffusionConfig.levels)
+    outputs.check_folder(fields["train"].get("output_dir", TrainConfig.output_dir), "train", "--out")
     # a number out of range is told before the data is read; the network is checked with the size of the images
     make_configs(args.preset, diffusion=given["diffusion"], train=given["train"])
     data = load_images(
@@ -126,6 +127,7 @@ def train(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """fastddpm sample RUN --out grid.png."""
+    _check_pictures(args)
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     labels = _labels(args.labels, args.num_images, model)
     if args.dry_run:
@@ -170,6 +172,17 @@ def sample(args: argparse.Namespace) -> None:
         print(f"made {args.num_images} images in {folder}")
 
 
+def _check_pictures(args: argparse.Namespace) -> None:
+    """Expect that all that a sampling is to write can be written."""
+    pictures.check_grid_path(args.out, "sample", "--out")
+    outputs.check_folder(Path(args.out).parent, "sample", "--out")
+    if args.film:
+        pictures.check_film_path(args.film, "sample", "--film")
+        outputs.check_folder(Path(args.film).parent, "sample", "--film")
+    if args.save_images:
+        outputs.check_folder(args.save_images, "sample", "--save-images")
+
+
 def _telling_first(device: torch.device) -> Callback:
     """Says once, after the first step, how long it took: the network is compiled in it."""
     begin, told = time.perf_counter(), False
@@ -197,6 +210,7 @@ def _both(first: Callback | None, second: Callback | None) -> Callback | None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """fastddpm evaluate RUN DATA --out DIR."""
+    outputs.check_folder(args.out, "evaluate", "--out")
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     levels = model.config.levels
 
@@ -234,6 +248,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def bench_what(args: argparse.Namespace) -> None:
     """fastddpm bench op | train | sample [RUN]."""
+    for flag, file in (("--json", args.json), ("--trace", args.trace)):
+        if file is not None:
+            outputs.check_folder(Path(file).parent, "bench", flag)
     given = {part: _given(args, part) for part in PARTS}
     if args.checkpoint is not None and args.preset is not None:
         raise ValueError("bench: expected a RUN or --preset, got both; leave one of them out")
@@ -255,6 +272,7 @@ def bench_what(args: argparse.Namespace) -> None:
     if trace is not None:
         print(f"made {trace}; open it at https://ui.perfetto.dev")
     if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"made {args.json}")
 

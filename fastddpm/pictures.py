@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from torch import Tensor
 BACKGROUND = 255
 LEAST_TILE = 64
 """Images smaller than this are enlarged by a whole factor, each pixel a square."""
+USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILM_SUFFIXES = (".gif", ".webp")
 
 
 def image_grid(
@@ -60,9 +63,46 @@ def image_grid(
     return Image.fromarray(canvas)
 
 
+def check_grid_path(path: str | Path, who: str = "save_grid", name: str = "path") -> None:
+    """Expect the name of a picture that `save_grid` can write.
+
+    Args:
+        path: the file. who, name: what takes the path, and how it is called there, for the message.
+
+    Raises:
+        ValueError: a suffix of no format that this Pillow writes in colour.
+    """
+    form = Image.registered_extensions().get(Path(path).suffix.lower())
+    try:
+        if form in Image.SAVE:
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), format=form)
+            return
+    except (OSError, ValueError):  # a format of grey pictures, say, or one whose writer is not there
+        pass
+    raise ValueError(
+        f"{who}: expected {name} to end in {', '.join(USUAL_SUFFIXES[:-1])} or {USUAL_SUFFIXES[-1]}, got {path}; "
+        "rename it"
+    )
+
+
+def check_film_path(path: str | Path, who: str = "save_film", name: str = "path") -> None:
+    """Expect the name of a film that `save_film` can write; see `check_grid_path`.
+
+    Raises:
+        ValueError: another suffix than .gif and .webp.
+    """
+    if Path(path).suffix.lower() not in FILM_SUFFIXES:
+        raise ValueError(f"{who}: expected {name} to end in {' or '.join(FILM_SUFFIXES)}, got {path}; rename it")
+
+
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, *, levels: int = 256) -> Path:
-    """Write `image_grid` to a file, and make its directory; the suffix tells the format. Returns the path."""
+    """Write `image_grid` to a file, and make its directory; the suffix tells the format. Returns the path.
+
+    Raises:
+        ValueError: a suffix of no format that Pillow writes, or what `image_grid` refuses. TypeError: see there.
+    """
     path = Path(path)
+    check_grid_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images, columns, levels=levels).save(path)
     return path
@@ -87,8 +127,7 @@ def save_film(
         ValueError: another suffix, no frame, a time out of range, or what `image_grid` refuses.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".gif", ".webp"):
-        raise ValueError(f"save_film: expected a path that ends in .gif or .webp, got {path.name}; rename it")
+    check_film_path(path)
     if milliseconds < 1 or hold < 1:
         raise ValueError(
             f"save_film: expected milliseconds and hold >= 1, got {milliseconds} and {hold}; 60 and 1500 are usual"

@@ -304,3 +304,51 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"example:\n  fastddpm {command}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that draws an image, or evaluates, fails."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    for name in ("sample", "interpolate"):
+        monkeypatch.setattr(f"fastddpm.diffusion.GaussianDiffusion.{name}", never)
+    monkeypatch.setattr(cli, "bits_per_dim", never)
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize(
+    ("option", "name", "expected"),
+    [("--out", "bad.xyz", "--out to end in .png, .jpg"), ("--out", "bad", "--out to end in .png, .jpg"),
+     ("--out", "bad.xbm", "--out to end in .png, .jpg"), ("--film", "bad.mp4", "--film to end in .gif or .webp"),
+     ("--out", "file/g.png", "--out in a folder, or a new one"), ("--film", "file/f.gif", "--film in a folder"),
+     ("--save-images", "file", "--save-images in a folder"), ("--out", "x" * 300 + "/g.png", "--out in a folder")],
+)  # fmt: skip
+def test_names_that_cannot_be_written_are_refused_before_the_first_step(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str,
+    name: str, expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        assert f"sample: expected {expected}" in error_of(capsys, "sample", run, option, name, *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("command", ["train", "evaluate", "bench"])
+def test_folders_that_cannot_be_written_are_refused_before_the_work(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    calls: dict[str, list[object]] = {
+        "train": ["train", photos, *TINY, "--out"],
+        "evaluate": ["evaluate", run, photos, "--out"],
+        "bench": ["bench", "sample", run, "--json"],
+    }
+    (tmp_path / "file").write_text("mine")
+    for place in [tmp_path / "file" / "x", *([Path("/proc/x/y")] if Path("/proc/self").exists() else [])]:
+        flag = calls[command][-1]
+        assert f"{command}: expected {flag} in a folder" in error_of(capsys, *calls[command], place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
