@@ -227,15 +227,17 @@ def evaluate(args: argparse.Namespace) -> None:
             "use sub-folders"
         )
     labels = None if model.num_classes is None else data.labels
+    yardstick = None
+    if args.histogram_baseline:  # before the evaluation, whose result an unreadable one would cost
+        limit = args.max_images or len(data)
+        yardstick = histogram_bits_per_dim(load(args.histogram_baseline).images, data.images[:limit], levels)
     result = bits_per_dim(
         model, data.images, labels, timesteps_per_image=args.timesteps_per_image, batch_size=args.batch_size,
         seed=args.seed, max_images=args.max_images, progress=sys.stderr.isatty(),
     )  # fmt: skip
     report = result.to_dict()
     print(_breakdown(result))
-    if args.histogram_baseline:
-        limit = args.max_images or len(data)
-        yardstick = histogram_bits_per_dim(load(args.histogram_baseline).images, data.images[:limit], levels)
+    if yardstick is not None:
         report["histogram"] = yardstick
         print(f"  per-pixel histogram of {args.histogram_baseline}: {yardstick:.3f} bits/dim")
     out = Path(args.out)

@@ -352,3 +352,11 @@ def test_folders_that_cannot_be_written_are_refused_before_the_work(
         flag = calls[command][-1]
         assert f"{command}: expected {flag} in a folder" in error_of(capsys, *calls[command], place)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_baseline_that_cannot_be_read_is_refused_before_the_evaluation(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, "evaluate", run, photos, "--out", tmp_path, "--histogram-baseline", tmp_path / "none")
+    assert str(tmp_path / "none") in message
