@@ -35,6 +35,7 @@ from .training import (
     PRESETS,
     DivergenceError,
     ImageDataset,
+    InUseError,
     TrainConfig,
     Trainer,
     load_checkpoint,
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError, InUseError) as error:
         if args.debug or os.environ.get("FASTDDPM_DEBUG"):
             raise
         failed = isinstance(error, DivergenceError) or getattr(error, "errno", None) == errno.ENOSPC

@@ -360,3 +360,23 @@ def test_a_baseline_that_cannot_be_read_is_refused_before_the_evaluation(
 ) -> None:
     message = error_of(capsys, "evaluate", run, photos, "--out", tmp_path, "--histogram-baseline", tmp_path / "none")
     assert str(tmp_path / "none") in message
+
+
+def test_a_run_that_goes_on_already_is_told_without_a_traceback(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = error_of(capsys, "train", photos, "--out", tmp_path, *TINY)
+    assert "expected no other training" in message
+    assert "choose another --out" in message
+
+
+def test_an_error_of_torch_keeps_its_traceback(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "Trainer", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", str(photos), "--out", str(tmp_path), *TINY])
