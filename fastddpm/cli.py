@@ -93,7 +93,10 @@ def train(args: argparse.Namespace) -> None:
     preset = {part: dict(PRESETS[args.preset][part]) if args.preset else {} for part in PARTS}
     fields = {part: {**preset[part], **given[part]} for part in PARTS}
     levels = fields["diffusion"].get("levels", DiffusionConfig.levels)
-    outputs.check_folder(fields["train"].get("output_dir", TrainConfig.output_dir), "train", "--out")
+    out = Path(fields["train"].get("output_dir", TrainConfig.output_dir))
+    outputs.check_folder(out, "train", "--out")
+    if not args.data.startswith("hf:"):
+        outputs.check_apart(args.data, out, "train", "--out")
     # a number out of range is told before the data is read; the network is checked with the size of the images
     make_configs(args.preset, diffusion=given["diffusion"], train=given["train"])
     data = load_images(
@@ -119,7 +122,6 @@ def train(args: argparse.Namespace) -> None:
     resume: bool | str = "auto" if args.resume is None else args.resume
     Trainer(model, data, training, resume=resume, allow_changes=args.allow_changes).train()
 
-    out = Path(training.output_dir)
     made = [out / "metrics.jsonl", *sorted((out / "samples").glob("*.png"))[-1:]]
     made += _drawn(lambda path: pictures.plot_loss(out / "metrics.jsonl", path), out / "loss.png")
     print("\n".join(["made:", *(f"  {path}" for path in made), f"  {open_checkpoint(out).path}"]))

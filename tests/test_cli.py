@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -380,3 +381,30 @@ def test_an_error_of_torch_keeps_its_traceback(photos: Path, tmp_path: Path, mon
     monkeypatch.setattr(cli, "Trainer", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", str(photos), "--out", str(tmp_path), *TINY])
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("own", "own"), ("own", "own/run"), ("own", "link"), ("link", "own/a/b"), ("run/samples", "run"),
+     ("run/checkpoint-0000000008/x.npz", "run"), ("run/tensorboard/x", "run")],
+)  # fmt: skip
+def test_a_run_in_its_own_data_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_images", lambda *_, **__: pytest.fail("the data were read"))
+    Path("own").mkdir()
+    Path("link").symlink_to("own")
+    Path(data).parent.mkdir(parents=True, exist_ok=True)
+    for more in ([], ["--dry-run"]):
+        message = error_of(capsys, "train", data, "--out", out, *TINY, *more)
+        assert out in message
+        assert ("choose a folder beside it, such as runs/own" if out != "run" else "choose another --out") in message
+    assert not any(Path("own").iterdir())
+
+
+def test_data_may_lie_beside_what_a_run_writes(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "project" / "photos")
+    call = ["train", str(tmp_path / "project" / "photos"), "--out", str(tmp_path / "project"), *TINY]
+    for _ in range(2):  # the second goes on
+        assert cli.main(call) == 0
