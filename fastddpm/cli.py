@@ -97,6 +97,10 @@ def train(args: argparse.Namespace) -> None:
     outputs.check_folder(out, "train", "--out")
     if not args.data.startswith("hf:"):
         outputs.check_apart(args.data, out, "train", "--out")
+    if not outputs.is_run(out):
+        pngs = [path for path in out.glob("samples/*.png") if path.stem.isdecimal()]
+        remedy = "choose another folder, or move it away"
+        outputs.check_replaceable({"--out": [out / "loss.png", *pngs]}, "train", remedy=remedy)
     # a number out of range is told before the data is read; the network is checked with the size of the images
     make_configs(args.preset, diffusion=given["diffusion"], train=given["train"])
     data = load_images(
@@ -167,12 +171,11 @@ def sample(args: argparse.Namespace) -> None:
             print(f"made {pictures.save_film(frames, args.film, args.columns)}")
     print(f"made {pictures.save_grid(images, args.out, args.columns)}")
     if args.save_images:
-        folder = Path(args.save_images)
-        for n, image in enumerate(images, start=args.first_image):
+        Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        for image, path in zip(images, _image_files(args), strict=True):
             pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{n:06d}.png")
-        print(f"made {args.num_images} images in {folder}")
+            pictures.save_signed(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), path)
+        print(f"made {args.num_images} images in {args.save_images}")
 
 
 def _check_pictures(args: argparse.Namespace) -> None:
@@ -184,6 +187,16 @@ def _check_pictures(args: argparse.Namespace) -> None:
         outputs.check_folder(Path(args.film).parent, "sample", "--film")
     if args.save_images:
         outputs.check_folder(args.save_images, "sample", "--save-images")
+    files = {"--out": [Path(args.out)], "--film": [Path(args.film)] if args.film else []}
+    files["--save-images"] = _image_files(args) if args.save_images else []
+    read = [Path(path) for path in (args.inpaint, args.mask, *(args.interpolate or ())) if path is not None]
+    outputs.check_replaceable(files, "sample", overwrite=args.overwrite, read=read)
+
+
+def _image_files(args: argparse.Namespace) -> list[Path]:
+    """Where --save-images puts each image: by its index, six digits at least."""
+    first, folder = args.first_image, Path(args.save_images)
+    return [folder / f"{n:06d}.png" for n in range(first, first + args.num_images)]
 
 
 def _telling_first(device: torch.device) -> Callback:
@@ -214,6 +227,8 @@ def _both(first: Callback | None, second: Callback | None) -> Callback | None:
 def evaluate(args: argparse.Namespace) -> None:
     """fastddpm evaluate RUN DATA --out DIR."""
     outputs.check_folder(args.out, "evaluate", "--out")
+    made = [Path(args.out) / f"bits_per_dim.{suffix}" for suffix in ("json", "png")]
+    outputs.check_replaceable({"--out": made}, "evaluate", overwrite=args.overwrite)
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     levels = model.config.levels
 
@@ -243,11 +258,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if yardstick is not None:
         report["histogram"] = yardstick
         print(f"  per-pixel histogram of {args.histogram_baseline}: {yardstick:.3f} bits/dim")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "bits_per_dim.json"
+    path, picture = made
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    drawn = _drawn(lambda picture: plot_bits_per_dim(result, picture), out / "bits_per_dim.png")
+    drawn = _drawn(lambda picture: plot_bits_per_dim(result, picture), picture)
     print("\n".join(f"made {p}" for p in [path, *drawn]))
 
 
@@ -256,6 +270,7 @@ def bench_what(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--trace", args.trace)):
         if file is not None:
             outputs.check_folder(Path(file).parent, "bench", flag)
+            outputs.check_replaceable({flag: [Path(file)]}, "bench", overwrite=args.overwrite)
     given = {part: _given(args, part) for part in PARTS}
     if args.checkpoint is not None and args.preset is not None:
         raise ValueError("bench: expected a RUN or --preset, got both; leave one of them out")
@@ -393,6 +408,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--film", help="write a film of the denoising, too: a path that ends in .gif or .webp")
     p.add_argument("--save-images", metavar="DIR", help="write each image into this folder, too")
+    _add_overwrite(p)
     p.add_argument("--columns", type=_at_least(1), help="images a row (default: about a square)")
     p.add_argument("--inpaint", metavar="IMAGE", help="keep this picture where --mask is white, and draw the rest")
     p.add_argument("--mask", metavar="IMAGE", help="white: keep, black: draw")
@@ -423,6 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-images", type=_at_least(1), help="evaluate the first so many images (default: all)")
     p.add_argument("--batch-size", type=_at_least(1), default=256, help="images at a time (default: %(default)s)")
     p.add_argument("--seed", type=_at_least(0), default=0, help="of the noise (default: 0)")
+    _add_overwrite(p)
     p.add_argument("--histogram-baseline", metavar="DATA", help="compare with a per-pixel histogram of these images")
     p.add_argument(
         "--resize",
@@ -471,6 +488,7 @@ def _add_bench(kinds: Any, what: str, help: str) -> None:
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     p.add_argument("--repeat", type=_at_least(1), default=20, help="calls of each, the best counts (default: 20)")
     p.add_argument("--json", metavar="FILE", help="write what was found, too")
+    _add_overwrite(p)
     if what == "op":
         p.add_argument("--only", metavar="OP", help="one op by its name (default: all that a step calls)")
     if what == "sample":
@@ -502,6 +520,14 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
         choices=("skip", "raise"),
         default="skip",
         help="what to do with a damaged image: skip it and name it, or stop (default: skip)",
+    )
+
+
+def _add_overwrite(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that fastddpm did not write, too (default: refuse; those it wrote are replaced)",
     )
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from .pictures import is_signed
 
 RUN_FOLDERS = ("samples", "tensorboard")
 """What a training makes in its folder, beside checkpoint-<images>."""
+REPORTS = ({"prior", "decoder", "per_timestep"}, {"floor_step", "utilisation"}, {"op", "backend", "floor"})
+"""Keys by which the JSON of evaluate and bench is known, of the whole or of its first row."""
+TRACE = '"made by": "fastddpm"'
 
 
 def check_folder(folder: str | Path, who: str, flag: str) -> None:
@@ -68,3 +75,63 @@ def _beside(images: Path) -> Path:
     """A folder for the run of these images, as a user would write it."""
     folder = images.parent / "runs" / images.name
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def check_replaceable(
+    files: Mapping[str, Sequence[Path]],
+    who: str,
+    *,
+    overwrite: bool = False,
+    read: Sequence[Path] = (),
+    remedy: str = "choose another name, or pass --overwrite to replace it",
+) -> None:
+    """Expect that writing loses nothing: every file is new, or one that this library wrote.
+
+    Args:
+        files: what is to be written, by the option that names it. who: the command, for the message.
+        overwrite: replace other files, too. read: files that the call reads, which are not replaced either.
+        remedy: what the message says to do.
+
+    Raises:
+        ValueError: two options name the same file. FileExistsError: a file is there that is not ours, or that is read.
+    """
+    named: dict[Path, str] = {}
+    inputs = {path.resolve() for path in read}
+    for flag, paths in files.items():
+        for path in paths:
+            other = named.setdefault(path.resolve(), flag)
+            if other != flag:
+                raise ValueError(
+                    f"{who}: expected {other} and {flag} to name different files, got {path} for both; rename one"
+                )
+            if path.is_dir():
+                raise ValueError(f"{who}: expected {flag} to name a file, got the folder {path}; name a file in it")
+        kept = [path for path in paths if path.exists() and (path.resolve() in inputs or not is_own(path))]
+        if kept and not overwrite:
+            several = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            what = "which is read" if kept[0].resolve() in inputs else "which fastddpm did not write"
+            raise FileExistsError(
+                f"{who}: expected {flag} to name new files, or such as fastddpm wrote, got {kept[0]}{several}, {what}; "
+                f"{remedy}"
+            )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a training, which may write its pictures there again."""
+    return any(folder.glob("checkpoint-*"))
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a picture, report or trace that this library wrote, by what is in it."""
+    if is_signed(path):
+        return True
+    try:
+        with path.open(encoding="utf-8") as file:
+            if TRACE in file.read(1 << 16):
+                return True
+            file.seek(0)
+            contents = json.load(file)
+    except (OSError, ValueError):
+        return False
+    first = contents[0] if isinstance(contents, list) and contents else contents
+    return isinstance(first, dict) and any(keys <= first.keys() for keys in REPORTS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 BACKGROUND = 255
@@ -19,6 +20,9 @@ LEAST_TILE = 64
 """Images smaller than this are enlarged by a whole factor, each pixel a square."""
 USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FILM_SUFFIXES = (".gif", ".webp")
+SIGNATURE = "fastddpm"
+SOFTWARE = 0x0131
+"""The tag of EXIF that names what wrote a picture."""
 
 
 def image_grid(
@@ -95,6 +99,39 @@ def check_film_path(path: str | Path, who: str = "save_film", name: str = "path"
         raise ValueError(f"{who}: expected {name} to end in {' or '.join(FILM_SUFFIXES)}, got {path}; rename it")
 
 
+def save_signed(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture with the name of this library in it, where its format has a place for that; see `is_signed`.
+
+    Args:
+        picture: what to write. path: the file; its suffix tells the format. options: of Pillow, for the format.
+    """
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Software", SIGNATURE)
+    elif form == "GIF":
+        options["comment"] = SIGNATURE.encode()
+    else:
+        options["exif"] = Image.Exif()
+        options["exif"][SOFTWARE] = SIGNATURE
+    picture.save(path, **options)
+
+
+def plot_metadata(path: Path) -> dict[str, str] | None:
+    """What matplotlib is to write into a plot, so that `is_signed` knows it; None for other formats than PNG."""
+    return {"Software": SIGNATURE} if path.suffix.lower() == ".png" else None
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a file is a picture that this library wrote, in a format that says so: PNG, JPEG, WebP, TIFF or GIF."""
+    try:
+        with Image.open(path) as picture:
+            signed = (picture.info.get("Software"), picture.info.get("comment"), picture.getexif().get(SOFTWARE))
+    except Exception:  # damage turns into errors of any kind; and then the file is not known to be ours
+        return False
+    return SIGNATURE in signed or SIGNATURE.encode() in signed
+
+
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, *, levels: int = 256) -> Path:
     """Write `image_grid` to a file, and make its directory; the suffix tells the format. Returns the path.
 
@@ -104,7 +141,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, *, l
     path = Path(path)
     check_grid_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, levels=levels).save(path)
+    save_signed(image_grid(images, columns, levels=levels), path)
     return path
 
 
@@ -137,7 +174,7 @@ def save_film(
         raise ValueError("save_film: expected at least one frame, got none; collect them in the callback of sample")
     path.parent.mkdir(parents=True, exist_ok=True)
     times = [milliseconds] * (len(pictures) - 1) + [hold]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    save_signed(pictures[0], path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
     return path
 
 
@@ -192,5 +229,5 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
         figure.suptitle(title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=plot_metadata(path))
     return path

@@ -408,3 +408,71 @@ def test_data_may_lie_beside_what_a_run_writes(photos: Path, tmp_path: Path) -> 
     call = ["train", str(tmp_path / "project" / "photos"), "--out", str(tmp_path / "project"), *TINY]
     for _ in range(2):  # the second goes on
         assert cli.main(call) == 0
+
+
+def _users_picture(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "file"),
+    [("--out", "own/0001.png", "own/0001.png"), ("--film", "own/film.gif", "own/film.gif"),
+     ("--save-images", "own", "own/000001.png"), ("--num-images", "2", "samples.png")],
+)  # fmt: skip
+def test_sample_replaces_its_own_pictures_and_no_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str,
+    value: str, file: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    call = ["sample", run, "--num-images", "2", "--num-steps", "2", option, value]
+    mine = _users_picture(Path(file))
+    message = error_of(capsys, *call)
+    assert file in message
+    assert "fastddpm did not write; choose another name, or pass --overwrite" in message
+    assert Path(file).read_bytes() == mine
+    assert [path for path in Path().rglob("*") if path.is_file()] == [Path(file)], "nothing was drawn"
+    for more in (["--overwrite"], [], ["--seed", "1"]):
+        assert cli.main([str(a) for a in [*call, *more]]) == 0
+        assert Path(file).read_bytes() != mine
+
+
+def test_sample_does_not_replace_what_it_reads_or_write_a_file_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["sample", run, "--num-images", "2", "--num-steps", "2"]
+    assert cli.main([str(a) for a in [*call, "--save-images", "made"]]) == 0
+    between = ["--interpolate", "made/000000.png", "made/000001.png"]
+    assert "made/000001.png, which is read" in error_of(capsys, *call, *between, "--out", "made/000001.png")
+    twice = error_of(capsys, *call, "--save-images", "made", "--out", "made/000000.png")
+    assert "expected --out and --save-images to name different files" in twice
+    Path("d.png").mkdir()
+    assert "got the folder d.png" in error_of(capsys, *call, "--out", "d.png", "--overwrite")
+
+
+@pytest.mark.parametrize("file", ["bits_per_dim.json", "bits_per_dim.png"])
+def test_evaluate_replaces_its_own_report_and_no_other(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    call = ["evaluate", str(run), str(photos), "--out", str(tmp_path), "--timesteps-per-image", "2"]
+    (tmp_path / file).write_text('{"mine": 1}')
+    assert file in error_of(capsys, *call)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(file, '{"mine": 1}')]
+    for more in (["--overwrite"], []):
+        assert cli.main([*call, *more]) == 0
+
+
+@pytest.mark.parametrize("file", ["loss.png", "samples/0000000016.png"])
+def test_a_new_run_replaces_no_picture_of_the_user(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    out = tmp_path / "run"
+    call = ["train", str(photos), "--out", str(out), *TINY]
+    mine = _users_picture(out / file)
+    assert f"{out / file}, which fastddpm did not write; choose another folder" in error_of(capsys, *call)
+    assert (out / file).read_bytes() == mine
+    (out / file).unlink()
+    for _ in range(2):
+        assert cli.main(call) == 0
