@@ -17,6 +17,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +64,7 @@ CHOICES = {
 }
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard", "datasets": "datasets", "digits": "sklearn"}
 MOST_FRAMES = 60
+LONGEST_NUMBER = 30  # digits
 BENCH_EXAMPLES = {
     "op": "fastddpm bench op --preset cifar10 --batch-size 16 --only group_norm_silu",
     "train": "fastddpm bench train --preset cifar10 --batch-size 8 --trace trace.json",
@@ -579,11 +581,12 @@ def _reader(kind: Any, optional: bool) -> Callable[[str], Any]:
         if optional and text.lower() == "none":
             return None
         if typing.get_origin(kind) is tuple:
-            values = tuple(int(v) for v in re.split(r"[,x ]+", text.strip()))
+            inside = "" if text.lower() == "none" else text.strip(" ()[],")
+            values = tuple(_whole(v) for v in re.split(r"[,x ]+", inside)) if inside else ()
             return values * 2 if len(values) == 1 and typing.get_args(kind) == (int, int) else values
-        return kind(text.replace("_", "") if kind is int else text)
+        return _whole(text) if kind is int else kind(text)
 
-    read.__name__ = getattr(kind, "__name__", "value") if typing.get_origin(kind) is not tuple else "list of integers"
+    read.__name__ = "list of whole numbers" if typing.get_origin(kind) is tuple else _name_of(kind)
     return read
 
 
@@ -602,14 +605,30 @@ def _arguments_of(config: type) -> dict[str, str]:
     return found
 
 
+def _name_of(kind: type) -> str:
+    """How argparse is to call a kind of value that it cannot read."""
+    return {int: "whole number", float: "number"}.get(kind, kind.__name__)
+
+
+def _whole(text: str) -> int:
+    """A whole number, written 2000000, 2_000_000 or 2e6."""
+    try:
+        value = Decimal(text)
+        if value == value.to_integral_value() and value.adjusted() < LONGEST_NUMBER:
+            return int(value)
+    except ArithmeticError:  # what decimal raises for other text
+        pass
+    raise ValueError(f"no whole number: {text!r}")
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        value = int(text.replace("_", ""))
+        value = _whole(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"expected a number >= {least}, got {value}")
         return value
 
-    read.__name__ = "integer"
+    read.__name__ = _name_of(int)
     return read
 
 

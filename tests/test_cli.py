@@ -476,3 +476,45 @@ def test_a_new_run_replaces_no_picture_of_the_user(
     (out / file).unlink()
     for _ in range(2):
         assert cli.main(call) == 0
+
+
+@pytest.mark.parametrize("text", ["()", "", "none", "None", "( )", "[]"])
+def test_attention_in_the_middle_alone_can_be_asked_for(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--attention-resolutions", text, "--dry-run"]
+    assert cli.main(call) == 0
+    plan = json.loads("{" + capsys.readouterr().out.partition("\n{")[2])
+    assert plan["unet"]["attention_resolutions"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "values"), [("(1, 2)", [1, 2]), ("1,2", [1, 2]), ("1x2", [1, 2]), ("[1,]", [1]), ("1 2", [1, 2])]
+)
+def test_a_list_may_stand_in_brackets(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, values: list[int]
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--attention-resolutions", "8"]
+    assert cli.main([*call, "--channel-mult", text, "--dry-run"]) == 0
+    assert json.loads("{" + capsys.readouterr().out.partition("\n{")[2])["unet"]["channel_mult"] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2e6", 2_000_000), ("2_000_000", 2_000_000), ("1.5e3", 1500), ("16", 16), ("16.0", 16)]
+)
+def test_a_whole_number_may_be_written_as_people_do(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, count: int
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--num-images", text, "--dry-run"]
+    assert cli.main(call) == 0
+    assert json.loads("{" + capsys.readouterr().out.partition("\n{")[2])["train"]["num_images"] == count
+
+
+@pytest.mark.parametrize("text", ["1.5", "2e-1", "many", "inf", "nan", "1e999999999", ""])
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_what_is_no_whole_number_is_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str], text: str, command: str
+) -> None:
+    message = error_of(capsys, command, photos, "--num-images", text)
+    assert "--num-images" in message
+    assert "whole number" in message
