@@ -44,7 +44,9 @@ from .training import (
     load_images,
     make_configs,
 )
+from .training.atomic import megabytes
 from .training.config import COMPILE_MODES, compile_network
+from .training.data import cache_directory
 from .training.load import open_checkpoint
 
 PARTS: dict[str, tuple[type, str]] = {
@@ -321,6 +323,7 @@ def info(args: argparse.Namespace) -> None:
     for extra, package in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None
         print(f"extra        {extra}: {'present' if there else f'pip install fastddpm[{extra}]'}")
+    print(f"image cache  {_cached(cache_directory())}")
     if args.checkpoint is not None:
         checkpoint = (
             load_checkpoint(args.checkpoint) if _is_checkpoint(args.checkpoint) else open_checkpoint(args.checkpoint)
@@ -329,6 +332,16 @@ def info(args: argparse.Namespace) -> None:
             f"\n{checkpoint.path}: {checkpoint.images:,} images seen, {checkpoint.state['seconds']:,.0f} s of training"
         )
         print(json.dumps(checkpoint.config, indent=1))
+
+
+def _cached(folder: Path) -> str:
+    """What a cache of decoded images holds."""
+    entries = list(folder.glob("images-*"))
+    if not entries:
+        return f"{folder}, empty"
+    size = sum(file.stat().st_size for entry in entries for file in entry.glob("*"))
+    sets = "1 data set" if len(entries) == 1 else f"{len(entries)} data sets"
+    return f"{folder}, {megabytes(size)} in {sets}; may be deleted, images are decoded again when they are needed"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -360,7 +373,11 @@ def _parser() -> argparse.ArgumentParser:
         help="expect a run in --out to go on with, or none (default: go on where there is one)",
     )
     p.add_argument("--allow-changes", action="store_true", help="go on although training options have changed")
-    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    p.add_argument(
+        "--dry-run", action="store_true",
+        help="print what would be done, and do nothing but decode the images, which are kept for the next run "
+        "(--cache-dir)",
+    )  # fmt: skip
     _add_data_options(p)
     p.add_argument(
         "--resize",
@@ -420,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--interpolate-at", type=_at_least(0), metavar="T", help="timestep to mix them at (default: the middle)"
     )
-    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    p.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     _add_model_options(p)
 
     p = command(evaluate, "Bits per dimension of a data set: prior, each timestep, decoder.",
@@ -516,7 +533,7 @@ def _add_bench(kinds: Any, what: str, help: str) -> None:
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--cache-dir", help="where decoded images are kept (default: fastddpm in the user's cache folder)")
+    p.add_argument("--cache-dir", help="where decoded images are kept (default: the folder that fastddpm info shows)")
     p.add_argument(
         "--on-corrupt",
         choices=("skip", "raise"),

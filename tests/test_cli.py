@@ -194,6 +194,18 @@ def test_info_says_how_it_was_built(run: Path, capsys: pytest.CaptureFixture[str
     assert "16 images seen" in printed
 
 
+def test_info_tells_where_decoded_images_are(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache" / "fastddpm"
+    assert cli.main(["info"]) == 0
+    assert f"image cache  {cache}, empty" in capsys.readouterr().out
+    assert cli.main(["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--dry-run"]) == 0
+    assert f"kept in {cache}" in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    assert cli.main(["info"]) == 0
+    told = f"image cache  {cache}, {size / 1e6:,.1f} MB in 1 data set; may be deleted"
+    assert told in capsys.readouterr().out
+
+
 def test_as_a_process(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
