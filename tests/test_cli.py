@@ -19,6 +19,7 @@ from PIL import Image, ImageSequence
 
 from fastddpm import cli
 from fastddpm.training import checkpoint
+from tests.fake_hub import put_in_place
 
 TINY = [
     "--base-channels", "8", "--channel-mult", "1,2", "--num-res-blocks", "1", "--attention-resolutions", "4",
@@ -530,3 +531,18 @@ def test_what_is_no_whole_number_is_refused(
     message = error_of(capsys, command, photos, "--num-images", text)
     assert "--num-images" in message
     assert "whole number" in message
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_mistyped_run_is_not_looked_up_on_the_hub(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:  # fmt: skip
+    remote = put_in_place(tmp_path, monkeypatch)
+    call = [command, "runs/phtos", *([photos] if command == "evaluate" else [])]
+    assert "the hub says" in error_of(capsys, *call)
+    shutil.copytree(run, tmp_path / "runs" / "photos")
+    message = error_of(capsys, *call)
+    assert "got 'runs/phtos': no such folder in runs; did you mean runs/photos?" in message
+    assert "runs holds photos" in error_of(capsys, command, "runs/other", *call[2:])
+    assert not list(remote.iterdir())
