@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +65,26 @@ CHOICES = {
     "mu_target": ("mean", "sample"),
     "timestep_sampling": diffusion.TIMESTEP_SAMPLINGS,
 }
+OTHER_FLAGS = {  # of arguments of the library, by what tells of them
+    "sample": {"dynamic_threshold_ratio": "--dynamic-threshold"},
+    "dynamic_threshold": {"ratio": "--dynamic-threshold"},
+    "interpolate": {"t": "--interpolate-at"},
+}
+NO_FLAGS = ("run", "flags", "checkpoint", "data", "what", "weights")  # in a namespace, and no names of options
+IN_IMAGES = ", which counts images, each pass over the data anew"
+ALIASES = {  # how other programs call an option, and what it may be here
+    "--lr": ("--learning-rate",),
+    "--ema": ("--ema-decay", "--weights"),
+    "--batch": ("--batch-size",),
+    "--bs": ("--batch-size",),
+    "--epochs": ("--num-images",),
+    "--steps": ("--num-steps", "--num-images"),
+    "--timesteps": ("--num-timesteps", "--num-steps", "--timesteps-per-image"),
+    "--size": ("--image-size",),
+    "--resolution": ("--image-size",),
+    "--output": ("--out",),
+    "--gpu": ("--device",),
+}
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard", "datasets": "datasets", "digits": "sklearn"}
 MOST_FRAMES = 60
 LONGEST_NUMBER = 30  # digits
@@ -81,9 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read the output, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes there
+        return 141  # 128 + SIGPIPE, as other programs end
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError, InUseError) as error:
         if args.debug or os.environ.get("FASTDDPM_DEBUG"):
             raise
@@ -669,8 +694,10 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
             chosen: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
             parser = chosen.choices[name]
         known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; see fastddpm {' '.join(command)} --help"
+        given = unknown[0].partition("=")[0]
+        near = [flag for flag in ALIASES.get(given, ()) if flag in known] or difflib.get_close_matches(given, known)
+        told = IN_IMAGES if given in ("--epochs", "--steps") and near[:1] == ["--num-images"] else ""
+        hint = f"; did you mean {near[0]}{told}?" if near else f"; see fastddpm {' '.join(command)} --help"
         _exit(_fail(f"unknown option {unknown[0]}{hint}", 2))
     return args
 
@@ -695,12 +722,28 @@ def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def _name_flags(message: str, args: argparse.Namespace) -> str:
-    """The message with the options of this command in place of the names of fields."""
+    """The message in the words of this command: options in place of names, and of values in Python's form."""
+    who, expected, text = message.partition(": expected ")
+    if not expected:
+        return message
     names = {**args.flags, **{flag[2:].replace("-", "_"): flag for flag in args.flags.values()}}
-    flags = {name: flag for name, flag in names.items() if "_" in name or f"expected {name}" in message}
-    for name, flag in flags.items():
-        message = re.sub(rf"(?<![\w-]){name}(?![\w(])", flag, message)
-    return message
+    names |= {name: f"--{name.replace('_', '-')}" for name in vars(args) if "." not in name and name not in NO_FLAGS}
+    text = re.sub(r" \(\w+=\)", "", text.replace("resume='auto'", "neither --resume nor --no-resume"))
+    for name, flag in {**names, **OTHER_FLAGS.get(who, {})}.items():
+        here = rf"(?<![\w/.-]){name}"
+        text = re.sub(rf"(?<![\w/.-])({'|'.join(PARTS)})\.{name}(?!\w)", flag, text)
+        text = re.sub(rf"{here}=(\([\d, ]*\)|'[^']*'|[\w.,+-]*\w)", partial(_as_option, flag), text)
+        text = re.sub(rf"{here}=(?=\W|$)(?!\.)", flag, text)
+        if "_" in name or text.startswith(f"{name} "):
+            text = re.sub(rf"{here}(?![\w(=/]|\.\w)", flag, text)
+    text = re.sub(r" \((--[\w-]+)[\w ]*\)", lambda m: "" if m[1] in text[: m.start()] else m[0], text)
+    return f"{who}{expected}{text}"
+
+
+def _as_option(flag: str, found: re.Match[str]) -> str:
+    """An option with the value that Python's form has: --image-size 8,8 of image_size=(8, 8)."""
+    value = found[1].strip("()',").replace(", ", ",") or "none"
+    return {"True": flag, "False": f"--no-{flag[2:]}", "None": f"{flag} none"}.get(value, f"{flag} {value}")
 
 
 def _fail(message: str, code: int) -> int:
@@ -774,11 +817,16 @@ def _labels(text: str | None, count: int, model: GaussianDiffusion) -> Tensor | 
 
 def _open_image(path: str, model: GaussianDiffusion) -> Tensor:
     """A picture as float [1, C, H, W] in [0, 1], cropped and resized to the model's size."""
-    with Image.open(path) as opened:
-        height, width = model.image_size
-        image = ImageOps.fit(
-            ImageOps.exif_transpose(opened).convert("L" if model.channels == 1 else "RGB"), (width, height)
-        )
+    height, width = model.image_size
+    try:
+        with Image.open(path) as opened:
+            colour = ImageOps.exif_transpose(opened).convert("L" if model.channels == 1 else "RGB")
+            image = ImageOps.fit(colour, (width, height))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
+        reason = (getattr(error, "strerror", None) or str(error)).replace(f" {str(path)!r}", "")
+        raise ValueError(
+            f"sample: expected a picture that can be read, got {path} ({reason}); check the path and the file"
+        ) from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(1, height, width, -1)
     return (pixels.permute(0, 3, 1, 2).float() / 255).contiguous()
 

@@ -277,6 +277,20 @@ def test_an_unknown_option_names_the_nearest(photos: Path, capsys: pytest.Captur
     assert "did you mean --learning-rate" in error_of(capsys, "train", photos, "--learning-rat", "1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [("train photos --lr 1e-4", "--learning-rate"), ("train photos --ema=0.9", "--ema-decay"),
+     ("train photos --batch 4", "--batch-size"), ("train photos --timesteps 8", "--num-timesteps"),
+     ("train photos --epochs 3", "--num-images, which counts images, each pass over the data anew"),
+     ("train photos --steps 3", "--num-images, which counts images, each pass over the data anew"),
+     ("sample run --steps 3", "--num-steps"), ("sample run --timesteps 3", "--num-steps"),
+     ("bench train --lr 1", "--learning-rate"), ("evaluate run photos --batch 3", "--batch-size"),
+     ("evaluate run photos --output x", "--out")],
+)  # fmt: skip
+def test_an_option_of_other_programs_names_ours(capsys: pytest.CaptureFixture[str], arguments: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in error_of(capsys, *arguments.split())
+
+
 def _numbers() -> list[tuple[str, str]]:
     """Every numeric option of a training, with a number that is out of its range."""
     found = [
@@ -546,3 +560,63 @@ def test_a_mistyped_run_is_not_looked_up_on_the_hub(
     assert "got 'runs/phtos': no such folder in runs; did you mean runs/photos?" in message
     assert "runs holds photos" in error_of(capsys, command, "runs/other", *call[2:])
     assert not list(remote.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [(["--num-steps", "9"], "expected --num-steps in [1, 8], got 9"),
+     (["--dynamic-threshold", "2"], "expected --dynamic-threshold in (0, 1], got 2.0"),
+     (["--interpolate", "a.png", "b.png"], "expected a picture that can be read, got a.png (image file is truncated)"),
+     (["--interpolate", "c.png", "b.png"], "got b.png (No such file or directory); check the path"),
+     (["--interpolate", "c.png", "c.png", "--interpolate-at", "99"], "expected --interpolate-at in [0, 8), got 99"),
+     (["--inpaint", "c.png", "--mask", "d.txt"], "expected a picture that can be read, got d.txt (cannot identify")],
+)  # fmt: skip
+def test_errors_of_sample_name_its_options_and_files(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    more: list[str], told: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    whole = (photos / "cat" / "0.png").read_bytes()
+    Path("c.png").write_bytes(whole)
+    Path("a.png").write_bytes(whole[: len(whole) // 2])
+    Path("d.txt").write_text("no picture")
+    assert told in error_of(capsys, "sample", run, "--num-images", "2", *more)
+
+
+def test_errors_of_train_name_its_options(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["train", photos, "--out", run, "--class-conditional", *TINY]
+    message = error_of(capsys, *again, "--no-resume")
+    assert f"expected --out without a run for --no-resume, got {run}/" in message
+    assert "choose another --out, or neither --resume nor --no-resume" in message
+    message = error_of(capsys, *again, "--learning-rate", "1e-3")
+    assert "got --learning-rate: saved 0.0002, wanted 0.001; take the saved values, pass --allow-changes to" in message
+    message = error_of(capsys, "train", photos, "--out", tmp_path / "r", "--image-size", "28")
+    assert message.endswith("or for this size give --channel-mult 1,2,2 and --attention-resolutions 14\n")
+    Image.new("RGB", (9, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 9)).save(tmp_path / "1.png")
+    message = error_of(capsys, "train", tmp_path, "--out", tmp_path.parent / "r")
+    assert message.endswith("; pass --image-size to crop and resize them\n")
+
+
+def test_a_name_in_a_path_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "num_images" / "seed.batch_size"
+    assert f"got {missing};" in error_of(capsys, "train", missing, "--out", tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_rotated_away_names_those_that_are_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(capsys, "sample", run / "checkpoint-0000000004")
+    assert f"pass one of {run / 'checkpoint-0000000016'}; {run / 'checkpoint-0000000008'}" in message
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence() -> None:
+    call = [sys.executable, "-m", "fastddpm", "info"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
