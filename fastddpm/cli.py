@@ -17,6 +17,8 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +26,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import __version__, _native, bench, diffusion, pictures
+from . import __version__, _native, bench, diffusion, outputs, pictures
 from .diffusion import SAMPLERS, DiffusionConfig, GaussianDiffusion
 from .likelihood import BitsPerDim, bits_per_dim, histogram_bits_per_dim, plot_bits_per_dim
 from .nn import UNet, UNetConfig
@@ -35,6 +37,7 @@ from .training import (
     PRESETS,
     DivergenceError,
     ImageDataset,
+    InUseError,
     TrainConfig,
     Trainer,
     load_checkpoint,
@@ -42,7 +45,9 @@ from .training import (
     load_images,
     make_configs,
 )
+from .training.atomic import megabytes
 from .training.config import COMPILE_MODES, compile_network
+from .training.data import cache_directory
 from .training.load import open_checkpoint
 
 PARTS: dict[str, tuple[type, str]] = {
@@ -60,8 +65,29 @@ CHOICES = {
     "mu_target": ("mean", "sample"),
     "timestep_sampling": diffusion.TIMESTEP_SAMPLINGS,
 }
+OTHER_FLAGS = {  # of arguments of the library, by what tells of them
+    "sample": {"dynamic_threshold_ratio": "--dynamic-threshold"},
+    "dynamic_threshold": {"ratio": "--dynamic-threshold"},
+    "interpolate": {"t": "--interpolate-at"},
+}
+NO_FLAGS = ("run", "flags", "checkpoint", "data", "what", "weights")  # in a namespace, and no names of options
+IN_IMAGES = ", which counts images, each pass over the data anew"
+ALIASES = {  # how other programs call an option, and what it may be here
+    "--lr": ("--learning-rate",),
+    "--ema": ("--ema-decay", "--weights"),
+    "--batch": ("--batch-size",),
+    "--bs": ("--batch-size",),
+    "--epochs": ("--num-images",),
+    "--steps": ("--num-steps", "--num-images"),
+    "--timesteps": ("--num-timesteps", "--num-steps", "--timesteps-per-image"),
+    "--size": ("--image-size",),
+    "--resolution": ("--image-size",),
+    "--output": ("--out",),
+    "--gpu": ("--device",),
+}
 EXTRAS = {"plot": "matplotlib", "tensorboard": "tensorboard", "datasets": "datasets", "digits": "sklearn"}
 MOST_FRAMES = 60
+LONGEST_NUMBER = 30  # digits
 BENCH_EXAMPLES = {
     "op": "fastddpm bench op --preset cifar10 --batch-size 16 --only group_norm_silu",
     "train": "fastddpm bench train --preset cifar10 --batch-size 8 --trace trace.json",
@@ -76,10 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError) as error:
+    except BrokenPipeError:  # whoever read the output, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes there
+        return 141  # 128 + SIGPIPE, as other programs end
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, DivergenceError, InUseError) as error:
         if args.debug or os.environ.get("FASTDDPM_DEBUG"):
             raise
         failed = isinstance(error, DivergenceError) or getattr(error, "errno", None) == errno.ENOSPC
@@ -92,6 +122,14 @@ def train(args: argparse.Namespace) -> None:
     preset = {part: dict(PRESETS[args.preset][part]) if args.preset else {} for part in PARTS}
     fields = {part: {**preset[part], **given[part]} for part in PARTS}
     levels = fields["diffusion"].get("levels", DiffusionConfig.levels)
+    out = Path(fields["train"].get("output_dir", TrainConfig.output_dir))
+    outputs.check_folder(out, "train", "--out")
+    if not args.data.startswith("hf:"):
+        outputs.check_apart(args.data, out, "train", "--out")
+    if not outputs.is_run(out):
+        pngs = [path for path in out.glob("samples/*.png") if path.stem.isdecimal()]
+        remedy = "choose another folder, or move it away"
+        outputs.check_replaceable({"--out": [out / "loss.png", *pngs]}, "train", remedy=remedy)
     # a number out of range is told before the data is read; the network is checked with the size of the images
     make_configs(args.preset, diffusion=given["diffusion"], train=given["train"])
     data = load_images(
@@ -117,7 +155,6 @@ def train(args: argparse.Namespace) -> None:
     resume: bool | str = "auto" if args.resume is None else args.resume
     Trainer(model, data, training, resume=resume, allow_changes=args.allow_changes).train()
 
-    out = Path(training.output_dir)
     made = [out / "metrics.jsonl", *sorted((out / "samples").glob("*.png"))[-1:]]
     made += _drawn(lambda path: pictures.plot_loss(out / "metrics.jsonl", path), out / "loss.png")
     print("\n".join(["made:", *(f"  {path}" for path in made), f"  {open_checkpoint(out).path}"]))
@@ -126,6 +163,7 @@ def train(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """fastddpm sample RUN --out grid.png."""
+    _check_pictures(args)
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     labels = _labels(args.labels, args.num_images, model)
     if args.dry_run:
@@ -162,12 +200,32 @@ def sample(args: argparse.Namespace) -> None:
             print(f"made {pictures.save_film(frames, args.film, args.columns)}")
     print(f"made {pictures.save_grid(images, args.out, args.columns)}")
     if args.save_images:
-        folder = Path(args.save_images)
-        for n, image in enumerate(images, start=args.first_image):
+        Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        for image, path in zip(images, _image_files(args), strict=True):
             pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(folder / f"{n:06d}.png")
-        print(f"made {args.num_images} images in {folder}")
+            pictures.save_signed(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), path)
+        print(f"made {args.num_images} images in {args.save_images}")
+
+
+def _check_pictures(args: argparse.Namespace) -> None:
+    """Expect that all that a sampling is to write can be written."""
+    pictures.check_grid_path(args.out, "sample", "--out")
+    outputs.check_folder(Path(args.out).parent, "sample", "--out")
+    if args.film:
+        pictures.check_film_path(args.film, "sample", "--film")
+        outputs.check_folder(Path(args.film).parent, "sample", "--film")
+    if args.save_images:
+        outputs.check_folder(args.save_images, "sample", "--save-images")
+    files = {"--out": [Path(args.out)], "--film": [Path(args.film)] if args.film else []}
+    files["--save-images"] = _image_files(args) if args.save_images else []
+    read = [Path(path) for path in (args.inpaint, args.mask, *(args.interpolate or ())) if path is not None]
+    outputs.check_replaceable(files, "sample", overwrite=args.overwrite, read=read)
+
+
+def _image_files(args: argparse.Namespace) -> list[Path]:
+    """Where --save-images puts each image: by its index, six digits at least."""
+    first, folder = args.first_image, Path(args.save_images)
+    return [folder / f"{n:06d}.png" for n in range(first, first + args.num_images)]
 
 
 def _telling_first(device: torch.device) -> Callback:
@@ -197,6 +255,9 @@ def _both(first: Callback | None, second: Callback | None) -> Callback | None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """fastddpm evaluate RUN DATA --out DIR."""
+    outputs.check_folder(args.out, "evaluate", "--out")
+    made = [Path(args.out) / f"bits_per_dim.{suffix}" for suffix in ("json", "png")]
+    outputs.check_replaceable({"--out": made}, "evaluate", overwrite=args.overwrite)
     model = load_diffusion(args.checkpoint, ema=args.weights == "ema", device=args.device)
     levels = model.config.levels
 
@@ -213,27 +274,32 @@ def evaluate(args: argparse.Namespace) -> None:
             "use sub-folders"
         )
     labels = None if model.num_classes is None else data.labels
+    yardstick = None
+    if args.histogram_baseline:  # before the evaluation, whose result an unreadable one would cost
+        limit = args.max_images or len(data)
+        yardstick = histogram_bits_per_dim(load(args.histogram_baseline).images, data.images[:limit], levels)
     result = bits_per_dim(
         model, data.images, labels, timesteps_per_image=args.timesteps_per_image, batch_size=args.batch_size,
         seed=args.seed, max_images=args.max_images, progress=sys.stderr.isatty(),
     )  # fmt: skip
     report = result.to_dict()
     print(_breakdown(result))
-    if args.histogram_baseline:
-        limit = args.max_images or len(data)
-        yardstick = histogram_bits_per_dim(load(args.histogram_baseline).images, data.images[:limit], levels)
+    if yardstick is not None:
         report["histogram"] = yardstick
         print(f"  per-pixel histogram of {args.histogram_baseline}: {yardstick:.3f} bits/dim")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "bits_per_dim.json"
+    path, picture = made
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    drawn = _drawn(lambda picture: plot_bits_per_dim(result, picture), out / "bits_per_dim.png")
+    drawn = _drawn(lambda picture: plot_bits_per_dim(result, picture), picture)
     print("\n".join(f"made {p}" for p in [path, *drawn]))
 
 
 def bench_what(args: argparse.Namespace) -> None:
     """fastddpm bench op | train | sample [RUN]."""
+    for flag, file in (("--json", args.json), ("--trace", args.trace)):
+        if file is not None:
+            outputs.check_folder(Path(file).parent, "bench", flag)
+            outputs.check_replaceable({flag: [Path(file)]}, "bench", overwrite=args.overwrite)
     given = {part: _given(args, part) for part in PARTS}
     if args.checkpoint is not None and args.preset is not None:
         raise ValueError("bench: expected a RUN or --preset, got both; leave one of them out")
@@ -255,6 +321,7 @@ def bench_what(args: argparse.Namespace) -> None:
     if trace is not None:
         print(f"made {trace}; open it at https://ui.perfetto.dev")
     if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"made {args.json}")
 
@@ -281,6 +348,7 @@ def info(args: argparse.Namespace) -> None:
     for extra, package in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None
         print(f"extra        {extra}: {'present' if there else f'pip install fastddpm[{extra}]'}")
+    print(f"image cache  {_cached(cache_directory())}")
     if args.checkpoint is not None:
         checkpoint = (
             load_checkpoint(args.checkpoint) if _is_checkpoint(args.checkpoint) else open_checkpoint(args.checkpoint)
@@ -289,6 +357,16 @@ def info(args: argparse.Namespace) -> None:
             f"\n{checkpoint.path}: {checkpoint.images:,} images seen, {checkpoint.state['seconds']:,.0f} s of training"
         )
         print(json.dumps(checkpoint.config, indent=1))
+
+
+def _cached(folder: Path) -> str:
+    """What a cache of decoded images holds."""
+    entries = list(folder.glob("images-*"))
+    if not entries:
+        return f"{folder}, empty"
+    size = sum(file.stat().st_size for entry in entries for file in entry.glob("*"))
+    sets = "1 data set" if len(entries) == 1 else f"{len(entries)} data sets"
+    return f"{folder}, {megabytes(size)} in {sets}; may be deleted, images are decoded again when they are needed"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -320,7 +398,11 @@ def _parser() -> argparse.ArgumentParser:
         help="expect a run in --out to go on with, or none (default: go on where there is one)",
     )
     p.add_argument("--allow-changes", action="store_true", help="go on although training options have changed")
-    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    p.add_argument(
+        "--dry-run", action="store_true",
+        help="print what would be done, and do nothing but decode the images, which are kept for the next run "
+        "(--cache-dir)",
+    )  # fmt: skip
     _add_data_options(p)
     p.add_argument(
         "--resize",
@@ -370,6 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--film", help="write a film of the denoising, too: a path that ends in .gif or .webp")
     p.add_argument("--save-images", metavar="DIR", help="write each image into this folder, too")
+    _add_overwrite(p)
     p.add_argument("--columns", type=_at_least(1), help="images a row (default: about a square)")
     p.add_argument("--inpaint", metavar="IMAGE", help="keep this picture where --mask is white, and draw the rest")
     p.add_argument("--mask", metavar="IMAGE", help="white: keep, black: draw")
@@ -379,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--interpolate-at", type=_at_least(0), metavar="T", help="timestep to mix them at (default: the middle)"
     )
-    p.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    p.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     _add_model_options(p)
 
     p = command(evaluate, "Bits per dimension of a data set: prior, each timestep, decoder.",
@@ -400,6 +483,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-images", type=_at_least(1), help="evaluate the first so many images (default: all)")
     p.add_argument("--batch-size", type=_at_least(1), default=256, help="images at a time (default: %(default)s)")
     p.add_argument("--seed", type=_at_least(0), default=0, help="of the noise (default: 0)")
+    _add_overwrite(p)
     p.add_argument("--histogram-baseline", metavar="DATA", help="compare with a per-pixel histogram of these images")
     p.add_argument(
         "--resize",
@@ -448,6 +532,7 @@ def _add_bench(kinds: Any, what: str, help: str) -> None:
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     p.add_argument("--repeat", type=_at_least(1), default=20, help="calls of each, the best counts (default: 20)")
     p.add_argument("--json", metavar="FILE", help="write what was found, too")
+    _add_overwrite(p)
     if what == "op":
         p.add_argument("--only", metavar="OP", help="one op by its name (default: all that a step calls)")
     if what == "sample":
@@ -473,12 +558,20 @@ def _add_bench(kinds: Any, what: str, help: str) -> None:
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--cache-dir", help="where decoded images are kept (default: fastddpm in the user's cache folder)")
+    p.add_argument("--cache-dir", help="where decoded images are kept (default: the folder that fastddpm info shows)")
     p.add_argument(
         "--on-corrupt",
         choices=("skip", "raise"),
         default="skip",
         help="what to do with a damaged image: skip it and name it, or stop (default: skip)",
+    )
+
+
+def _add_overwrite(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that fastddpm did not write, too (default: refuse; those it wrote are replaced)",
     )
 
 
@@ -530,11 +623,12 @@ def _reader(kind: Any, optional: bool) -> Callable[[str], Any]:
         if optional and text.lower() == "none":
             return None
         if typing.get_origin(kind) is tuple:
-            values = tuple(int(v) for v in re.split(r"[,x ]+", text.strip()))
+            inside = "" if text.lower() == "none" else text.strip(" ()[],")
+            values = tuple(_whole(v) for v in re.split(r"[,x ]+", inside)) if inside else ()
             return values * 2 if len(values) == 1 and typing.get_args(kind) == (int, int) else values
-        return kind(text.replace("_", "") if kind is int else text)
+        return _whole(text) if kind is int else kind(text)
 
-    read.__name__ = getattr(kind, "__name__", "value") if typing.get_origin(kind) is not tuple else "list of integers"
+    read.__name__ = "list of whole numbers" if typing.get_origin(kind) is tuple else _name_of(kind)
     return read
 
 
@@ -553,14 +647,30 @@ def _arguments_of(config: type) -> dict[str, str]:
     return found
 
 
+def _name_of(kind: type) -> str:
+    """How argparse is to call a kind of value that it cannot read."""
+    return {int: "whole number", float: "number"}.get(kind, kind.__name__)
+
+
+def _whole(text: str) -> int:
+    """A whole number, written 2000000, 2_000_000 or 2e6."""
+    try:
+        value = Decimal(text)
+        if value == value.to_integral_value() and value.adjusted() < LONGEST_NUMBER:
+            return int(value)
+    except ArithmeticError:  # what decimal raises for other text
+        pass
+    raise ValueError(f"no whole number: {text!r}")
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        value = int(text.replace("_", ""))
+        value = _whole(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"expected a number >= {least}, got {value}")
         return value
 
-    read.__name__ = "integer"
+    read.__name__ = _name_of(int)
     return read
 
 
@@ -584,8 +694,10 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
             chosen: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
             parser = chosen.choices[name]
         known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; see fastddpm {' '.join(command)} --help"
+        given = unknown[0].partition("=")[0]
+        near = [flag for flag in ALIASES.get(given, ()) if flag in known] or difflib.get_close_matches(given, known)
+        told = IN_IMAGES if given in ("--epochs", "--steps") and near[:1] == ["--num-images"] else ""
+        hint = f"; did you mean {near[0]}{told}?" if near else f"; see fastddpm {' '.join(command)} --help"
         _exit(_fail(f"unknown option {unknown[0]}{hint}", 2))
     return args
 
@@ -610,12 +722,28 @@ def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def _name_flags(message: str, args: argparse.Namespace) -> str:
-    """The message with the options of this command in place of the names of fields."""
+    """The message in the words of this command: options in place of names, and of values in Python's form."""
+    who, expected, text = message.partition(": expected ")
+    if not expected:
+        return message
     names = {**args.flags, **{flag[2:].replace("-", "_"): flag for flag in args.flags.values()}}
-    flags = {name: flag for name, flag in names.items() if "_" in name or f"expected {name}" in message}
-    for name, flag in flags.items():
-        message = re.sub(rf"(?<![\w-]){name}(?![\w(])", flag, message)
-    return message
+    names |= {name: f"--{name.replace('_', '-')}" for name in vars(args) if "." not in name and name not in NO_FLAGS}
+    text = re.sub(r" \(\w+=\)", "", text.replace("resume='auto'", "neither --resume nor --no-resume"))
+    for name, flag in {**names, **OTHER_FLAGS.get(who, {})}.items():
+        here = rf"(?<![\w/.-]){name}"
+        text = re.sub(rf"(?<![\w/.-])({'|'.join(PARTS)})\.{name}(?!\w)", flag, text)
+        text = re.sub(rf"{here}=(\([\d, ]*\)|'[^']*'|[\w.,+-]*\w)", partial(_as_option, flag), text)
+        text = re.sub(rf"{here}=(?=\W|$)(?!\.)", flag, text)
+        if "_" in name or text.startswith(f"{name} "):
+            text = re.sub(rf"{here}(?![\w(=/]|\.\w)", flag, text)
+    text = re.sub(r" \((--[\w-]+)[\w ]*\)", lambda m: "" if m[1] in text[: m.start()] else m[0], text)
+    return f"{who}{expected}{text}"
+
+
+def _as_option(flag: str, found: re.Match[str]) -> str:
+    """An option with the value that Python's form has: --image-size 8,8 of image_size=(8, 8)."""
+    value = found[1].strip("()',").replace(", ", ",") or "none"
+    return {"True": flag, "False": f"--no-{flag[2:]}", "None": f"{flag} none"}.get(value, f"{flag} {value}")
 
 
 def _fail(message: str, code: int) -> int:
@@ -689,11 +817,16 @@ def _labels(text: str | None, count: int, model: GaussianDiffusion) -> Tensor | 
 
 def _open_image(path: str, model: GaussianDiffusion) -> Tensor:
     """A picture as float [1, C, H, W] in [0, 1], cropped and resized to the model's size."""
-    with Image.open(path) as opened:
-        height, width = model.image_size
-        image = ImageOps.fit(
-            ImageOps.exif_transpose(opened).convert("L" if model.channels == 1 else "RGB"), (width, height)
-        )
+    height, width = model.image_size
+    try:
+        with Image.open(path) as opened:
+            colour = ImageOps.exif_transpose(opened).convert("L" if model.channels == 1 else "RGB")
+            image = ImageOps.fit(colour, (width, height))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
+        reason = (getattr(error, "strerror", None) or str(error)).replace(f" {str(path)!r}", "")
+        raise ValueError(
+            f"sample: expected a picture that can be read, got {path} ({reason}); check the path and the file"
+        ) from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(1, height, width, -1)
     return (pixels.permute(0, 3, 1, 2).float() / 255).contiguous()
 

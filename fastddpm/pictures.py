@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -11,11 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 BACKGROUND = 255
 LEAST_TILE = 64
 """Images smaller than this are enlarged by a whole factor, each pixel a square."""
+USUAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILM_SUFFIXES = (".gif", ".webp")
+SIGNATURE = "fastddpm"
+SOFTWARE = 0x0131
+"""The tag of EXIF that names what wrote a picture."""
 
 
 def image_grid(
@@ -60,11 +67,81 @@ def image_grid(
     return Image.fromarray(canvas)
 
 
+def check_grid_path(path: str | Path, who: str = "save_grid", name: str = "path") -> None:
+    """Expect the name of a picture that `save_grid` can write.
+
+    Args:
+        path: the file. who, name: what takes the path, and how it is called there, for the message.
+
+    Raises:
+        ValueError: a suffix of no format that this Pillow writes in colour.
+    """
+    form = Image.registered_extensions().get(Path(path).suffix.lower())
+    try:
+        if form in Image.SAVE:
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), format=form)
+            return
+    except (OSError, ValueError):  # a format of grey pictures, say, or one whose writer is not there
+        pass
+    raise ValueError(
+        f"{who}: expected {name} to end in {', '.join(USUAL_SUFFIXES[:-1])} or {USUAL_SUFFIXES[-1]}, got {path}; "
+        "rename it"
+    )
+
+
+def check_film_path(path: str | Path, who: str = "save_film", name: str = "path") -> None:
+    """Expect the name of a film that `save_film` can write; see `check_grid_path`.
+
+    Raises:
+        ValueError: another suffix than .gif and .webp.
+    """
+    if Path(path).suffix.lower() not in FILM_SUFFIXES:
+        raise ValueError(f"{who}: expected {name} to end in {' or '.join(FILM_SUFFIXES)}, got {path}; rename it")
+
+
+def save_signed(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture with the name of this library in it, where its format has a place for that; see `is_signed`.
+
+    Args:
+        picture: what to write. path: the file; its suffix tells the format. options: of Pillow, for the format.
+    """
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Software", SIGNATURE)
+    elif form == "GIF":
+        options["comment"] = SIGNATURE.encode()
+    else:
+        options["exif"] = Image.Exif()
+        options["exif"][SOFTWARE] = SIGNATURE
+    picture.save(path, **options)
+
+
+def plot_metadata(path: Path) -> dict[str, str] | None:
+    """What matplotlib is to write into a plot, so that `is_signed` knows it; None for other formats than PNG."""
+    return {"Software": SIGNATURE} if path.suffix.lower() == ".png" else None
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a file is a picture that this library wrote, in a format that says so: PNG, JPEG, WebP, TIFF or GIF."""
+    try:
+        with Image.open(path) as picture:
+            signed = (picture.info.get("Software"), picture.info.get("comment"), picture.getexif().get(SOFTWARE))
+    except Exception:  # damage turns into errors of any kind; and then the file is not known to be ours
+        return False
+    return SIGNATURE in signed or SIGNATURE.encode() in signed
+
+
 def save_grid(images: Tensor, path: str | Path, columns: int | None = None, *, levels: int = 256) -> Path:
-    """Write `image_grid` to a file, and make its directory; the suffix tells the format. Returns the path."""
+    """Write `image_grid` to a file, and make its directory; the suffix tells the format. Returns the path.
+
+    Raises:
+        ValueError: a suffix of no format that Pillow writes, or what `image_grid` refuses. TypeError: see there.
+    """
     path = Path(path)
+    check_grid_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, levels=levels).save(path)
+    save_signed(image_grid(images, columns, levels=levels), path)
     return path
 
 
@@ -87,8 +164,7 @@ def save_film(
         ValueError: another suffix, no frame, a time out of range, or what `image_grid` refuses.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".gif", ".webp"):
-        raise ValueError(f"save_film: expected a path that ends in .gif or .webp, got {path.name}; rename it")
+    check_film_path(path)
     if milliseconds < 1 or hold < 1:
         raise ValueError(
             f"save_film: expected milliseconds and hold >= 1, got {milliseconds} and {hold}; 60 and 1500 are usual"
@@ -98,7 +174,7 @@ def save_film(
         raise ValueError("save_film: expected at least one frame, got none; collect them in the callback of sample")
     path.parent.mkdir(parents=True, exist_ok=True)
     times = [milliseconds] * (len(pictures) - 1) + [hold]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    save_signed(pictures[0], path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
     return path
 
 
@@ -153,5 +229,5 @@ def plot_loss(metrics: str | Path, path: str | Path, title: str = "") -> Path:
         figure.suptitle(title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=plot_metadata(path))
     return path

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -18,6 +19,7 @@ from PIL import Image, ImageSequence
 
 from fastddpm import cli
 from fastddpm.training import checkpoint
+from tests.fake_hub import put_in_place
 
 TINY = [
     "--base-channels", "8", "--channel-mult", "1,2", "--num-res-blocks", "1", "--attention-resolutions", "4",
@@ -193,6 +195,18 @@ def test_info_says_how_it_was_built(run: Path, capsys: pytest.CaptureFixture[str
     assert "16 images seen" in printed
 
 
+def test_info_tells_where_decoded_images_are(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache" / "fastddpm"
+    assert cli.main(["info"]) == 0
+    assert f"image cache  {cache}, empty" in capsys.readouterr().out
+    assert cli.main(["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--dry-run"]) == 0
+    assert f"kept in {cache}" in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    assert cli.main(["info"]) == 0
+    told = f"image cache  {cache}, {size / 1e6:,.1f} MB in 1 data set; may be deleted"
+    assert told in capsys.readouterr().out
+
+
 def test_as_a_process(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -263,6 +277,20 @@ def test_an_unknown_option_names_the_nearest(photos: Path, capsys: pytest.Captur
     assert "did you mean --learning-rate" in error_of(capsys, "train", photos, "--learning-rat", "1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [("train photos --lr 1e-4", "--learning-rate"), ("train photos --ema=0.9", "--ema-decay"),
+     ("train photos --batch 4", "--batch-size"), ("train photos --timesteps 8", "--num-timesteps"),
+     ("train photos --epochs 3", "--num-images, which counts images, each pass over the data anew"),
+     ("train photos --steps 3", "--num-images, which counts images, each pass over the data anew"),
+     ("sample run --steps 3", "--num-steps"), ("sample run --timesteps 3", "--num-steps"),
+     ("bench train --lr 1", "--learning-rate"), ("evaluate run photos --batch 3", "--batch-size"),
+     ("evaluate run photos --output x", "--out")],
+)  # fmt: skip
+def test_an_option_of_other_programs_names_ours(capsys: pytest.CaptureFixture[str], arguments: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in error_of(capsys, *arguments.split())
+
+
 def _numbers() -> list[tuple[str, str]]:
     """Every numeric option of a training, with a number that is out of its range."""
     found = [
@@ -304,3 +332,291 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"example:\n  fastddpm {command}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that draws an image, or evaluates, fails."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    for name in ("sample", "interpolate"):
+        monkeypatch.setattr(f"fastddpm.diffusion.GaussianDiffusion.{name}", never)
+    monkeypatch.setattr(cli, "bits_per_dim", never)
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize(
+    ("option", "name", "expected"),
+    [("--out", "bad.xyz", "--out to end in .png, .jpg"), ("--out", "bad", "--out to end in .png, .jpg"),
+     ("--out", "bad.xbm", "--out to end in .png, .jpg"), ("--film", "bad.mp4", "--film to end in .gif or .webp"),
+     ("--out", "file/g.png", "--out in a folder, or a new one"), ("--film", "file/f.gif", "--film in a folder"),
+     ("--save-images", "file", "--save-images in a folder"), ("--out", "x" * 300 + "/g.png", "--out in a folder")],
+)  # fmt: skip
+def test_names_that_cannot_be_written_are_refused_before_the_first_step(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str,
+    name: str, expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        assert f"sample: expected {expected}" in error_of(capsys, "sample", run, option, name, *more)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("command", ["train", "evaluate", "bench"])
+def test_folders_that_cannot_be_written_are_refused_before_the_work(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    calls: dict[str, list[object]] = {
+        "train": ["train", photos, *TINY, "--out"],
+        "evaluate": ["evaluate", run, photos, "--out"],
+        "bench": ["bench", "sample", run, "--json"],
+    }
+    (tmp_path / "file").write_text("mine")
+    for place in [tmp_path / "file" / "x", *([Path("/proc/x/y")] if Path("/proc/self").exists() else [])]:
+        flag = calls[command][-1]
+        assert f"{command}: expected {flag} in a folder" in error_of(capsys, *calls[command], place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_baseline_that_cannot_be_read_is_refused_before_the_evaluation(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, "evaluate", run, photos, "--out", tmp_path, "--histogram-baseline", tmp_path / "none")
+    assert str(tmp_path / "none") in message
+
+
+def test_a_run_that_goes_on_already_is_told_without_a_traceback(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = error_of(capsys, "train", photos, "--out", tmp_path, *TINY)
+    assert "expected no other training" in message
+    assert "choose another --out" in message
+
+
+def test_an_error_of_torch_keeps_its_traceback(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "Trainer", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", str(photos), "--out", str(tmp_path), *TINY])
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("own", "own"), ("own", "own/run"), ("own", "link"), ("link", "own/a/b"), ("run/samples", "run"),
+     ("run/checkpoint-0000000008/x.npz", "run"), ("run/tensorboard/x", "run")],
+)  # fmt: skip
+def test_a_run_in_its_own_data_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_images", lambda *_, **__: pytest.fail("the data were read"))
+    Path("own").mkdir()
+    Path("link").symlink_to("own")
+    Path(data).parent.mkdir(parents=True, exist_ok=True)
+    for more in ([], ["--dry-run"]):
+        message = error_of(capsys, "train", data, "--out", out, *TINY, *more)
+        assert out in message
+        assert ("choose a folder beside it, such as runs/own" if out != "run" else "choose another --out") in message
+    assert not any(Path("own").iterdir())
+
+
+def test_data_may_lie_beside_what_a_run_writes(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "project" / "photos")
+    call = ["train", str(tmp_path / "project" / "photos"), "--out", str(tmp_path / "project"), *TINY]
+    for _ in range(2):  # the second goes on
+        assert cli.main(call) == 0
+
+
+def _users_picture(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "file"),
+    [("--out", "own/0001.png", "own/0001.png"), ("--film", "own/film.gif", "own/film.gif"),
+     ("--save-images", "own", "own/000001.png"), ("--num-images", "2", "samples.png")],
+)  # fmt: skip
+def test_sample_replaces_its_own_pictures_and_no_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str,
+    value: str, file: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    call = ["sample", run, "--num-images", "2", "--num-steps", "2", option, value]
+    mine = _users_picture(Path(file))
+    message = error_of(capsys, *call)
+    assert file in message
+    assert "fastddpm did not write; choose another name, or pass --overwrite" in message
+    assert Path(file).read_bytes() == mine
+    assert [path for path in Path().rglob("*") if path.is_file()] == [Path(file)], "nothing was drawn"
+    for more in (["--overwrite"], [], ["--seed", "1"]):
+        assert cli.main([str(a) for a in [*call, *more]]) == 0
+        assert Path(file).read_bytes() != mine
+
+
+def test_sample_does_not_replace_what_it_reads_or_write_a_file_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["sample", run, "--num-images", "2", "--num-steps", "2"]
+    assert cli.main([str(a) for a in [*call, "--save-images", "made"]]) == 0
+    between = ["--interpolate", "made/000000.png", "made/000001.png"]
+    assert "made/000001.png, which is read" in error_of(capsys, *call, *between, "--out", "made/000001.png")
+    twice = error_of(capsys, *call, "--save-images", "made", "--out", "made/000000.png")
+    assert "expected --out and --save-images to name different files" in twice
+    Path("d.png").mkdir()
+    assert "got the folder d.png" in error_of(capsys, *call, "--out", "d.png", "--overwrite")
+
+
+@pytest.mark.parametrize("file", ["bits_per_dim.json", "bits_per_dim.png"])
+def test_evaluate_replaces_its_own_report_and_no_other(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    call = ["evaluate", str(run), str(photos), "--out", str(tmp_path), "--timesteps-per-image", "2"]
+    (tmp_path / file).write_text('{"mine": 1}')
+    assert file in error_of(capsys, *call)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(file, '{"mine": 1}')]
+    for more in (["--overwrite"], []):
+        assert cli.main([*call, *more]) == 0
+
+
+@pytest.mark.parametrize("file", ["loss.png", "samples/0000000016.png"])
+def test_a_new_run_replaces_no_picture_of_the_user(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    out = tmp_path / "run"
+    call = ["train", str(photos), "--out", str(out), *TINY]
+    mine = _users_picture(out / file)
+    assert f"{out / file}, which fastddpm did not write; choose another folder" in error_of(capsys, *call)
+    assert (out / file).read_bytes() == mine
+    (out / file).unlink()
+    for _ in range(2):
+        assert cli.main(call) == 0
+
+
+@pytest.mark.parametrize("text", ["()", "", "none", "None", "( )", "[]"])
+def test_attention_in_the_middle_alone_can_be_asked_for(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--attention-resolutions", text, "--dry-run"]
+    assert cli.main(call) == 0
+    plan = json.loads("{" + capsys.readouterr().out.partition("\n{")[2])
+    assert plan["unet"]["attention_resolutions"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "values"), [("(1, 2)", [1, 2]), ("1,2", [1, 2]), ("1x2", [1, 2]), ("[1,]", [1]), ("1 2", [1, 2])]
+)
+def test_a_list_may_stand_in_brackets(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, values: list[int]
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--attention-resolutions", "8"]
+    assert cli.main([*call, "--channel-mult", text, "--dry-run"]) == 0
+    assert json.loads("{" + capsys.readouterr().out.partition("\n{")[2])["unet"]["channel_mult"] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2e6", 2_000_000), ("2_000_000", 2_000_000), ("1.5e3", 1500), ("16", 16), ("16.0", 16)]
+)
+def test_a_whole_number_may_be_written_as_people_do(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, count: int
+) -> None:
+    call = ["train", str(photos), "--out", str(tmp_path / "run"), *TINY, "--num-images", text, "--dry-run"]
+    assert cli.main(call) == 0
+    assert json.loads("{" + capsys.readouterr().out.partition("\n{")[2])["train"]["num_images"] == count
+
+
+@pytest.mark.parametrize("text", ["1.5", "2e-1", "many", "inf", "nan", "1e999999999", ""])
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_what_is_no_whole_number_is_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str], text: str, command: str
+) -> None:
+    message = error_of(capsys, command, photos, "--num-images", text)
+    assert "--num-images" in message
+    assert "whole number" in message
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_mistyped_run_is_not_looked_up_on_the_hub(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:  # fmt: skip
+    remote = put_in_place(tmp_path, monkeypatch)
+    call = [command, "runs/phtos", *([photos] if command == "evaluate" else [])]
+    assert "the hub says" in error_of(capsys, *call)
+    shutil.copytree(run, tmp_path / "runs" / "photos")
+    message = error_of(capsys, *call)
+    assert "got 'runs/phtos': no such folder in runs; did you mean runs/photos?" in message
+    assert "runs holds photos" in error_of(capsys, command, "runs/other", *call[2:])
+    assert not list(remote.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [(["--num-steps", "9"], "expected --num-steps in [1, 8], got 9"),
+     (["--dynamic-threshold", "2"], "expected --dynamic-threshold in (0, 1], got 2.0"),
+     (["--interpolate", "a.png", "b.png"], "expected a picture that can be read, got a.png (image file is truncated)"),
+     (["--interpolate", "c.png", "b.png"], "got b.png (No such file or directory); check the path"),
+     (["--interpolate", "c.png", "c.png", "--interpolate-at", "99"], "expected --interpolate-at in [0, 8), got 99"),
+     (["--inpaint", "c.png", "--mask", "d.txt"], "expected a picture that can be read, got d.txt (cannot identify")],
+)  # fmt: skip
+def test_errors_of_sample_name_its_options_and_files(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    more: list[str], told: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    whole = (photos / "cat" / "0.png").read_bytes()
+    Path("c.png").write_bytes(whole)
+    Path("a.png").write_bytes(whole[: len(whole) // 2])
+    Path("d.txt").write_text("no picture")
+    assert told in error_of(capsys, "sample", run, "--num-images", "2", *more)
+
+
+def test_errors_of_train_name_its_options(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["train", photos, "--out", run, "--class-conditional", *TINY]
+    message = error_of(capsys, *again, "--no-resume")
+    assert f"expected --out without a run for --no-resume, got {run}/" in message
+    assert "choose another --out, or neither --resume nor --no-resume" in message
+    message = error_of(capsys, *again, "--learning-rate", "1e-3")
+    assert "got --learning-rate: saved 0.0002, wanted 0.001; take the saved values, pass --allow-changes to" in message
+    message = error_of(capsys, "train", photos, "--out", tmp_path / "r", "--image-size", "28")
+    assert message.endswith("or for this size give --channel-mult 1,2,2 and --attention-resolutions 14\n")
+    Image.new("RGB", (9, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 9)).save(tmp_path / "1.png")
+    message = error_of(capsys, "train", tmp_path, "--out", tmp_path.parent / "r")
+    assert message.endswith("; pass --image-size to crop and resize them\n")
+
+
+def test_a_name_in_a_path_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "num_images" / "seed.batch_size"
+    assert f"got {missing};" in error_of(capsys, "train", missing, "--out", tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_rotated_away_names_those_that_are_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(capsys, "sample", run / "checkpoint-0000000004")
+    assert f"pass one of {run / 'checkpoint-0000000016'}; {run / 'checkpoint-0000000008'}" in message
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence() -> None:
+    call = [sys.executable, "-m", "fastddpm", "info"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141

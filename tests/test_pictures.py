@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from fastddpm.pictures import image_grid, plot_loss, save_film, save_grid
+from fastddpm.pictures import image_grid, is_signed, plot_loss, save_film, save_grid
 
 
 def test_grid_shows_each_image_at_its_place_enlarged() -> None:
@@ -86,7 +86,7 @@ def test_equal_frames_keep_their_time(tmp_path: Path, suffix: str) -> None:
 
 
 def test_film_refuses_other_formats_no_frames_and_no_time(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a path that ends in .gif or .webp, got film.mp4"):
+    with pytest.raises(ValueError, match=r"expected path to end in .gif or .webp, got .*film.mp4; rename it"):
         save_film([torch.zeros(1, 1, 8, 8)], tmp_path / "film.mp4")
     with pytest.raises(ValueError, match="expected at least one frame, got none"):
         save_film([], tmp_path / "film.gif")
@@ -125,3 +125,29 @@ def test_curves_need_a_line_and_matplotlib(tmp_path: Path, monkeypatch: pytest.M
 def test_grid_is_written_where_no_directory_was(tmp_path: Path) -> None:
     with Image.open(save_grid(torch.zeros(4, 3, 8, 8), tmp_path / "a" / "b.png")) as picture:
         assert picture.size == (134, 134)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp", ".tif", ".gif"])
+def test_pictures_are_known_as_ours(tmp_path: Path, suffix: str) -> None:
+    path = save_grid(torch.zeros(4, 3, 8, 8), tmp_path / f"a{suffix}")
+    assert is_signed(path)
+    Image.new("RGB", (8, 8)).save(tmp_path / f"c{suffix}")
+    assert not is_signed(tmp_path / f"c{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_films_are_known_as_ours(tmp_path: Path, suffix: str) -> None:
+    frames = [torch.full((1, 1, 8, 8), value) for value in (0.0, 1.0)]
+    assert is_signed(save_film(frames, tmp_path / f"film{suffix}"))
+
+
+def test_what_is_no_picture_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("fastddpm")
+    assert not is_signed(tmp_path / "a.png")
+    assert not is_signed(tmp_path / "none.png")
+
+
+def test_a_grid_of_no_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"save_grid: expected path to end in .png, .jpg, .*, got .*a.xyz; rename it"):
+        save_grid(torch.zeros(4, 3, 8, 8), tmp_path / "new" / "a.xyz")
+    assert not (tmp_path / "new").exists()

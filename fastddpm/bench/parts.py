@@ -78,6 +78,8 @@ def _profile(device: torch.device, trace: Path | None) -> Iterator[torch.profile
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        if trace is not None:
+            profile.add_metadata("made by", "fastddpm")  # by which the command line knows that it may replace it
         yield profile
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)

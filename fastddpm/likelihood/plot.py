@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..pictures import plot_metadata
 from .bits_per_dim import BitsPerDim
 
 
@@ -85,4 +86,4 @@ def plot_bits_per_dim(result: BitsPerDim, path: str | Path) -> None:
         f"        {result.num_images:,} images, {result.levels} levels",
         transform=axes.transAxes, fontsize=9.5, color=grey,
     )  # fmt: skip
-    figure.savefig(path)
+    figure.savefig(path, metadata=plot_metadata(Path(path)))

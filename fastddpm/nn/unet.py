@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,8 @@ class UNetConfig:
         base_channels: width of the first level, >= 2; the time embedding is four times as wide.
         channel_mult: width of each level in units of base_channels; one integer >= 1 per level.
         num_res_blocks: residual blocks per level on the way down, >= 1; there is one more on the way up.
-        attention_resolutions: heights, in pixels of the feature map, of the levels with attention; the middle has it
-            always.
+        attention_resolutions: heights, in pixels of the feature map, of the levels with attention; () for the
+            middle alone, which has it always.
         num_heads: heads of every attention, >= 1.
         head_channels: channels of a head, >= 1, in place of num_heads.
         scale_shift: condition residual blocks by scale and shift after the second norm, not by a bias before it.
@@ -163,7 +164,7 @@ class UNetConfig:
             value = getattr(self, name)
             _expect(_is_number(value) and 0 < value < float("inf"), name, "> 0 and finite", value, usual)
 
-        _check_divisible("UNetConfig", "image_size", *self.image_size, len(self.level_widths))
+        _check_divisible("UNetConfig", "image_size", *self.image_size, len(self.level_widths), self._fewer_levels())
         heights = [("attention_resolutions", height) for height in self.attention_resolutions]
         heights += [("up_attention_resolutions", height) for height in self.up_attention_resolutions or ()]
         for name, height in heights:
@@ -194,6 +195,23 @@ class UNetConfig:
                     getattr(self, name),
                     f"set {name} to a divisor of {width}",
                 )
+
+    def _fewer_levels(self) -> str:
+        """Options with as many levels as the size of the images can be halved for, and the attention that is nearest to
+        what was asked for; empty where there is one level alone."""
+        height, width = self.image_size
+        halvings = min((n & -n).bit_length() - 1 for n in (height, width))
+        if halvings == 0:
+            return ""
+        name, widths = ("channel_mult", self.channel_mult) if self.widths is None else ("widths", self.widths)
+        heights = [height >> i for i in range(halvings + 1)]
+        options: dict[str, tuple[int, ...]] = {name: widths[: halvings + 1]}
+        for option in ("attention_resolutions", "up_attention_resolutions"):
+            wanted = getattr(self, option)
+            if wanted:
+                nearest = {min(heights, key=lambda h: abs(math.log(h / each))) for each in wanted}
+                options[option] = tuple(sorted(nearest, reverse=True))
+        return " and ".join(f"{option}={value}" for option, value in options.items())
 
     @property
     def level_heights(self) -> tuple[int, ...]:
@@ -636,13 +654,15 @@ def _expect(condition: bool, name: str, what: str, value: Any, remedy: str) -> N
         raise ValueError(f"UNetConfig: expected {name} {what}, got {value!r}; {remedy}")
 
 
-def _check_divisible(who: str, name: str, height: int, width: int, num_levels: int) -> None:
-    """The network halves height and width num_levels - 1 times."""
+def _check_divisible(who: str, name: str, height: int, width: int, num_levels: int, recipe: str = "") -> None:
+    """The network halves height and width num_levels - 1 times; ``recipe`` says how to halve less often."""
     divisor = 2 ** (num_levels - 1)
     if height % divisor or width % divisor:
+        near = "x".join(str(-(-size // divisor) * divisor) for size in (height, width))
+        fewer = f"for this size give {recipe}" if recipe else "give channel_mult fewer levels"
         raise ValueError(
             f"{who}: expected {name} with height and width divisible by {divisor} = 2^(levels - 1), "
-            f"got {height}x{width}; pad or resize the images, or give channel_mult fewer levels"
+            f"got {height}x{width}; pad or resize the images to {near}, or {fewer}"
         )
 
 

@@ -4,7 +4,7 @@ from .checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_che
 from .config import TrainConfig
 from .data import ImageDataset, batch_indices, load_images
 from .load import load_diffusion
-from .loop import DivergenceError, Trainer
+from .loop import DivergenceError, InUseError, Trainer
 from .metrics import read_metrics
 from .presets import PRESETS, make_configs
 
@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "DivergenceError",
     "ImageDataset",
+    "InUseError",
     "TrainConfig",
     "Trainer",
     "batch_indices",

@@ -231,11 +231,12 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     """
     path = Path(path)
     if not (path / "state.json").exists() and not (path.is_dir() and _NAME.fullmatch(path.name)):
-        inside = _checkpoints(path)
+        there = [str(other) for _, _, other in _checkpoints(path) or _checkpoints(path.parent)]
+        several = "one of " if len(there) > 1 else ""
+        remedy = f"pass {several}{_listing(there)}" if there else "pass one named checkpoint-<images>"
         found = "a directory without state.json" if path.is_dir() else "a file" if path.exists() else "nothing"
         raise CheckpointError(
-            f"load_checkpoint: expected path to be the directory of a checkpoint, got {path} ({found}); "
-            f"pass {inside[0][2] if inside else 'one named checkpoint-<images>'}"
+            f"load_checkpoint: expected path to be the directory of a checkpoint, got {path} ({found}); {remedy}"
         )
     try:
         return _open(path, verify)

@@ -339,7 +339,7 @@ def _from_encoded(
         source = replace(source, labels=_checked_labels(source.labels, len(source.names), source.where).tolist())
 
     key = json.dumps([_CACHE_FORMAT, source.identity, asdict(settings), source.labels, source.class_names])
-    target = _cache_directory(cache_dir) / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    target = cache_directory(cache_dir) / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     start = time.perf_counter()
     dataset, origin = _open_cache(target, source), f"kept in {target}"
     if dataset is None:
@@ -366,7 +366,8 @@ def _from_encoded(
     return _with_report(dataset, f"{source.where}{''.join(counts)}; {origin}")
 
 
-def _cache_directory(given: str | Path | None) -> Path:
+def cache_directory(given: str | Path | None = None) -> Path:
+    """Where decoded images are kept: the given folder, or that of the user. What lies there may be deleted."""
     if given is not None:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastddpm"

@@ -61,6 +61,10 @@ class DivergenceError(RuntimeError):
     """The loss or a gradient was not finite."""
 
 
+class InUseError(RuntimeError):
+    """Another training runs in the same directory."""
+
+
 class Trainer:
     """Trains a diffusion on images; writes checkpoints, metrics and sample grids; goes on where it stopped.
 
@@ -203,7 +207,7 @@ class Trainer:
             DivergenceError: a loss or gradient was not finite; the last good checkpoint is kept and named.
             SystemExit: after SIGINT or SIGTERM.
             OSError: the disk is full; earlier checkpoints are as they were.
-            RuntimeError: another training runs in output_dir.
+            InUseError: another training runs in output_dir.
         """
         c = self.config
         if self.images_seen >= c.num_images:
@@ -708,11 +712,11 @@ def _locked(path: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with path.open("w") as file:
+    with path.open("a") as file:  # whatever is in it stays
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(
+            raise InUseError(
                 f"Trainer: expected no other training in {path.parent}, got one that runs; "
                 "wait for it, or choose another output_dir"
             ) from error

@@ -18,6 +18,7 @@ from fastddpm.bench.memory import peak_of_child, peak_of_work, resident
 from fastddpm.bench.parts import part_of
 from fastddpm.bench.work import fill_zeros
 from fastddpm.nn import UNet
+from fastddpm.outputs import is_own
 from tests.recorded import record_on_cpu
 
 UNET = dict(
@@ -108,6 +109,7 @@ def test_a_trace_has_each_op_under_its_name(tmp_path: Path, capsys: pytest.Captu
     options = ["--only", "group_norm_silu", "--repeat", "1", "--trace", str(trace), "--json", str(record)]
     assert cli.main(["bench", "op", *TINY, *options]) == 0
     assert f"made {trace}" in capsys.readouterr().out
+    assert is_own(trace), "the same call may replace it"
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     named = [event for event in events if event.get("cat") == "user_annotation"]
     rows = json.loads(record.read_text(encoding="utf-8"))
@@ -249,6 +251,11 @@ def test_on_the_command_line(
     printed = capsys.readouterr().out
     assert "batch 2" in printed
     assert json.loads(record.read_text(encoding="utf-8"))
+    assert is_own(record), "the same call may replace it"
+    record.write_text('{"mine": 1}')
+    assert cli.main(["bench", what, *TINY, "--json", str(record)]) == 2
+    assert "fastddpm did not write" in capsys.readouterr().err
+    assert record.read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize(

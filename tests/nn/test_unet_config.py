@@ -135,3 +135,28 @@ def test_unknown_options_are_named() -> None:
         UNet.from_config({"image_size": [32, 32], "channel_mul": [1, 2]})
     with pytest.raises(ValueError, match=r"^UNet: expected options of UNetConfig, got 'xyz'; choose among im"):
         UNet(xyz=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "padded", "recipe"),
+    [
+        (dict(image_size=28), "32x32", "channel_mult=(1, 2, 2) and attention_resolutions=(14,)"),
+        (dict(image_size=(30, 32)), "32x32", "channel_mult=(1, 2) and attention_resolutions=(15,)"),
+        (dict(image_size=12, attention_resolutions=()), "16x16", "channel_mult=(1, 2, 2)"),
+        (
+            dict(image_size=28, widths=(32, 64, 64, 96), up_attention_resolutions=(16, 8)),
+            "32x32",
+            "widths=(32, 64, 64) and attention_resolutions=(14,) and up_attention_resolutions=(14, 7)",
+        ),
+    ],
+)
+def test_the_recipe_for_a_size_that_cannot_be_halved_works(options: dict[str, Any], padded: str, recipe: str) -> None:
+    with pytest.raises(ValueError, match="expected image_size") as caught:
+        UNetConfig(**options)
+    assert str(caught.value).endswith(f"; pad or resize the images to {padded}, or for this size give {recipe}")
+    UNetConfig(**options | eval(f"dict({recipe.replace(' and ', ', ')})"))
+
+
+def test_a_size_that_cannot_be_halved_at_all_has_no_recipe() -> None:
+    with pytest.raises(ValueError, match=r"got 27x27; pad or resize the images to 32x32, or give channel_mult fewer l"):
+        UNetConfig(image_size=27)

@@ -25,6 +25,7 @@ from fastddpm._calls import Repeated
 from fastddpm.diffusion import GaussianDiffusion
 from fastddpm.training import (
     DivergenceError,
+    InUseError,
     Trainer,
     latest_checkpoint,
     load_checkpoint,
@@ -564,7 +565,7 @@ def test_second_training_in_the_same_directory_is_refused(tmp_path: Path) -> Non
     trainer = toy_trainer(tmp_path, num_images=8)
     other = toy_trainer(tmp_path, num_images=8)
     trainer.callbacks = (lambda _: other.train(),)
-    with pytest.raises(RuntimeError, match=r"expected no other training in .*, got one that runs; wait for it"):
+    with pytest.raises(InUseError, match=r"expected no other training in .*, got one that runs; wait for it"):
         trainer.train()
 
 

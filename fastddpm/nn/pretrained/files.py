@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import pickle
 import re
@@ -77,7 +78,8 @@ def local_copy(path: str | Path, patterns: list[str], revision: str | None, who:
     """The folder itself, or a copy of a repository on the hub that has at least the files of these patterns.
 
     Raises:
-        ValueError: neither a folder, nor a repository that can be had. ImportError: no huggingface_hub.
+        ValueError: neither a folder, nor a repository that can be had; the name of a repository where a folder has the
+            name of its owner, which is taken for a mistyped path. ImportError: no huggingface_hub.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -85,6 +87,16 @@ def local_copy(path: str | Path, patterns: list[str], revision: str | None, who:
         raise ValueError(
             f"{who}: expected a folder, a file or a repository on the Hugging Face hub such as "
             f"'google/ddpm-cifar10-32', got {str(path)!r}, where nothing is; check the path"
+        )
+    parent = Path(path).parent
+    if parent.is_dir():  # a path, mistyped: nobody is asked about it
+        there = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+        near = difflib.get_close_matches(Path(path).name, there, n=1)
+        listed = f"{', '.join(there[:8])}{', ...' if there[8:] else ''}"
+        found = f"did you mean {parent / near[0]}?" if near else f"{parent} holds {listed or 'nothing'}."
+        raise ValueError(
+            f"{who}: expected a folder that is there, got {str(path)!r}: no such folder in {parent}; {found} For a "
+            f"repository of that name on the Hugging Face hub, call from where no folder {parent} is"
         )
     try:
         from huggingface_hub import snapshot_download
