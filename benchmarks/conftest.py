@@ -22,6 +22,7 @@ from fastddpm import _native
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
+PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Row:
 
 
 ROWS = pytest.StashKey[list[Row]]()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +63,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     keep_memory()
+
+
+def peers_are_asked_for(config: pytest.Config) -> bool:
+    """Whether one of the paths on the command line lies in benchmarks/peers."""
+    paths = (config.invocation_params.dir / arg.partition("::")[0] for arg in config.args)
+    return any(path.resolve().is_relative_to(PEERS) for path in paths)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where times are taken, other libraries take part when they are asked for: they take longer than all the ops."""
+    if not config.getoption("benchmark_only") or peers_are_asked_for(config):
+        return
+    left_out = [item for item in items if item.path.is_relative_to(PEERS)]
+    config.stash[LEFT_OUT] = len(left_out)
+    if left_out:
+        items[:] = [item for item in items if not item.path.is_relative_to(PEERS)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    count = config.stash.get(LEFT_OUT, 0)
+    how = "pytest benchmarks/peers --benchmark-only, or make bench-peers"
+    return [f"other libraries: {count} tests of benchmarks/peers left out; for these: {how}"] if count else []
 
 
 def keep_memory() -> None:
