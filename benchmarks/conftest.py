@@ -29,7 +29,7 @@ PEERS = Path(__file__).parent / "peers"
 class Row:
     """One contestant of one case: the best time, and the least that the work can take.
 
-    ``floor`` is the larger of the time to copy as many bytes, measured in the same turns, and of the time in which the
+    ``floor`` is the larger of the time to move as many bytes, measured in the same turns, and of the time in which the
     kernel that only draws draws as many normal numbers.
     """
 
@@ -120,7 +120,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
 
     def run(
         contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0,
-        seconds: float = 0.0,
+        updates: bool = False, seconds: float = 0.0,
     ) -> None:
         benchmark.group = f"{case} {dtype}, {threads} thread(s)"
         if benchmark.disabled:  # each runs once, to see that it runs
@@ -129,7 +129,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
             benchmark(lambda: None)
             return
         torch.set_num_threads(threads)
-        floors = {"copy": copy_of(size)} | ({"draw": drawing(normals)} if normals else {})
+        floors = {"move": moving(size, updates)} | ({"draw": drawing(normals)} if normals else {})
         best = turns({**contestants, **floors}, max(seconds, pytestconfig.getoption("--bench-seconds")))
         floor = max(best[name] for name in floors)
         for name in contestants:
@@ -181,10 +181,16 @@ def on_gpu(call: Call) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def copy_of(size: int) -> Call:
-    """Read size / 2 bytes and write as many; on a GPU, of memory that the cache does not hold."""
+def moving(size: int, updates: bool) -> Call:
+    """Read size / 2 bytes and write as many, where they were read or elsewhere; on a GPU, past what the cache holds.
+
+    A CPU first reads the memory that it writes, unless it has read it before: a copy moves half as many bytes again as
+    it counts, and is no floor to what ``updates`` memory in place.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.ones(max(1, size // 8), device=device)
+    if updates:
+        return source.neg_
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -218,9 +224,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    from benchmarks.report import lines_of, verdicts
+    from benchmarks.report import UPDATED, lines_of, verdicts
 
-    about = machine()
+    about = machine() | {"floor": UPDATED}
     terminalreporter.section("against eager PyTorch")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

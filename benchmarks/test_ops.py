@@ -84,4 +84,5 @@ def test_op(
         compare(
             {name: contest.bound(function) for name, function in functions.items()}, case=name_of(make, shape),
             dtype=str(dtype).removeprefix("torch."), threads=threads, size=contest.size, normals=contest.normals,
+            updates=contest.updates,
         )  # fmt: skip
