@@ -1,6 +1,7 @@
 # make demo    train, sample and evaluate on handwritten digits; says where the pictures are
 # make test    lint, types, import contracts, all tests but the slow ones, and a short run of the demo
-# make test-all    the same with the slow tests;   make lint, make bench, make bench-peers, make clean
+# make test-all    the same with the slow tests;   make lint, make clean
+# make bench       times the ops and a training step;   make bench-peers    other libraries and ours
 #
 # Each sets up its own environment under .venv/ first, and again when what it was made from changes. By variable:
 #   PYTHON=python3.12            the Python (3.10 or later) to make environments with

@@ -24,13 +24,14 @@ from fastddpm.bench import GpuClock
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
+PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
 class Row:
     """One contestant of one case: the best time, and the least that the work can take.
 
-    ``floor`` is the larger of the time to copy as many bytes, measured in the same turns, and of the time in which the
+    ``floor`` is the larger of the time to move as many bytes, measured in the same turns, and of the time in which the
     kernel that only draws draws as many normal numbers.
     """
 
@@ -45,6 +46,7 @@ class Row:
 
 
 ROWS = pytest.StashKey[list[Row]]()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +65,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     keep_memory()
+
+
+def peers_are_asked_for(config: pytest.Config) -> bool:
+    """Whether one of the paths on the command line lies in benchmarks/peers."""
+    paths = (config.invocation_params.dir / arg.partition("::")[0] for arg in config.args)
+    return any(path.resolve().is_relative_to(PEERS) for path in paths)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where times are taken, other libraries take part when they are asked for: they take longer than all the ops."""
+    if not config.getoption("benchmark_only") or peers_are_asked_for(config):
+        return
+    left_out = [item for item in items if item.path.is_relative_to(PEERS)]
+    config.stash[LEFT_OUT] = len(left_out)
+    if left_out:
+        items[:] = [item for item in items if not item.path.is_relative_to(PEERS)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    count = config.stash.get(LEFT_OUT, 0)
+    how = "pytest benchmarks/peers --benchmark-only, or make bench-peers"
+    return [f"other libraries: {count} tests of benchmarks/peers left out; for these: {how}"] if count else []
 
 
 def keep_memory() -> None:
@@ -97,7 +122,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
 
     def run(
         contestants: dict[str, Call], *, case: str, dtype: str, threads: int, size: int, normals: int = 0,
-        seconds: float = 0.0, launches: bool = False,
+        updates: bool = False, seconds: float = 0.0, launches: bool = False,
     ) -> None:
         benchmark.group = f"{case} {dtype}, {threads} thread(s)"
         if benchmark.disabled:  # each runs once, to see that it runs
@@ -106,7 +131,7 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
             benchmark(lambda: None)
             return
         torch.set_num_threads(threads)
-        floors = {"copy": copy_of(size)} | ({"draw": drawing(normals)} if normals else {})
+        floors = {"move": moving(size, updates)} | ({"draw": drawing(normals)} if normals else {})
         seconds = max(seconds, pytestconfig.getoption("--bench-seconds"))
         best = turns({**contestants, **floors}, seconds, launches=launches)
         floor = max(best[name] for name in floors)
@@ -165,10 +190,16 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def copy_of(size: int) -> Call:
-    """Read size / 2 bytes and write as many, at each call the same."""
+def moving(size: int, updates: bool) -> Call:
+    """Read size / 2 bytes and write as many, where they were read or elsewhere, at each call the same.
+
+    A CPU first reads the memory that it writes, unless it has read it before: a copy moves half as many bytes again as
+    it counts, and is no floor to what ``updates`` memory in place.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.ones(max(1, size // 8), device=device)
+    if updates:
+        return source.neg_
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -202,9 +233,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    from benchmarks.report import lines_of, verdicts
+    from benchmarks.report import UPDATED, lines_of, verdicts
 
-    about = machine()
+    about = machine() | {"floor": UPDATED}
     terminalreporter.section("against eager PyTorch")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

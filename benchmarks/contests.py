@@ -30,7 +30,8 @@ TABLE = torch.stack([ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt()], dim=1)
 @dataclass(frozen=True)
 class Contest:
     """Ours, eager and, where there is one, the single ATen operator, each a function of ``inputs``; bytes moved and
-    normal numbers drawn. ``timed``: the call, its gradient alone, or both one after the other.
+    normal numbers drawn. ``timed``: the call, its gradient alone, or both one after the other. ``updates``: what is
+    written was read in the same place.
     """
 
     inputs: tuple[Tensor, ...]
@@ -40,6 +41,7 @@ class Contest:
     normals: int = 0
     native_op: Function | None = None
     timed: str = "call"
+    updates: bool = False
 
     def bound(self, function: Function, inputs: tuple[Tensor, ...] | None = None) -> Call:
         """What is timed of a function, on these inputs or on copies of them."""
@@ -273,7 +275,7 @@ def adam_ema(shape: Sequence[int], dtype: torch.dtype) -> Contest:
         torch._foreach_lerp_(shadow, weights, 1e-4)
         return norm
 
-    return Contest((), ours, eager, 40 * sum(p.numel() for p in params))
+    return Contest((), ours, eager, 40 * sum(p.numel() for p in params), updates=True)
 
 
 Make = Callable[[Sequence[int], torch.dtype], Contest]

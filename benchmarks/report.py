@@ -32,6 +32,21 @@ BARS = [
 ]
 
 
+# How the floor of a record was measured, as its header has it; a record without the word is of the time before.
+COPIED, UPDATED = "copy", "copy, or update in place"
+FLOORS = {
+    COPIED: [
+        "The bytes were moved by a copy. A CPU first reads the memory that it writes, unless it has read it before, so",
+        "a copy moves half as many bytes again as are counted. adam_ema writes where it has read, and does not: to it",
+        "the copy is no floor, and a share above 100% says how much faster than those of a copy its bytes moved.",
+    ],
+    UPDATED: [
+        "The bytes are moved by a copy and, of adam_ema, by an update in place: a CPU first reads the memory that it",
+        "writes, unless it has read it before, so a copy moves half as many bytes again as are counted.",
+    ],
+}
+
+
 def lines_of(rows: Rows) -> list[str]:
     """A row for each case and number of threads, as text in columns."""
     head = f"{'case':<40}{'dtype':<10}{'threads':>7}{'MB':>8}{'ms':>10}{'floor ms':>10}{'share':>7}"
@@ -85,9 +100,11 @@ def markdown(
         "Contestants take turns of two to five calls in a row, and the best call counts: so threads are awake, as in",
         "a network, and what fits in a cache may lie there, for every contestant and for the floor. *eager* is the",
         "shortest PyTorch that a good user would write, *compile* is `torch.compile` of it, *native op* the one ATen",
-        "operator that does the heart of it. The floor is the time to copy as many bytes as the op must move, measured",
-        "in the same turns, or that to draw as many normal numbers where it is longer; a copy that stays in the cache",
-        "is faster than memory. Of conv3x3, linear and self_attention arithmetic is the limit, not the bytes: conv3x3",
+        "operator that does the heart of it. The floor is the time to move as many bytes as the op must, measured in",
+        "the same turns, or that to draw as many normal numbers where it is longer; *share* is the floor by our time.",
+        *FLOORS[about.get("floor", COPIED)],
+        "What stays in the cache moves faster than memory does: a share exceeds 100%, too, where more of the op's data",
+        "lies there than of the copy's. Of conv3x3, linear and self_attention arithmetic is the limit: conv3x3",
         "multiplies 2.25 times less than the direct sum that it is compared with, in half precision 4 times. Of linear",
         "the numbers are rows, inputs and outputs, of self_attention samples, tokens and three times the channels of",
         "its one head; eager is `scaled_dot_product_attention`. On a GPU: not measured.",

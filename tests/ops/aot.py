@@ -78,10 +78,8 @@ def recorded(op: str, call: Callable[[Any], object]) -> list[Launch]:
     return launches
 
 
-def compiled(launch: Launch, arch: int, floats: str = "fp32") -> Any:
-    """The kernel as Triton's launcher would have it compiled for these arguments; torch.compile makes floats "fp64"."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch, floats: str = "fp32") -> Any:
+    """What Triton's launcher would compile for these arguments; torch.compile makes floats "fp64"."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -101,36 +99,49 @@ def compiled(launch: Launch, arch: int, floats: str = "fp32") -> Any:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compiled(launch: Launch, arch: int, floats: str = "fp32") -> Any:
+    """The kernel of a launch, for a GPU of this architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    return triton.compile(source_of(launch, floats), target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def dumped(result: Any, *options: str) -> str:
+    """What cuobjdump prints of a compiled kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        run = subprocess.run([str(tool), *options, file.name], check=True, capture_output=True, text=True)
+    return run.stdout
+
+
+def used(name: str, dump: str) -> int:
+    """A figure of the resource usage: REG, of a thread; STACK and LOCAL, its bytes of local memory."""
+    found = re.search(rf"{name}:(\d+)", dump)
+    assert found, dump
+    return int(found.group(1))
 
 
 def inspected(case: str, launch: Launch, arch: int) -> Binary:
     """Compile, and read the binary."""
-    import triton
-
-    result = compiled(launch, arch)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-
-        def read(*options: str) -> str:
-            return subprocess.run(
-                [str(tools / "cuobjdump"), *options, file.name], check=True, capture_output=True, text=True
-            ).stdout
-
-        usage, sass = read("-res-usage"), read("-sass")
-    memory = re.findall(r"\b(LDG|STG)\.E(\S*)", sass)
+    dump = dumped(compiled(launch, arch), "-res-usage", "-sass")
+    memory = re.findall(r"\b(LDG|STG)\.E(\S*)", dump)
     wide = sum(".128" in width for _, width in memory)
     return Binary(
         case=case,
         kernel=launch.kernel.fn.__name__,
         arch=arch,
         threads=32 * launch.options.get("num_warps", 4),
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        stack=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        registers=used("REG", dump),
+        stack=used("STACK", dump),
+        local=len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         wide=wide,
         narrow=len(memory) - wide,
     )
