@@ -125,6 +125,7 @@ class Trainer:
         self.dtype = choose_precision(c.precision, self.device)
         self.progress, self.callbacks = progress, tuple(callbacks)
         self.directory = Path(c.output_dir)
+        self._warmup = c.warmup  # images; of a run that is resumed, as it was begun
         self.images_seen, self.steps = 0, 0
         self.last_checkpoint: Path | None = None
         self._saved = -1  # images seen when it was written
@@ -266,7 +267,7 @@ class Trainer:
             else:
                 self._batch.copy_(batch)
             self._step.fill_(self.steps)
-            self.optimizer.learning_rate.fill_(learning_rate(seen, c))
+            self.optimizer.learning_rate.fill_(self._learning_rate(seen))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
             self.optimizer.follow()
             if self._repeat.wanted:
@@ -327,7 +328,7 @@ class Trainer:
             "unet": model.to_config() if isinstance(model, UNet) else None,
             "images": {"size": list(self.diffusion.image_size), "channels": self.diffusion.channels},
             "diffusion": self.diffusion.to_dict(),
-            "train": self.config.to_dict(),
+            "train": {**self.config.to_dict(), "warmup_images": self._warmup},
             "data": {
                 "fingerprint": self.data.fingerprint,
                 "count": len(self.data),
@@ -416,6 +417,9 @@ class Trainer:
             for backend, allowed in zip(backends, before, strict=True):
                 backend.allow_tf32 = allowed
 
+    def _learning_rate(self, images: int) -> float:
+        return learning_rate(images, self.config, self._warmup)
+
     def _ema_decay(self, step: int) -> float | None:
         if self._decay is None:
             return None
@@ -436,9 +440,9 @@ class Trainer:
             if self.last_checkpoint
             else "there was no checkpoint yet"
         )
-        limits = [f"a lower learning_rate (it was {learning_rate(first, c):.3g})"]
-        if c.warmup_images < 1000 * c.batch_size:
-            limits.append(f"a longer warm-up (warmup_images={c.warmup_images:,})")
+        limits = [f"a lower learning_rate (it was {self._learning_rate(first):.3g})"]
+        if self._warmup < 1000 * c.batch_size:
+            limits.append(f"a longer warm-up (warmup_images={self._warmup:,})")
         if c.max_grad_norm is None or c.max_grad_norm > 1:
             limits.append("max_grad_norm=1")
         if self.dtype != torch.float32:
@@ -473,7 +477,7 @@ class Trainer:
             "images": line.images,
             "step": line.steps,
             **self._totals.means(values),
-            "learning_rate": learning_rate(line.images, self.config),
+            "learning_rate": self._learning_rate(line.images),
             "ema_decay": self._ema_decay(line.steps - 1),
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": self._seconds,
@@ -537,6 +541,8 @@ class Trainer:
                     "check output_dir, or start with resume='auto'"
                 )
             return
+        if self.config.warmup_images is None:
+            self._warmup = checkpoint.config["train"].get("warmup_images", self._warmup)
         changed = self._compare(checkpoint, self.to_dict(), allow_changes)
         differences = environment_differences(checkpoint.environment, environment(self.device))
         if differences:

@@ -416,7 +416,7 @@ def test_the_time_of_the_first_step_is_told_where_it_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fastddpm.training.loop.compile_network", lambda network, mode: None)
-    toy_trainer(tmp_path, compile=True, num_images=16, progress=True).train()
+    toy_trainer(tmp_path, compile=True, num_images=16, warmup_images=8, progress=True).train()
     assert capsys.readouterr().out.count(" s, in the first step") == 1
 
 
@@ -494,15 +494,15 @@ def test_stop_while_sampling_leaves_a_checkpoint_and_no_grid(tmp_path: Path) -> 
 def test_what_a_run_without_a_checkpoint_left_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"images": 5}\n')
     (tmp_path / "notes.txt").write_text("mine")
-    toy_trainer(tmp_path, num_images=16).train()
+    toy_trainer(tmp_path, num_images=16, warmup_images=8).train()
     assert (tmp_path / "metrics.jsonl.1").read_text() == '{"images": 5}\n'
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [record["images"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [16]
 
 
 def test_second_training_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, num_images=8)
-    other = toy_trainer(tmp_path, num_images=8)
+    trainer = toy_trainer(tmp_path, num_images=8, warmup_images=0)
+    other = toy_trainer(tmp_path, num_images=8, warmup_images=0)
     trainer.callbacks = (lambda _: other.train(),)
     with pytest.raises(RuntimeError, match=r"expected no other training in .*, got one that runs; wait for it"):
         trainer.train()
@@ -525,7 +525,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
     assert out[0].startswith("32 of 32 images, loss ") and out[0].endswith("left")
     assert out[1] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
     assert out[-1] == "48 of 48 images seen already; raise num_images to go on"
-    toy_trainer(tmp_path / "quiet", num_images=16).train()
+    toy_trainer(tmp_path / "quiet", num_images=16, warmup_images=8).train()
     assert capsys.readouterr().out == ""
 
 
@@ -555,7 +555,7 @@ def test_deterministic_algorithms_are_used_while_training_alone(
     monkeypatch.setattr(nn.Module, "compile", lambda _, **__: None)  # without it a processor needs no restriction
     inside = []
     for wanted in (True, False):
-        trainer = toy_trainer(tmp_path / str(wanted), num_images=8, deterministic=wanted, compile=True)
+        trainer = toy_trainer(tmp_path / str(wanted), num_images=8, warmup_images=0, deterministic=wanted, compile=True)
         trainer.callbacks = (lambda _: inside.append(torch.are_deterministic_algorithms_enabled()),)
         trainer.train()
     assert inside == [True, False]
@@ -603,7 +603,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict[str, Any], m
 
 
 def test_tensorboard_gets_metrics_and_grids(tmp_path: Path) -> None:
-    toy_trainer(tmp_path, num_images=16, tensorboard=True, sample_every_images=16).train()
+    toy_trainer(tmp_path, num_images=16, warmup_images=8, tensorboard=True, sample_every_images=16).train()
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"loss" in content and b"images_per_second" in content and b"samples" in content
