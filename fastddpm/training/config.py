@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "device",
     "log_every_images",
     "checkpoint_every_images",
+    "checkpoint_every_minutes",
     "sample_every_images",
     "num_grid_samples",
     "grid_sampler",
@@ -127,6 +128,10 @@ class TrainConfig:
     seed: int = _option(0, "of data order, noise, timesteps, flips and dropout", least=0, below=2**63)
     log_every_images: int = _option(12_800, "images between two lines of metrics", least=1)
     checkpoint_every_images: int = _option(128_000, "images between two checkpoints", least=1)
+    checkpoint_every_minutes: float | None = _option(
+        10.0, "minutes after which a checkpoint is written even so, of those that are kept (none: by images alone)",
+        above=0,
+    )  # fmt: skip
     keep_checkpoints: int = _option(2, "newest checkpoints to keep", least=1)
     sample_every_images: int = _option(640_000, "images between two grids of samples (0: none)", least=0)
     num_grid_samples: int = _option(64, "images on a grid", least=1)

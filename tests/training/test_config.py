@@ -43,6 +43,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("seed", 2**63),
     ("log_every_images", 0),
     ("checkpoint_every_images", 0),
+    ("checkpoint_every_minutes", 0.0),
     ("keep_checkpoints", 0),
     ("sample_every_images", -1),
     ("num_grid_samples", 0),

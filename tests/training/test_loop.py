@@ -522,11 +522,81 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
     toy_trainer(tmp_path, num_images=48, progress=True).train()
     toy_trainer(tmp_path, num_images=48, progress=True).train()
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("32 of 32 images, loss ") and out[0].endswith("left")
-    assert out[1] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
+    assert out[0] == "training 10,593 parameters on cpu, in float32, on 64 images of 1 x 8 x 8 from an array"
+    assert out[1] == (f"32 images in steps of 8, 0.5 times each; checkpoints, metrics and samples go to {tmp_path}")
+    assert out[2].startswith("32 of 32 images, loss ") and out[2].endswith("left")
+    assert out[3] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
     assert out[-1] == "48 of 48 images seen already; raise num_images to go on"
     toy_trainer(tmp_path / "quiet", num_images=16, warmup_images=8).train()
     assert capsys.readouterr().out == ""
+
+
+class Clock:
+    """A minute for each two steps, in place of the module time."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def step(self, _: Trainer) -> None:
+        self.now += 30
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("fastddpm.training.loop.time", made)
+    return made
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_progress_is_told_by_the_clock_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock, late: bool
+) -> None:
+    """With what the metrics would say so far, and without a change of theirs; where numbers come late, a step later."""
+    trainer = toy_trainer(tmp_path / "told", progress=True, log_every_images=48, num_images=96, callbacks=[clock.step])
+    losses: list[float] = []
+    original = trainer._backward
+    trainer._backward = lambda *a: losses.append(loss := original(*a)) or loss  # type: ignore[func-returns-value]
+    if late:
+        asked = iter([False, True] * 100)
+        monkeypatch.setattr("fastddpm.training.metrics.Reading.is_there", lambda _: next(asked))
+    trainer.train()
+    found = [line for line in capsys.readouterr().out.splitlines() if " of 96 images, " in line]
+    assert (found[0].split()[0], found[-1].split()[0]) == ("8", "96")
+    assert f"loss {float(losses[0]):.4f}, lr 0.0005, {'0.13' if late else '0.27'} images/s" in found[0]
+    if not late:
+        assert [line.split()[0] for line in found] == [str(8 * n) for n in range(1, 13)]
+        assert found[0].endswith("05:30 left") and found[1].endswith("05:00 left")
+        assert f"loss {sum(map(float, losses[:2])) / 2:.4f}" in found[1]
+    toy_trainer(tmp_path / "silent", log_every_images=48, num_images=96).train()
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("told", "silent"))
+    assert [{k: v for k, v in line.items() if "second" not in k} for line in ours] == [
+        {k: v for k, v in line.items() if "second" not in k} for line in theirs
+    ]
+
+
+def test_checkpoints_are_written_by_the_clock_too(tmp_path: Path, clock: Clock) -> None:
+    """Of which as many are kept as of others, and no weight depends on them."""
+    written: list[int] = []
+
+    def look(trainer: Trainer) -> None:
+        clock.step(trainer)
+        if trainer._saved >= 0 and trainer._saved not in written:
+            written.append(trainer._saved)
+
+    options: dict[str, Any] = dict(checkpoint_every_images=88, num_images=112)
+    timed = toy_trainer(tmp_path / "timed", callbacks=[look], checkpoint_every_minutes=2.0, **options)
+    timed.train()
+    assert written == [32, 64, 88], "by time, by time, by images, and from there 2 minutes are not over at the end"
+    assert [p.name[-3:] for p in sorted((tmp_path / "timed").glob("checkpoint-*"))] == ["088", "112"]
+    plain = toy_trainer(tmp_path / "plain", callbacks=[clock.step], checkpoint_every_minutes=None, **options)
+    plain.train()
+    assert_same_bits(weights(timed), weights(plain))
+    assert toy_trainer(tmp_path / "timed", checkpoint_every_minutes=5.0).images_seen == 112, "resumed with another"
 
 
 def test_bar_shows_loss_learning_rate_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
