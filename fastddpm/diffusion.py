@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _graph, ops, sampling, weighting
 from ._calls import Calls, forget, loops_of
+from ._checks import is_nhwc
 from .nn import UNet
 from .ops import philox
 from .ops.normal import normal
@@ -278,6 +279,19 @@ class DiffusionConfig:
         return schedule
 
 
+def _is_dense(images: Tensor) -> bool:
+    """Whether images [B, C, H, W] lie in NCHW or NHWC order without gaps, as ops take them."""
+    return images.dim() != 4 or images.is_contiguous() or is_nhwc(images)
+
+
+def _dense(images: Tensor) -> Tensor:
+    """The images, or a copy in the order that they have."""
+    if _is_dense(images):
+        return images
+    nhwc = images.stride(1) == 1 and images.shape[1] > 1
+    return images.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
 class Losses(NamedTuple):
     """What one batch gave: the loss [] to call backward on, the weighted loss of each sample [B] (detached), and its
     t [B]."""
@@ -456,7 +470,8 @@ class GaussianDiffusion(nn.Module):
         """The training loss of a batch (algorithm 1), with what it is made of.
 
         Args:
-            images: uint8 with values 0..levels-1, or float in [0, 1]; [N, C, H, W].
+            images: uint8 with values 0..levels-1, or float in [0, 1]; [N, C, H, W]. Where they are not dense, as
+                a slice is not, those that are taken are copied.
             labels: int64 [N] in [0, num_classes), for a network with classes.
             index: int64 [B], the rows of images and labels to take; None takes all.
             flip: bool [B], True mirrors an image left to right.
@@ -477,11 +492,15 @@ class GaussianDiffusion(nn.Module):
             sample = torch.arange(count, device=device)
         step = 0 if step is None else step
         draw: dict[str, Any] = dict(seed=seed, sample=sample, step=step)
+        if isinstance(noise, Tensor):
+            noise = _dense(noise)
 
         correction = None
         if t is None:
             t, correction = self._draw_t(draw)
         labels = self._training_labels(labels, index, count, draw)
+        if not _is_dense(images):
+            images, index = _dense(images if index is None else images[index]), None
         scale, shift = self.pixel_range(images)
         pixels: dict[str, Any] = dict(index=index, flip=flip, pixel_scale=scale, pixel_shift=shift)
         noising: dict[str, Any] = dict(noise=noise) if noise is not None else draw

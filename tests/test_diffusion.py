@@ -186,6 +186,29 @@ def test_rows_and_flips() -> None:
     assert_equal_to_rounding(spy.x, signal * x0, ulps=8, scale=1)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "slices", [(slice(None, None, 2),), (slice(None), slice(1, 3)), (..., slice(2, 6), slice(1, 5))]
+)
+@pytest.mark.parametrize("kind", ["eps", "mu"])
+def test_slices_of_images_are_made_dense(kind: str, slices: Any, order: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.zeros(4, 2 + (len(slices) == 2) * 2, *((8, 8) if len(slices) == 3 else (4, 4)))
+    images = torch.rand(whole.shape, generator=generator).contiguous(memory_format=order)[slices]
+    noise = torch.randn(whole.shape, generator=generator).contiguous(memory_format=order)[slices]
+    before = images.stride()
+    diffusion, spy = spied(prediction=kind)
+    given = diffusion.losses(images, seed=1, t=torch.zeros(len(images), dtype=torch.int64))
+    assert spy.x.is_contiguous(memory_format=order)
+    rows = torch.tensor([1, 0, 1])
+    drawn = dict(seed=1, t=torch.zeros(3, dtype=torch.int64))
+    taken = [diffusion.losses(x, index=rows, flip=rows == 1, **drawn) for x in (images, images.contiguous())]
+    assert_equal_to_rounding(taken[0].per_sample, taken[1].per_sample, ulps=8)
+    assert diffusion(images, noise=noise, seed=1).isfinite() and images.stride() == before
+    expected = diffusion.losses(images.contiguous(), seed=1, t=torch.zeros(len(images), dtype=torch.int64))
+    assert_equal_to_rounding(given.per_sample, expected.per_sample, ulps=8)
+
+
 def test_errors_of_images_and_labels() -> None:
     plain, classes = spied()[0], spied(num_classes=3)[0]
     images = images_of(3)
