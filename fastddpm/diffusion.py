@@ -451,7 +451,10 @@ class GaussianDiffusion(nn.Module):
         sample: Tensor | None = None,
         step: Tensor | int | None = None,
     ) -> Tensor:
-        """The training loss [] of a batch. See `losses`."""
+        """The training loss [] of a batch. See `losses`; on a CPU, where looking at numbers is cheap, labels are checked,
+        too: they are left out by label_dropout alone."""
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_labels(labels)
         return self.losses(images, labels, t=t, noise=noise, seed=seed, sample=sample, step=step).loss
 
     def losses(
@@ -472,7 +475,8 @@ class GaussianDiffusion(nn.Module):
         Args:
             images: uint8 with values 0..levels-1, or float in [0, 1]; [N, C, H, W]. Where they are not dense, as
                 a slice is not, those that are taken are copied.
-            labels: int64 [N] in [0, num_classes), for a network with classes.
+            labels: int64 [N] in [0, num_classes), for a network with classes; `null_class` stands for none. Their
+                values are not checked, since that would stop a GPU.
             index: int64 [B], the rows of images and labels to take; None takes all.
             flip: bool [B], True mirrors an image left to right.
             t: int64 [B] in [0, T); drawn when None.
@@ -630,6 +634,20 @@ class GaussianDiffusion(nn.Module):
             )
         dropped = philox.integers(2, stream=philox.FLIP, **draw)[:, 1] < round(self.config.label_dropout * 2**32)
         return torch.where(dropped, self.null_class, labels)
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        """Expect labels of the classes that there are; what is wrong with them besides, `_training_labels` says."""
+        count = self.num_classes
+        if labels is None or count is None or labels.dtype != torch.int64 or not labels.numel():
+            return
+        least, most = labels.aminmax()
+        if least < 0 or most >= count:
+            wrong = ", ".join(map(str, labels[(labels < 0) | (labels >= count)].unique().tolist()))
+            null = "" if self.null_class is None else f" ({count}, which stands for none, is for `losses`)"
+            raise ValueError(
+                f"GaussianDiffusion: expected labels in [0, {count}), got {wrong}; number the classes from 0, and "
+                f"leave it to label_dropout to train without them{null}"
+            )
 
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)

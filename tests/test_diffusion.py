@@ -226,6 +226,25 @@ def test_errors_of_images_and_labels() -> None:
             classes(images, wrong)
 
 
+def test_labels_out_of_range_are_told_on_a_cpu() -> None:
+    diffusion, spy = spied(num_classes=10, label_dropout=0.0)
+    for labels, told in (([1, 2, 10], "10"), ([11, 0, -1], "-1, 11")):
+        with pytest.raises(
+            ValueError, match=rf"expected labels in \[0, 10\), got {told}; number the classes from 0, .*"
+        ):
+            diffusion(images_of(3), torch.tensor(labels))
+    with pytest.raises(
+        ValueError, match=r"label_dropout to train without them \(10, which stands for none, is for `losse"
+    ):
+        diffusion(images_of(3), torch.tensor([1, 2, 10]))
+    diffusion(images_of(3), torch.tensor([0, 9, 1]))
+    diffusion.losses(images_of(3), torch.tensor([0, 10, 1]))
+    assert spy.labels is not None and spy.labels.tolist() == [0, 10, 1]
+    spy.null_class = False
+    with pytest.raises(ValueError, match=r"got 10; .* label_dropout to train without them$"):
+        diffusion(images_of(3), torch.tensor([1, 2, 10]))
+
+
 def test_labels_are_dropped_as_often_as_asked() -> None:
     count = 20_000
     images, labels = images_of(1).expand(count, -1, -1, -1).contiguous(), torch.arange(count) % 3
