@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,8 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 MOST_AT_A_TIME = (64, 256)
 """Images of a batch in sampling where no size is given: on a CPU, on a GPU."""
 LEAST_PROBABILITY = 1e-12
+ACCEPTED_OUTSIDE = 0.1
+"""How far float images may lie outside of [0, 1], as resized ones do, before that is taken for another range."""
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
@@ -363,6 +366,7 @@ class GaussianDiffusion(nn.Module):
         self.channels = int(count)
         self.model = model
         self._calls: Calls | None = None
+        self._unseen = 3  # batches whose range is looked at
         if isinstance(model, UNet) and model.learned_variance != self.learned_variance:
             raise ValueError(
                 f"GaussianDiffusion: expected a network with learned_variance={self.learned_variance} for variance "
@@ -451,10 +455,15 @@ class GaussianDiffusion(nn.Module):
         sample: Tensor | None = None,
         step: Tensor | int | None = None,
     ) -> Tensor:
-        """The training loss [] of a batch. See `losses`; on a CPU, where looking at numbers is cheap, labels are checked,
-        too: they are left out by label_dropout alone."""
+        """The training loss [] of a batch. See `losses`.
+
+        On a CPU, where looking at numbers is cheap, labels out of their range are refused, the one for none among them
+        (label_dropout gives that), and images far out of theirs warned of, at the first batches.
+        """
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_labels(labels)
+            if self._unseen > 0:
+                self._look_at_range(images)
         return self.losses(images, labels, t=t, noise=noise, seed=seed, sample=sample, step=step).loss
 
     def losses(
@@ -485,10 +494,15 @@ class GaussianDiffusion(nn.Module):
                 one is taken from torch's generator.
 
         Raises:
-            ValueError: images or labels of another shape than the network expects. TypeError: a dtype.
+            ValueError: no images; images or labels of another shape than the network expects. TypeError: a dtype.
         """
         self._check_images(images)
         count = images.shape[0] if index is None else index.shape[0]
+        if count == 0:
+            raise ValueError(
+                f"GaussianDiffusion: expected at least one image, got a batch of shape {list(images.shape)}"
+                f"{'' if index is None else ' and an index of no rows'}; leave out empty batches, whose mean is nan"
+            )
         device = images.device
         if seed is None:
             seed = torch.randint(2**62, (), device=device)
@@ -634,6 +648,29 @@ class GaussianDiffusion(nn.Module):
             )
         dropped = philox.integers(2, stream=philox.FLIP, **draw)[:, 1] < round(self.config.label_dropout * 2**32)
         return torch.where(dropped, self.null_class, labels)
+
+    def _look_at_range(self, images: Tensor) -> None:
+        """Warn once of images that are far outside of the range of stored values, at the first batches."""
+        self._unseen -= 1
+        stored = images.dtype == torch.uint8
+        if not images.numel() or not (stored or images.dtype.is_floating_point):
+            return
+        least, most = (float(x) for x in images.detach().aminmax())
+        top = self.config.levels - 1 if stored else 1.0
+        around = 0 if stored else ACCEPTED_OUTSIDE
+        if (least >= -around and most <= top + around) or not math.isfinite(least + most):
+            return
+        self._unseen = 0
+        remedy = (
+            f"load them with levels={self.config.levels}, or set levels"
+            if stored
+            else "pass (images + 1) / 2 where they lie in [-1, 1], images / 255 where in [0, 255]"
+        )
+        warnings.warn(
+            f"GaussianDiffusion: expected {'uint8' if stored else 'float'} images in [0, {top:g}], got values from "
+            f"{least:.4g} to {most:.4g}; {remedy}",
+            stacklevel=5,
+        )
 
     def _check_labels(self, labels: Tensor | None) -> None:
         """Expect labels of the classes that there are; what is wrong with them besides, `_training_labels` says."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -207,6 +209,48 @@ def test_slices_of_images_are_made_dense(kind: str, slices: Any, order: torch.me
     assert diffusion(images, noise=noise, seed=1).isfinite() and images.stride() == before
     expected = diffusion.losses(images.contiguous(), seed=1, t=torch.zeros(len(images), dtype=torch.int64))
     assert_equal_to_rounding(given.per_sample, expected.per_sample, ulps=8)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "told"),
+    [
+        (
+            2,
+            -1,
+            "float images in [0, 1], got values from -1 to 1; pass (images + 1) / 2 where they lie in [-1, 1], images",
+        ),
+        (255, 0, "float images in [0, 1], got values from 0 to 255; pass "),
+        (None, 0, "uint8 images in [0, 16], got values from 0 to 255; load them with levels=17, or set levels"),
+    ],
+)
+def test_images_of_another_range_are_told_once(scale: float | None, shift: float, told: str) -> None:
+    images = torch.linspace(0, 1, 96).reshape(3, 2, 4, 4)
+    wrong = (images * 255).to(torch.uint8) if scale is None else images * scale + shift
+    diffusion, _ = spied(levels=17)
+    with pytest.warns(UserWarning, match=f"GaussianDiffusion: expected {re.escape(told)}") as got:
+        for _ in range(3):
+            diffusion(wrong)
+    assert len(got) == 1 and got[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near, late = spied(levels=17)[0], spied()[0]
+        near(images * 1.1 - 0.05)
+        near((images * 16).to(torch.uint8))
+        for _ in range(3):
+            late(images)
+        late(wrong)  # looked at no more
+        spied()[0].losses(wrong.float())
+        spied()[0](images * torch.inf)
+
+
+def test_a_batch_without_images_is_refused() -> None:
+    diffusion, _ = spied()
+    with pytest.raises(
+        ValueError, match=r"expected at least one image, got a batch of shape \[0, 2, 4, 4\]; leave out"
+    ):
+        diffusion(images_of(3)[:0])
+    with pytest.raises(ValueError, match=r"got a batch of shape \[3, 2, 4, 4\] and an index of no rows; leave out"):
+        diffusion.losses(images_of(3), index=torch.arange(0))
 
 
 def test_errors_of_images_and_labels() -> None:
