@@ -7,10 +7,11 @@ Equations are those of Ho et al. 2020. Pure functions first; `GaussianDiffusion`
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +37,36 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 MOST_AT_A_TIME = (64, 256)
 """Images of a batch in sampling where no size is given: on a CPU, on a GPU."""
 LEAST_PROBABILITY = 1e-12
+OTHER_NAMES = {
+    "beta_schedule": "schedule",
+    "clip_sample": "clip_denoised",
+    "diffusion_steps": "num_timesteps",
+    "loss_type": "loss",
+    "noise_schedule": "schedule",
+    "num_train_timesteps": "num_timesteps",
+    "objective": "prediction",
+    "prediction_type": "prediction",
+    "timesteps": "num_timesteps",
+    "variance_type": "variance",
+}
+"""Options of other libraries, and what they are called here."""
+OTHER_VALUES = {
+    "epsilon": "eps",
+    "pred_noise": "eps",
+    "pred_v": "v",
+    "pred_x0": "x0",
+    "sample": "x0",
+    "squaredcos_cap_v2": "cosine",
+    "v_prediction": "v",
+}
+"""What they say, and what that is here."""
+OF_SAMPLING = {
+    "ddim_sampling_eta": "eta",
+    "num_inference_steps": "num_steps",
+    "sampling_timesteps": "num_steps",
+    "timestep_respacing": "num_steps",
+}
+"""Options of theirs that are arguments of `GaussianDiffusion.sample` here."""
 ACCEPTED_OUTSIDE = 0.1
 """How far float images may lie outside of [0, 1], as resized ones do, before that is taken for another range."""
 
@@ -213,10 +244,12 @@ class DiffusionConfig:
             ("mu_target", ("mean", "sample")),
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if value not in allowed:
+                other = OTHER_VALUES.get(value) if isinstance(value, str) else None
                 raise ValueError(
-                    f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; "
-                    "choose one"
+                    f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {value!r}; "
+                    f"{f'that is {other!r} here' if other in allowed else 'choose one'}"
                 )
         if not 2 <= self.levels <= 256:
             raise ValueError(
@@ -295,6 +328,23 @@ def _dense(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Expect options of a `DiffusionConfig`; of another one the message says what comes nearest to it."""
+    known = [field.name for field in fields(DiffusionConfig)]
+    for name, value in options.items():
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        if name in OTHER_NAMES:
+            value = OTHER_VALUES.get(value, value) if isinstance(value, str) else value
+            remedy = f"that is {OTHER_NAMES[name]}={value!r} here"
+        elif name in OF_SAMPLING:
+            remedy = f"that is {OF_SAMPLING[name]}= of sample here"
+        else:
+            remedy = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(known)}"
+        raise ValueError(f"GaussianDiffusion: expected options of DiffusionConfig, got {name!r}; {remedy}")
+
+
 class Losses(NamedTuple):
     """What one batch gave: the loss [] to call backward on, the weighted loss of each sample [B] (detached), and its
     t [B]."""
@@ -302,6 +352,19 @@ class Losses(NamedTuple):
     loss: Tensor
     per_sample: Tensor
     t: Tensor
+
+
+def _check_count(name: str, value: object, remedy: str) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"sample: expected {name} to be an int, got {value!r}; {remedy}")
+
+
+def _check_seed(who: str, seed: object) -> None:
+    if not isinstance(seed, (int, Tensor)):
+        raise TypeError(
+            f"{who}: expected seed to be an int in [0, 2^64), got {seed!r}; for other images at each call pass a "
+            "random one, such as random.getrandbits(64)"
+        )
 
 
 class Frozen:
@@ -338,8 +401,8 @@ class GaussianDiffusion(nn.Module):
         **overrides: fields of the configuration to change, for example prediction="v".
 
     Raises:
-        ValueError: image_size or channels neither given nor known; a configuration out of range, or one that the
-            network does not fit.
+        ValueError: image_size or channels neither given nor known; an option that there is not; a configuration out of
+            range, or one that the network does not fit.
 
     Numerics: tables are made in float64 and used in float32; x_t, the loss and the sampler's state are float32 under
         any autocast.
@@ -354,6 +417,7 @@ class GaussianDiffusion(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        _refuse_unknown(overrides)
         self.config = replace(config or DiffusionConfig(), **overrides)
         size = image_size if image_size is not None else getattr(getattr(model, "config", None), "image_size", None)
         count = channels if channels is not None else getattr(model, "in_channels", None)
@@ -760,8 +824,12 @@ class GaussianDiffusion(nn.Module):
 
         Raises:
             ValueError: an unknown sampler or spacing, a number out of its range, labels for a network without classes
-                or guidance without them.
+                or guidance without them. TypeError: a number of another type.
         """
+        size = [self.channels, *self.image_size]
+        _check_count("num_images", num_images, f"pass how many images, each is {size}")
+        _check_count("first_image", first_image, "pass the index of the first image")
+        _check_seed("sample", seed)
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         if batch_size is None:
             batch_size = self._fitting_batch(num_images, guided=guidance_scale != 1)
@@ -831,6 +899,7 @@ class GaussianDiffusion(nn.Module):
         """
         for images in (a, b):
             self._check_images(images)
+        _check_seed("interpolate", seed)
         t = self.num_timesteps // 2 if t is None else t
         if not 0 <= t < self.num_timesteps:
             raise ValueError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from fastddpm.diffusion import OF_SAMPLING, OTHER_NAMES, DiffusionConfig, GaussianDiffusion
 from fastddpm.likelihood import vlb_term
 from fastddpm.nn import UNet
 from fastddpm.ops import normal, philox
@@ -72,14 +74,37 @@ def test_configuration_and_overrides() -> None:
     assert diffusion.config == DiffusionConfig(num_timesteps=20, prediction="x0")
     assert DiffusionConfig(**diffusion.to_dict()) == diffusion.config
     assert config.prediction == "v"  # the one given stays as it is
-    with pytest.raises(TypeError, match="no_such_option"):
-        GaussianDiffusion(Spy(), 4, 2, no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(no_such_option=1), "'no_such_option'; choose among schedule, num_timesteps, "),
+        (dict(num_timestep=1), "'num_timestep'; did you mean 'num_timesteps'?"),
+        (dict(timesteps=100), "'timesteps'; that is num_timesteps=100 here"),
+        (dict(objective="pred_v"), "'objective'; that is prediction='v' here"),
+        (dict(prediction_type="epsilon"), "'prediction_type'; that is prediction='eps' here"),
+        (dict(beta_schedule="linear"), "'beta_schedule'; that is schedule='linear' here"),
+        (dict(sampling_timesteps=50), "'sampling_timesteps'; that is num_steps= of sample here"),
+    ],
+)
+def test_options_that_there_are_not_are_told_with_what_comes_nearest(options: dict[str, Any], message: str) -> None:
+    told = f"GaussianDiffusion: expected options of DiffusionConfig, got {message}"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        GaussianDiffusion(Spy(), 4, 2, **options)
+
+
+def test_options_of_other_libraries_are_those_of_ours() -> None:
+    known = {field.name for field in fields(DiffusionConfig)}
+    assert set(OTHER_NAMES.values()) <= known and not {*OTHER_NAMES, *OF_SAMPLING} & known
+    assert set(OF_SAMPLING.values()) <= inspect.signature(GaussianDiffusion.sample).parameters.keys()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "exponential"}, "expected schedule to be one of linear, cosine, .*got 'exponential'; choose one"),
     ({"first_log_variance": "zero"}, "expected first_log_variance to be one of copy, tiny, got 'zero'"),
-    ({"prediction": "score"}, "expected prediction to be one of eps, x0, v, mu, got 'score'"),
+    ({"prediction": "score"}, "expected prediction to be one of eps, x0, v, mu, got 'score'; choose one"),
+    ({"prediction": "v_prediction"}, "one of eps, x0, v, mu, got 'v_prediction'; that is 'v' here"),
     ({"variance": "small"}, "expected variance to be one of fixed_small, .*got 'small'"),
     ({"loss": "l1"}, "expected loss to be one of simple, vlb, hybrid, min_snr, p2, got 'l1'"),
     ({"mu_target": "median"}, "expected mu_target to be one of mean, sample, got 'median'"),

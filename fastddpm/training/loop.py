@@ -532,9 +532,8 @@ class Trainer:
         """Say what is trained on, and where it goes."""
         c, data = self.config, self.data
         parameters = sum(p.numel() for p in self.diffusion.model.parameters())
-        what = data.report or f"{len(data):,} images of {' x '.join(map(str, data.images.shape[1:]))}"
         precision = "tf32" if c.precision == "tf32" else str(self.dtype).removeprefix("torch.")
-        self._say(f"training {parameters:,} parameters on {self.device}, in {precision}, on {what}")
+        self._say(f"training {parameters:,} parameters on {self.device}, in {precision}, on {data.report or data}")
         self._say(
             f"{c.num_images:,} images in steps of {c.batch_size:,}, {c.num_images / len(data):,.1f} times each; "
             f"checkpoints, metrics and samples go to {self.directory}"
