@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _graph, ops, sampling, weighting
+from . import _graph, _native, ops, sampling, weighting
 from ._calls import Calls, forget, loops_of
 from ._checks import is_nhwc
 from .nn import UNet
@@ -834,6 +834,8 @@ class GaussianDiffusion(nn.Module):
         if batch_size is None:
             batch_size = self._fitting_batch(num_images, guided=guidance_scale != 1)
         device = self.device
+        if device.type == "cpu":
+            _native.tell_missing()
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
             calls = len(steps) * -(-num_images // max(1, batch_size))
             pays = self._calls is not None or calls >= (10 if _graph.can_record(device) else 50)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import _native
 from .._calls import Repeated, forget
 from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
@@ -213,6 +214,8 @@ class Trainer:
             self._say(f"{self.images_seen:,} of {c.num_images:,} images seen already; raise num_images to go on")
             return
         self._stopping = False
+        if self.device.type == "cpu":
+            _native.tell_missing()
         self.optimizer.follow(anyway=True)
         with ExitStack() as stack:
             stack.enter_context(self._open_directory())
