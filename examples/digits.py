@@ -1,7 +1,7 @@
 """Train on the handwritten digits that scikit-learn carries (8 x 8, 17 grey levels), sample, and measure bits per
 dimension.
 
-    python examples/digits.py --out demo            about five minutes on two cores
+    python examples/digits.py --out demo            about four minutes on two cores
     python examples/digits.py --out demo --smoke    half a minute, to see that everything works
 """
 

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,8 @@ from typing import Any
 from ._gpu_defaults import CUTS
 
 _CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
-_NOT_BUILT = "it was not built; pip install --no-build-isolation . (or -e . for a checkout)"
+_BUILD = "pip install --no-build-isolation ."
+_NOT_BUILT = f"it was not built; {_BUILD} (or -e . for a checkout)"
 _PACKAGES = ("torch", "numpy", "pillow", "safetensors", "triton")
 
 
@@ -37,6 +39,20 @@ def available() -> bool:
 def reason() -> str | None:
     """Why there is no native module, in words; None where there is one."""
     return _load()[1]
+
+
+@functools.cache
+def tell_missing() -> None:
+    """Warn, once, before much work on a CPU, where there is no native module and nobody wanted that."""
+    why = reason()
+    if why is None or "FASTDDPM_NO_NATIVE" in why:
+        return
+    remedy = "" if _BUILD in why else f"; {_BUILD} builds it, in the folder of the sources"
+    warnings.warn(
+        f"fastddpm: expected the native module for work on a CPU, got none, and its ops run in plain PyTorch, which is "
+        f"slower: {why}{remedy}",
+        stacklevel=3,
+    )
 
 
 def free_scratch() -> None:

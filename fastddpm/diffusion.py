@@ -7,16 +7,19 @@ Equations are those of Ho et al. 2020. Pure functions first; `GaussianDiffusion`
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _graph, ops, sampling, weighting
+from . import _graph, _native, ops, sampling, weighting
 from ._calls import Calls, forget, loops_of
+from ._checks import is_nhwc
 from .nn import UNet
 from .ops import philox
 from .ops.normal import normal
@@ -34,6 +37,38 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 MOST_AT_A_TIME = (64, 256)
 """Images of a batch in sampling where no size is given: on a CPU, on a GPU."""
 LEAST_PROBABILITY = 1e-12
+OTHER_NAMES = {
+    "beta_schedule": "schedule",
+    "clip_sample": "clip_denoised",
+    "diffusion_steps": "num_timesteps",
+    "loss_type": "loss",
+    "noise_schedule": "schedule",
+    "num_train_timesteps": "num_timesteps",
+    "objective": "prediction",
+    "prediction_type": "prediction",
+    "timesteps": "num_timesteps",
+    "variance_type": "variance",
+}
+"""Options of other libraries, and what they are called here."""
+OTHER_VALUES = {
+    "epsilon": "eps",
+    "pred_noise": "eps",
+    "pred_v": "v",
+    "pred_x0": "x0",
+    "sample": "x0",
+    "squaredcos_cap_v2": "cosine",
+    "v_prediction": "v",
+}
+"""What they say, and what that is here."""
+OF_SAMPLING = {
+    "ddim_sampling_eta": "eta",
+    "num_inference_steps": "num_steps",
+    "sampling_timesteps": "num_steps",
+    "timestep_respacing": "num_steps",
+}
+"""Options of theirs that are arguments of `GaussianDiffusion.sample` here."""
+ACCEPTED_OUTSIDE = 0.1
+"""How far float images may lie outside of [0, 1], as resized ones do, before that is taken for another range."""
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
@@ -209,10 +244,12 @@ class DiffusionConfig:
             ("mu_target", ("mean", "sample")),
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if value not in allowed:
+                other = OTHER_VALUES.get(value) if isinstance(value, str) else None
                 raise ValueError(
-                    f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; "
-                    "choose one"
+                    f"DiffusionConfig: expected {name} to be one of {', '.join(allowed)}, got {value!r}; "
+                    f"{f'that is {other!r} here' if other in allowed else 'choose one'}"
                 )
         if not 2 <= self.levels <= 256:
             raise ValueError(
@@ -278,6 +315,36 @@ class DiffusionConfig:
         return schedule
 
 
+def _is_dense(images: Tensor) -> bool:
+    """Whether images [B, C, H, W] lie in NCHW or NHWC order without gaps, as ops take them."""
+    return images.dim() != 4 or images.is_contiguous() or is_nhwc(images)
+
+
+def _dense(images: Tensor) -> Tensor:
+    """The images, or a copy in the order that they have."""
+    if _is_dense(images):
+        return images
+    nhwc = images.stride(1) == 1 and images.shape[1] > 1
+    return images.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Expect options of a `DiffusionConfig`; of another one the message says what comes nearest to it."""
+    known = [field.name for field in fields(DiffusionConfig)]
+    for name, value in options.items():
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        if name in OTHER_NAMES:
+            value = OTHER_VALUES.get(value, value) if isinstance(value, str) else value
+            remedy = f"that is {OTHER_NAMES[name]}={value!r} here"
+        elif name in OF_SAMPLING:
+            remedy = f"that is {OF_SAMPLING[name]}= of sample here"
+        else:
+            remedy = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(known)}"
+        raise ValueError(f"GaussianDiffusion: expected options of DiffusionConfig, got {name!r}; {remedy}")
+
+
 class Losses(NamedTuple):
     """What one batch gave: the loss [] to call backward on, the weighted loss of each sample [B] (detached), and its
     t [B]."""
@@ -285,6 +352,19 @@ class Losses(NamedTuple):
     loss: Tensor
     per_sample: Tensor
     t: Tensor
+
+
+def _check_count(name: str, value: object, remedy: str) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"sample: expected {name} to be an int, got {value!r}; {remedy}")
+
+
+def _check_seed(who: str, seed: object) -> None:
+    if not isinstance(seed, (int, Tensor)):
+        raise TypeError(
+            f"{who}: expected seed to be an int in [0, 2^64), got {seed!r}; for other images at each call pass a "
+            "random one, such as random.getrandbits(64)"
+        )
 
 
 class Frozen:
@@ -321,8 +401,8 @@ class GaussianDiffusion(nn.Module):
         **overrides: fields of the configuration to change, for example prediction="v".
 
     Raises:
-        ValueError: image_size or channels neither given nor known; a configuration out of range, or one that the
-            network does not fit.
+        ValueError: image_size or channels neither given nor known; an option that there is not; a configuration out of
+            range, or one that the network does not fit.
 
     Numerics: tables are made in float64 and used in float32; x_t, the loss and the sampler's state are float32 under
         any autocast.
@@ -337,6 +417,7 @@ class GaussianDiffusion(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        _refuse_unknown(overrides)
         self.config = replace(config or DiffusionConfig(), **overrides)
         size = image_size if image_size is not None else getattr(getattr(model, "config", None), "image_size", None)
         count = channels if channels is not None else getattr(model, "in_channels", None)
@@ -349,6 +430,7 @@ class GaussianDiffusion(nn.Module):
         self.channels = int(count)
         self.model = model
         self._calls: Calls | None = None
+        self._unseen = 3  # batches whose range is looked at
         if isinstance(model, UNet) and model.learned_variance != self.learned_variance:
             raise ValueError(
                 f"GaussianDiffusion: expected a network with learned_variance={self.learned_variance} for variance "
@@ -437,7 +519,15 @@ class GaussianDiffusion(nn.Module):
         sample: Tensor | None = None,
         step: Tensor | int | None = None,
     ) -> Tensor:
-        """The training loss [] of a batch. See `losses`."""
+        """The training loss [] of a batch. See `losses`.
+
+        On a CPU, where looking at numbers is cheap, labels out of their range are refused, the one for none among them
+        (label_dropout gives that), and images far out of theirs warned of, at the first batches.
+        """
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_labels(labels)
+            if self._unseen > 0:
+                self._look_at_range(images)
         return self.losses(images, labels, t=t, noise=noise, seed=seed, sample=sample, step=step).loss
 
     def losses(
@@ -456,8 +546,10 @@ class GaussianDiffusion(nn.Module):
         """The training loss of a batch (algorithm 1), with what it is made of.
 
         Args:
-            images: uint8 with values 0..levels-1, or float in [0, 1]; [N, C, H, W].
-            labels: int64 [N] in [0, num_classes), for a network with classes.
+            images: uint8 with values 0..levels-1, or float in [0, 1]; [N, C, H, W]. Where they are not dense, as
+                a slice is not, those that are taken are copied.
+            labels: int64 [N] in [0, num_classes), for a network with classes; `null_class` stands for none. Their
+                values are not checked, since that would stop a GPU.
             index: int64 [B], the rows of images and labels to take; None takes all.
             flip: bool [B], True mirrors an image left to right.
             t: int64 [B] in [0, T); drawn when None.
@@ -466,10 +558,15 @@ class GaussianDiffusion(nn.Module):
                 one is taken from torch's generator.
 
         Raises:
-            ValueError: images or labels of another shape than the network expects. TypeError: a dtype.
+            ValueError: no images; images or labels of another shape than the network expects. TypeError: a dtype.
         """
         self._check_images(images)
         count = images.shape[0] if index is None else index.shape[0]
+        if count == 0:
+            raise ValueError(
+                f"GaussianDiffusion: expected at least one image, got a batch of shape {list(images.shape)}"
+                f"{'' if index is None else ' and an index of no rows'}; leave out empty batches, whose mean is nan"
+            )
         device = images.device
         if seed is None:
             seed = torch.randint(2**62, (), device=device)
@@ -477,11 +574,15 @@ class GaussianDiffusion(nn.Module):
             sample = torch.arange(count, device=device)
         step = 0 if step is None else step
         draw: dict[str, Any] = dict(seed=seed, sample=sample, step=step)
+        if isinstance(noise, Tensor):
+            noise = _dense(noise)
 
         correction = None
         if t is None:
             t, correction = self._draw_t(draw)
         labels = self._training_labels(labels, index, count, draw)
+        if not _is_dense(images):
+            images, index = _dense(images if index is None else images[index]), None
         scale, shift = self.pixel_range(images)
         pixels: dict[str, Any] = dict(index=index, flip=flip, pixel_scale=scale, pixel_shift=shift)
         noising: dict[str, Any] = dict(noise=noise) if noise is not None else draw
@@ -612,6 +713,43 @@ class GaussianDiffusion(nn.Module):
         dropped = philox.integers(2, stream=philox.FLIP, **draw)[:, 1] < round(self.config.label_dropout * 2**32)
         return torch.where(dropped, self.null_class, labels)
 
+    def _look_at_range(self, images: Tensor) -> None:
+        """Warn once of images that are far outside of the range of stored values, at the first batches."""
+        self._unseen -= 1
+        stored = images.dtype == torch.uint8
+        if not images.numel() or not (stored or images.dtype.is_floating_point):
+            return
+        least, most = (float(x) for x in images.detach().aminmax())
+        top = self.config.levels - 1 if stored else 1.0
+        around = 0 if stored else ACCEPTED_OUTSIDE
+        if (least >= -around and most <= top + around) or not math.isfinite(least + most):
+            return
+        self._unseen = 0
+        remedy = (
+            f"load them with levels={self.config.levels}, or set levels"
+            if stored
+            else "pass (images + 1) / 2 where they lie in [-1, 1], images / 255 where in [0, 255]"
+        )
+        warnings.warn(
+            f"GaussianDiffusion: expected {'uint8' if stored else 'float'} images in [0, {top:g}], got values from "
+            f"{least:.4g} to {most:.4g}; {remedy}",
+            stacklevel=5,
+        )
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        """Expect labels of the classes that there are; what is wrong with them besides, `_training_labels` says."""
+        count = self.num_classes
+        if labels is None or count is None or labels.dtype != torch.int64 or not labels.numel():
+            return
+        least, most = labels.aminmax()
+        if least < 0 or most >= count:
+            wrong = ", ".join(map(str, labels[(labels < 0) | (labels >= count)].unique().tolist()))
+            null = "" if self.null_class is None else f" ({count}, which stands for none, is for `losses`)"
+            raise ValueError(
+                f"GaussianDiffusion: expected labels in [0, {count}), got {wrong}; number the classes from 0, and "
+                f"leave it to label_dropout to train without them{null}"
+            )
+
     def _check_images(self, images: Tensor) -> None:
         expected = (self.channels, *self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
@@ -686,12 +824,18 @@ class GaussianDiffusion(nn.Module):
 
         Raises:
             ValueError: an unknown sampler or spacing, a number out of its range, labels for a network without classes
-                or guidance without them.
+                or guidance without them. TypeError: a number of another type.
         """
+        size = [self.channels, *self.image_size]
+        _check_count("num_images", num_images, f"pass how many images, each is {size}")
+        _check_count("first_image", first_image, "pass the index of the first image")
+        _check_seed("sample", seed)
         steps, table = self._sampler_table(sampler, num_steps, eta, spacing)
         if batch_size is None:
             batch_size = self._fitting_batch(num_images, guided=guidance_scale != 1)
         device = self.device
+        if device.type == "cpu":
+            _native.tell_missing()
         if cuda_graph == "auto":  # of another network nobody knows whether it does the same work at each call
             calls = len(steps) * -(-num_images // max(1, batch_size))
             pays = self._calls is not None or calls >= (10 if _graph.can_record(device) else 50)
@@ -757,6 +901,7 @@ class GaussianDiffusion(nn.Module):
         """
         for images in (a, b):
             self._check_images(images)
+        _check_seed("interpolate", seed)
         t = self.num_timesteps // 2 if t is None else t
         if not 0 <= t < self.num_timesteps:
             raise ValueError(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import warnings
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from fastddpm.diffusion import OF_SAMPLING, OTHER_NAMES, DiffusionConfig, GaussianDiffusion
 from fastddpm.likelihood import vlb_term
 from fastddpm.nn import UNet
 from fastddpm.ops import normal, philox
@@ -70,14 +74,37 @@ def test_configuration_and_overrides() -> None:
     assert diffusion.config == DiffusionConfig(num_timesteps=20, prediction="x0")
     assert DiffusionConfig(**diffusion.to_dict()) == diffusion.config
     assert config.prediction == "v"  # the one given stays as it is
-    with pytest.raises(TypeError, match="no_such_option"):
-        GaussianDiffusion(Spy(), 4, 2, no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(no_such_option=1), "'no_such_option'; choose among schedule, num_timesteps, "),
+        (dict(num_timestep=1), "'num_timestep'; did you mean 'num_timesteps'?"),
+        (dict(timesteps=100), "'timesteps'; that is num_timesteps=100 here"),
+        (dict(objective="pred_v"), "'objective'; that is prediction='v' here"),
+        (dict(prediction_type="epsilon"), "'prediction_type'; that is prediction='eps' here"),
+        (dict(beta_schedule="linear"), "'beta_schedule'; that is schedule='linear' here"),
+        (dict(sampling_timesteps=50), "'sampling_timesteps'; that is num_steps= of sample here"),
+    ],
+)
+def test_options_that_there_are_not_are_told_with_what_comes_nearest(options: dict[str, Any], message: str) -> None:
+    told = f"GaussianDiffusion: expected options of DiffusionConfig, got {message}"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        GaussianDiffusion(Spy(), 4, 2, **options)
+
+
+def test_options_of_other_libraries_are_those_of_ours() -> None:
+    known = {field.name for field in fields(DiffusionConfig)}
+    assert set(OTHER_NAMES.values()) <= known and not {*OTHER_NAMES, *OF_SAMPLING} & known
+    assert set(OF_SAMPLING.values()) <= inspect.signature(GaussianDiffusion.sample).parameters.keys()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "exponential"}, "expected schedule to be one of linear, cosine, .*got 'exponential'; choose one"),
     ({"first_log_variance": "zero"}, "expected first_log_variance to be one of copy, tiny, got 'zero'"),
-    ({"prediction": "score"}, "expected prediction to be one of eps, x0, v, mu, got 'score'"),
+    ({"prediction": "score"}, "expected prediction to be one of eps, x0, v, mu, got 'score'; choose one"),
+    ({"prediction": "v_prediction"}, "one of eps, x0, v, mu, got 'v_prediction'; that is 'v' here"),
     ({"variance": "small"}, "expected variance to be one of fixed_small, .*got 'small'"),
     ({"loss": "l1"}, "expected loss to be one of simple, vlb, hybrid, min_snr, p2, got 'l1'"),
     ({"mu_target": "median"}, "expected mu_target to be one of mean, sample, got 'median'"),
@@ -186,6 +213,71 @@ def test_rows_and_flips() -> None:
     assert_equal_to_rounding(spy.x, signal * x0, ulps=8, scale=1)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "slices", [(slice(None, None, 2),), (slice(None), slice(1, 3)), (..., slice(2, 6), slice(1, 5))]
+)
+@pytest.mark.parametrize("kind", ["eps", "mu"])
+def test_slices_of_images_are_made_dense(kind: str, slices: Any, order: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.zeros(4, 2 + (len(slices) == 2) * 2, *((8, 8) if len(slices) == 3 else (4, 4)))
+    images = torch.rand(whole.shape, generator=generator).contiguous(memory_format=order)[slices]
+    noise = torch.randn(whole.shape, generator=generator).contiguous(memory_format=order)[slices]
+    before = images.stride()
+    diffusion, spy = spied(prediction=kind)
+    given = diffusion.losses(images, seed=1, t=torch.zeros(len(images), dtype=torch.int64))
+    assert spy.x.is_contiguous(memory_format=order)
+    rows = torch.tensor([1, 0, 1])
+    drawn = dict(seed=1, t=torch.zeros(3, dtype=torch.int64))
+    taken = [diffusion.losses(x, index=rows, flip=rows == 1, **drawn) for x in (images, images.contiguous())]
+    assert_equal_to_rounding(taken[0].per_sample, taken[1].per_sample, ulps=8)
+    assert diffusion(images, noise=noise, seed=1).isfinite() and images.stride() == before
+    expected = diffusion.losses(images.contiguous(), seed=1, t=torch.zeros(len(images), dtype=torch.int64))
+    assert_equal_to_rounding(given.per_sample, expected.per_sample, ulps=8)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "told"),
+    [
+        (
+            2,
+            -1,
+            "float images in [0, 1], got values from -1 to 1; pass (images + 1) / 2 where they lie in [-1, 1], images",
+        ),
+        (255, 0, "float images in [0, 1], got values from 0 to 255; pass "),
+        (None, 0, "uint8 images in [0, 16], got values from 0 to 255; load them with levels=17, or set levels"),
+    ],
+)
+def test_images_of_another_range_are_told_once(scale: float | None, shift: float, told: str) -> None:
+    images = torch.linspace(0, 1, 96).reshape(3, 2, 4, 4)
+    wrong = (images * 255).to(torch.uint8) if scale is None else images * scale + shift
+    diffusion, _ = spied(levels=17)
+    with pytest.warns(UserWarning, match=f"GaussianDiffusion: expected {re.escape(told)}") as got:
+        for _ in range(3):
+            diffusion(wrong)
+    assert len(got) == 1 and got[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near, late = spied(levels=17)[0], spied()[0]
+        near(images * 1.1 - 0.05)
+        near((images * 16).to(torch.uint8))
+        for _ in range(3):
+            late(images)
+        late(wrong)  # looked at no more
+        spied()[0].losses(wrong.float())
+        spied()[0](images * torch.inf)
+
+
+def test_a_batch_without_images_is_refused() -> None:
+    diffusion, _ = spied()
+    with pytest.raises(
+        ValueError, match=r"expected at least one image, got a batch of shape \[0, 2, 4, 4\]; leave out"
+    ):
+        diffusion(images_of(3)[:0])
+    with pytest.raises(ValueError, match=r"got a batch of shape \[3, 2, 4, 4\] and an index of no rows; leave out"):
+        diffusion.losses(images_of(3), index=torch.arange(0))
+
+
 def test_errors_of_images_and_labels() -> None:
     plain, classes = spied()[0], spied(num_classes=3)[0]
     images = images_of(3)
@@ -201,6 +293,25 @@ def test_errors_of_images_and_labels() -> None:
     for wrong in (torch.zeros(2, dtype=torch.int64), torch.zeros(3)):
         with pytest.raises(ValueError, match=r"expected labels int64 \[3\], got"):
             classes(images, wrong)
+
+
+def test_labels_out_of_range_are_told_on_a_cpu() -> None:
+    diffusion, spy = spied(num_classes=10, label_dropout=0.0)
+    for labels, told in (([1, 2, 10], "10"), ([11, 0, -1], "-1, 11")):
+        with pytest.raises(
+            ValueError, match=rf"expected labels in \[0, 10\), got {told}; number the classes from 0, .*"
+        ):
+            diffusion(images_of(3), torch.tensor(labels))
+    with pytest.raises(
+        ValueError, match=r"label_dropout to train without them \(10, which stands for none, is for `losse"
+    ):
+        diffusion(images_of(3), torch.tensor([1, 2, 10]))
+    diffusion(images_of(3), torch.tensor([0, 9, 1]))
+    diffusion.losses(images_of(3), torch.tensor([0, 10, 1]))
+    assert spy.labels is not None and spy.labels.tolist() == [0, 10, 1]
+    spy.null_class = False
+    with pytest.raises(ValueError, match=r"got 10; .* label_dropout to train without them$"):
+        diffusion(images_of(3), torch.tensor([1, 2, 10]))
 
 
 def test_labels_are_dropped_as_often_as_asked() -> None:

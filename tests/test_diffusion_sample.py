@@ -229,6 +229,29 @@ def test_errors_of_interpolate() -> None:
             diffusion.interpolate(a, wrong)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(num_images=(2, 3, 32, 32)),
+            "num_images to be an int, got (2, 3, 32, 32); pass how many images, each is [1",
+        ),
+        (dict(num_images=2.5), "num_images to be an int, got 2.5; pass how many images"),
+        (dict(first_image=None), "first_image to be an int, got None; pass the index of the first image"),
+        (dict(seed=None), "seed to be an int in [0, 2^64), got None; for other images at each call pass a random one"),
+        (dict(seed="a"), "seed to be an int in [0, 2^64), got 'a'; for other images"),
+    ],
+)
+def test_numbers_of_another_type_are_told(options: dict[str, Any], message: str) -> None:
+    diffusion = small_diffusion()
+    with pytest.raises(TypeError, match=re.escape(f"sample: expected {message}")):
+        diffusion.sample(**options)
+    images = torch.zeros(1, diffusion.channels, *diffusion.image_size)
+    if "seed" in options:
+        with pytest.raises(TypeError, match=re.escape(f"interpolate: expected {message}")):
+            diffusion.interpolate(images, images, **options)
+
+
 def test_the_batch_is_as_large_as_what_is_asked_for() -> None:
     diffusion = small_diffusion()
     rows: list[int] = []

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import torch
 
 import fastddpm
 from fastddpm import _native
+from fastddpm.likelihood import bits_per_dim
+from tests.training.toy import toy_trainer
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"datasets", "diffusers", "huggingface_hub", "matplotlib", "sklearn", "tensorboard", "triton"}
@@ -123,6 +127,35 @@ def test_install_without_native_code_says_why(
     assert "installed WITHOUT native code" in build.stderr
     assert not stale.exists()
     assert reason in told_reason(checkout)
+
+
+WHY = {
+    "no torch headers; pip install torch, then pip install --no-build-isolation .": "isolation .",
+    "no C++ compiler": "no C++ compiler; pip install --no-build-isolation . builds it, in the folder of the sources",
+    "FASTDDPM_NO_NATIVE is set": None,
+    None: None,
+}
+
+
+@pytest.mark.parametrize("why", WHY)
+def test_missing_native_code_is_told_once_before_much_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
+) -> None:
+    monkeypatch.setattr(_native, "reason", lambda: why)
+    trainer = toy_trainer(tmp_path, num_images=8, warmup_images=0)
+    works: list[Callable[[], object]] = [
+        trainer.train,
+        lambda: trainer.diffusion.sample(1, num_steps=1),
+        lambda: bits_per_dim(trainer.diffusion, trainer.data.images[:2], batch_size=2),
+    ]
+    for first in range(3):
+        _native.tell_missing.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for work in works[first:]:
+                work()
+        assert [str(w.message)[-len(WHY[why] or "") :] for w in told] == ([] if WHY[why] is None else [WHY[why]])
+    _native.tell_missing.cache_clear()
 
 
 def test_required_native_code_that_cannot_be_built_is_an_error(checkout: Path) -> None:

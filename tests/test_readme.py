@@ -46,3 +46,17 @@ def test_the_readme_names_what_is_there() -> None:
     text = README.read_text(encoding="utf-8")
     for linked in re.findall(r"\]\(([\w/.-]+)\)", text):
         assert (README.parent / linked).exists(), linked
+    for variable in re.findall(r"FASTDDPM_\w+", text):
+        assert variable in (README.parent / "setup.py").read_text(encoding="utf-8"), variable
+
+
+def test_as_many_ops_have_kernels_for_gpus_as_is_said() -> None:
+    numbers = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    ops = {path.parent.name for path in README.parent.glob("fastddpm/ops/*/interface.py")}
+    on_gpu = {path.parent.name for path in README.parent.glob("fastddpm/ops/*/triton_impl.py")}
+    assert on_gpu == {path.parent.name for path in README.parent.glob("csrc/*/*_cuda.cpp")} & ops
+    said = f"{numbers[len(on_gpu)]} of {numbers[len(ops)]} in Triton or CUDA C++"
+    assert said in README.read_text(encoding="utf-8")
+    changes = (README.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    listed = re.search(rf"{numbers[len(ops)].title()} ops behind their final interfaces(.*?)\n- ", changes, re.DOTALL)
+    assert listed is not None and set(re.findall(r"`(\w+)`", listed[1])) == ops | {"use_backend", "explain"}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import _native
 from ..diffusion import GaussianDiffusion, prior_kl
 from ..ops import philox
 from .bound import vlb_terms
@@ -128,6 +129,8 @@ def bits_per_dim(
     _check_numbers(batch_size, max_images, seed)
     images, labels = images[:max_images], None if labels is None else labels[:max_images]
     _check_data(diffusion, images, labels)
+    if diffusion.device.type == "cpu":
+        _native.tell_missing()
     count, steps = len(images), diffusion.num_timesteps
     ts = _timesteps(count, steps, timesteps_per_image, seed)
     width = ts.shape[1]

@@ -17,12 +17,15 @@ COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagrap
 """By name what torch.compile is told: a step is recorded as a CUDA graph by this library, as a whole."""
 CUDA_GRAPHS = ("auto", "on", "off")
 DATA_PLACES = ("auto", "device", "host")
+WARMUP_IMAGES, WARMUP_SHARE = 640_000, 10
+"""The warm-up where none is given: that of Ho et al. 2020, and at most one in so many images of the training."""
 
 FREE_ON_RESUME = (
     "output_dir",
     "device",
     "log_every_images",
     "checkpoint_every_images",
+    "checkpoint_every_minutes",
     "sample_every_images",
     "num_grid_samples",
     "grid_sampler",
@@ -33,7 +36,8 @@ FREE_ON_RESUME = (
     "cuda_graph",
     "recompute",
 )
-"""Options that do not change the weights, so a resumed run may have others; num_images too, if lr_decay is constant."""
+"""Options that do not change the weights, so a resumed run may have others; num_images too, if lr_decay is constant: a
+warm-up that was not given stays as long as it was."""
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -59,7 +63,10 @@ class TrainConfig:
         "smaller needs less memory (default: the whole batch)", least=1,
     )  # fmt: skip
     learning_rate: float = _option(2e-4, "peak learning rate of Adam", above=0)
-    warmup_images: int = _option(640_000, "images over which the learning rate rises linearly from 0", least=0)
+    warmup_images: int | None = _option(
+        None, f"images over which the learning rate rises linearly from 0 (none: {WARMUP_IMAGES:,}, at most a tenth of "
+        "num_images)", least=0,
+    )  # fmt: skip
     lr_decay: str = _option(
         "constant", "what the learning rate does after the warm-up, until num_images", choices=DECAYS
     )
@@ -121,6 +128,10 @@ class TrainConfig:
     seed: int = _option(0, "of data order, noise, timesteps, flips and dropout", least=0, below=2**63)
     log_every_images: int = _option(12_800, "images between two lines of metrics", least=1)
     checkpoint_every_images: int = _option(128_000, "images between two checkpoints", least=1)
+    checkpoint_every_minutes: float | None = _option(
+        10.0, "minutes after which a checkpoint is written even so, of those that are kept (none: by images alone)",
+        above=0,
+    )  # fmt: skip
     keep_checkpoints: int = _option(2, "newest checkpoints to keep", least=1)
     sample_every_images: int = _option(640_000, "images between two grids of samples (0: none)", least=0)
     num_grid_samples: int = _option(64, "images on a grid", least=1)
@@ -153,10 +164,10 @@ class TrainConfig:
                 f"TrainConfig: expected compile=True with compile_mode, got compile_mode {self.compile_mode!r} alone; "
                 "give both"
             )
-        if self.lr_decay != "constant" and self.warmup_images >= self.num_images:
+        if self.warmup_images is not None and self.warmup_images >= self.num_images:
             raise ValueError(
-                f"TrainConfig: expected warmup_images < num_images {self.num_images} with lr_decay {self.lr_decay!r}, "
-                f"got {self.warmup_images}; leave images to decay over"
+                f"TrainConfig: expected warmup_images < num_images {self.num_images}, got {self.warmup_images}; the "
+                f"learning rate would not reach its peak, give fewer, or none for {_default_warmup(self.num_images)}"
             )
         try:
             torch.device(self.device if self.device != "auto" else "cpu")
@@ -170,12 +181,21 @@ class TrainConfig:
         """Images per forward and backward pass."""
         return self.micro_batch_size or self.batch_size
 
+    @property
+    def warmup(self) -> int:
+        """Images of the warm-up: warmup_images, or what stands for none there."""
+        return _default_warmup(self.num_images) if self.warmup_images is None else self.warmup_images
+
     def _divisors(self) -> list[int]:
         return [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain data for JSON."""
-        return asdict(self)
+        """The options as plain data for JSON, with the number of warmup_images."""
+        return {**asdict(self), "warmup_images": self.warmup}
+
+
+def _default_warmup(num_images: int) -> int:
+    return min(WARMUP_IMAGES, num_images // WARMUP_SHARE)
 
 
 def check_option(name: str, kind: Any, limits: Mapping[str, Any], value: Any, default: Any) -> Any:

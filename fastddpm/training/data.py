@@ -42,7 +42,7 @@ _CACHE_FORMAT = 1  # of what is in a cache directory, and of how images are deco
 Int64Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """Images and their classes, as plain arrays.
 
@@ -66,6 +66,11 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.images.shape[1:]))
+        classes = "no labels" if self.labels is None else f"{self.num_classes} classes"
+        return f"ImageDataset({len(self):,} images of {size}, {classes}, {self.levels} levels)"
 
     @property
     def channels(self) -> int:

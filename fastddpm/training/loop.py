@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import _native
 from .._calls import Repeated, forget
 from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
@@ -45,6 +46,7 @@ from .optimizer import AdamEMA, learning_rate
 from .scale import FIRST
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_WITHOUT_A_LINE = 30.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HALF = 2**31  # of the 32-bit words of the noise
 
@@ -129,6 +131,7 @@ class Trainer:
         self.dtype = choose_precision(c.precision, self.device)
         self.progress, self.callbacks = progress, tuple(callbacks)
         self.directory = Path(c.output_dir)
+        self._warmup = c.warmup  # images; of a run that is resumed, as it was begun
         self.images_seen, self.steps = 0, 0
         self.last_checkpoint: Path | None = None
         self._saved = -1  # images seen when it was written
@@ -175,10 +178,11 @@ class Trainer:
         self._seconds = 0.0  # of training, without checkpoints and grids
         self._logged = (0, 0.0)  # images and seconds at the last line of metrics
         self._line: _Line | None = None  # the one that is under way
+        self._glance: _Line | None = None  # steps and loss so far, on their way
         self._shown: tuple[tqdm[Any], Any] | None = None  # the bar, and what writes for TensorBoard
         self._stopping = False
         self._signal: int | None = None
-        self._clock = self._said = 0.0  # when training went on, when a line was last written
+        self._clock = self._said = self._kept = 0.0  # when training went on, a line and a checkpoint were last written
         # on a processor all that is used here is deterministic anyway
         self._restricted = c.deterministic and (self.device.type == "cuda" or c.compile)
         if self._restricted:
@@ -214,6 +218,8 @@ class Trainer:
             self._say(f"{self.images_seen:,} of {c.num_images:,} images seen already; raise num_images to go on")
             return
         self._stopping = False
+        if self.device.type == "cpu":
+            _native.tell_missing()
         self.optimizer.follow(anyway=True)
         with ExitStack() as stack:
             stack.enter_context(self._open_directory())
@@ -223,7 +229,9 @@ class Trainer:
             writer = stack.enter_context(_tensorboard(self.directory, self.images_seen)) if c.tensorboard else None
             bar = stack.enter_context(self._bar())
             self._shown = bar, writer
-            self._said = time.monotonic()
+            self._said = self._kept = time.monotonic()
+            self._glance = None
+            self._announce()
             if self._due(c.sample_every_images, self.images_seen - c.batch_size) and not self._grid_path().exists():
                 self._sample(writer)  # the run was killed between a checkpoint and its grid
             self._clock = time.perf_counter()
@@ -237,10 +245,11 @@ class Trainer:
                 if done or self._due(c.log_every_images, before):
                     self._tell()  # where the device is a whole interval behind, here it is waited for
                     self._line = _Line(self.images_seen, self.steps, self._totals.take(*self._asked()))
-                checkpoint = done or self._due(c.checkpoint_every_images, before)
+                checkpoint = done or self._due(c.checkpoint_every_images, before) or self._overdue()
                 grid = c.sample_every_images > 0 and (done or self._due(c.sample_every_images, before))
                 if checkpoint or grid or (self._line is not None and self._line.reading.is_there()):
                     self._tell()
+                self._look()
                 if checkpoint:
                     with self._clock_stopped():
                         self.save()
@@ -270,7 +279,7 @@ class Trainer:
             else:
                 self._batch.copy_(batch)
             self._step.fill_(self.steps)
-            self.optimizer.learning_rate.fill_(learning_rate(seen, c))
+            self.optimizer.learning_rate.fill_(self._learning_rate(seen))
             self.optimizer.ema_decay.fill_(self._ema_decay(self.steps) or 0.0)
             self.optimizer.follow()
             if self._repeat.wanted:
@@ -301,6 +310,7 @@ class Trainer:
         """
         self._tell()
         self._check_finite(int(self.optimizer.skipped), self.images_seen)
+        self._kept = time.monotonic()
         if self.last_checkpoint is not None and self._saved == self.images_seen:
             return self.last_checkpoint
         tensors: dict[str, dict[str, Tensor]] = {
@@ -331,7 +341,7 @@ class Trainer:
             "unet": model.to_config() if isinstance(model, UNet) else None,
             "images": {"size": list(self.diffusion.image_size), "channels": self.diffusion.channels},
             "diffusion": self.diffusion.to_dict(),
-            "train": self.config.to_dict(),
+            "train": {**self.config.to_dict(), "warmup_images": self._warmup},
             "data": {
                 "fingerprint": self.data.fingerprint,
                 "count": len(self.data),
@@ -413,6 +423,9 @@ class Trainer:
         with tf32(self.config.precision == "tf32"):
             yield
 
+    def _learning_rate(self, images: int) -> float:
+        return learning_rate(images, self.config, self._warmup)
+
     def _ema_decay(self, step: int) -> float | None:
         if self._decay is None:
             return None
@@ -421,6 +434,11 @@ class Trainer:
     def _due(self, every: int, before: int) -> bool:
         """Whether the images seen have come to, or past, a multiple of ``every`` since ``before``."""
         return every > 0 and before >= 0 and self.images_seen // every > before // every
+
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is as long ago as it may be; nothing that is trained depends on it."""
+        minutes = self.config.checkpoint_every_minutes
+        return minutes is not None and time.monotonic() - self._kept >= 60 * minutes
 
     def _check_finite(self, skipped: int, images: int) -> None:
         """Stop where a loss or gradient was not finite. From that step on nothing was updated."""
@@ -433,9 +451,9 @@ class Trainer:
             if self.last_checkpoint
             else "there was no checkpoint yet"
         )
-        limits = [f"a lower learning_rate (it was {learning_rate(first, c):.3g})"]
-        if c.warmup_images < 1000 * c.batch_size:
-            limits.append(f"a longer warm-up (warmup_images={c.warmup_images:,})")
+        limits = [f"a lower learning_rate (it was {self._learning_rate(first):.3g})"]
+        if self._warmup < 1000 * c.batch_size:
+            limits.append(f"a longer warm-up (warmup_images={self._warmup:,})")
         if c.max_grad_norm is None or c.max_grad_norm > 1:
             limits.append("max_grad_norm=1")
         if self.dtype != torch.float32:
@@ -462,7 +480,7 @@ class Trainer:
 
     def _write(self, line: _Line, values: list[float]) -> None:
         assert self._shown is not None
-        bar, writer = self._shown
+        _, writer = self._shown
         asked = values[len(values) - len(self._asked()) :]
         self._check_finite(int(asked[0]), line.images)
         images, seconds = line.images - self._logged[0], self._seconds - self._logged[1]
@@ -470,7 +488,7 @@ class Trainer:
             "images": line.images,
             "step": line.steps,
             **self._totals.means(values),
-            "learning_rate": learning_rate(line.images, self.config),
+            "learning_rate": self._learning_rate(line.images),
             "ema_decay": self._ema_decay(line.steps - 1),
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": self._seconds,
@@ -482,16 +500,44 @@ class Trainer:
             for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "loss_scale"):
                 if record.get(name) is not None:
                     writer.add_scalar(name, record[name], line.images)
-        bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['learning_rate']:.2g}", refresh=False)
+        self._show(line.images, record["loss"], record["images_per_second"])
+
+    def _look(self) -> None:
+        """Say how far the training is where no line of metrics has for a while; its numbers are not waited for."""
+        if self._line is not None or self.images_seen == self._logged[0]:
+            self._glance = None
+        elif self.progress and self._glance is None and time.monotonic() - self._said >= SECONDS_WITHOUT_A_LINE:
+            self._glance = _Line(self.images_seen, self.steps, self._totals.peek())
+        if self._glance is not None and self._glance.reading.is_there():
+            line, self._glance = self._glance, None
+            steps, loss = line.reading.wait()
+            seconds = self._seconds + time.perf_counter() - self._clock - self._logged[1]
+            self._show(line.images, loss / steps, (line.images - self._logged[0]) / max(seconds, 1e-9))
+
+    def _show(self, images: int, loss: float, per_second: float) -> None:
+        """At the bar, or in a line now and then."""
+        assert self._shown is not None
+        (bar, _), total, rate = self._shown, self.config.num_images, self._learning_rate(images)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2g}", refresh=False)
         now = time.monotonic()
-        if bar.disable and (line.images >= self.config.num_images or now - self._said >= SECONDS_BETWEEN_LINES):
-            self._said = now
-            left = (self.config.num_images - line.images) / max(record["images_per_second"], 1e-9)
-            self._say(
-                f"{line.images:,} of {self.config.num_images:,} images, loss {record['loss']:.4f}, "
-                f"lr {record['learning_rate']:.2g}, {record['images_per_second']:,.0f} images/s, "
-                f"{tqdm.format_interval(max(0, left))} left"
-            )
+        if images < total and now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        if bar.disable:
+            left = tqdm.format_interval(max(0, (total - images) / max(per_second, 1e-9)))
+            speed = f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
+            self._say(f"{images:,} of {total:,} images, loss {loss:.4f}, lr {rate:.2g}, {speed} images/s, {left} left")
+
+    def _announce(self) -> None:
+        """Say what is trained on, and where it goes."""
+        c, data = self.config, self.data
+        parameters = sum(p.numel() for p in self.diffusion.model.parameters())
+        precision = "tf32" if c.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        self._say(f"training {parameters:,} parameters on {self.device}, in {precision}, on {data.report or data}")
+        self._say(
+            f"{c.num_images:,} images in steps of {c.batch_size:,}, {c.num_images / len(data):,.1f} times each; "
+            f"checkpoints, metrics and samples go to {self.directory}"
+        )
 
     def _sample(self, writer: Any) -> None:
         """Write the grid of this moment, unless the sampling was stopped."""
@@ -534,6 +580,8 @@ class Trainer:
                     "check output_dir, or start with resume='auto'"
                 )
             return
+        if self.config.warmup_images is None:
+            self._warmup = checkpoint.config["train"].get("warmup_images", self._warmup)
         changed = self._compare(checkpoint, self.to_dict(), allow_changes)
         differences = environment_differences(checkpoint.environment, environment(self.device))
         if differences:

@@ -138,6 +138,10 @@ class Totals:
             value.zero_()
         return reading
 
+    def peek(self) -> Reading:
+        """Steps and loss of the interval so far, which goes on."""
+        return Reading(torch.stack([self.tensors["steps"], self.tensors["loss"]]))
+
     def means(self, values: list[float]) -> dict[str, Any]:
         """Means of an interval from its sums: loss, grad_norm (None where no step was made), and the loss for groups of
         t, each with its first t; and, where they are counted, the steps that were left out."""

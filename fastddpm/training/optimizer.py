@@ -22,18 +22,20 @@ LEAST_SCALE = 1.0
 """Of the loss: gradients that are too large for float16 even so are those of a training that diverges."""
 
 
-def learning_rate(images: int, config: TrainConfig) -> float:
+def learning_rate(images: int, config: TrainConfig, warmup: int | None = None) -> float:
     """The learning rate of the step that brings the number of images seen to ``images``.
 
-    Linear from 0 over warmup_images; then constant, or down to final_learning_rate at num_images, with x the share of
-    the way done: by a line, or by a half cosine, final + (peak - final) (1 + cos(pi x)) / 2.
+    Linear from 0 over ``warmup`` images (None: those of the configuration); then constant, or down to
+    final_learning_rate at num_images, with x the share of the way done: by a line, or by a half cosine,
+    final + (peak - final) (1 + cos(pi x)) / 2.
     """
     peak, final = config.learning_rate, config.final_learning_rate
-    if images < config.warmup_images:
-        return peak * images / config.warmup_images
+    warmup = config.warmup if warmup is None else warmup
+    if images < warmup:
+        return peak * images / warmup
     if config.lr_decay == "constant":
         return peak
-    x = min(1.0, (images - config.warmup_images) / (config.num_images - config.warmup_images))
+    x = min(1.0, (images - warmup) / max(1, config.num_images - warmup))
     remaining = 1 - x if config.lr_decay == "linear" else (1 + math.cos(math.pi * x)) / 2
     return final + (peak - final) * remaining
 

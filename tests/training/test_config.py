@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -43,6 +43,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("seed", 2**63),
     ("log_every_images", 0),
     ("checkpoint_every_images", 0),
+    ("checkpoint_every_minutes", 0.0),
     ("keep_checkpoints", 0),
     ("sample_every_images", -1),
     ("num_grid_samples", 0),
@@ -110,12 +111,23 @@ def test_a_whole_number_is_taken_where_a_float_is_meant() -> None:
     [
         (dict(batch_size=6, micro_batch_size=4), "expected micro_batch_size to divide batch_size 6, got 4; choose"),
         (dict(learning_rate=1e-4, final_learning_rate=1e-3), "final_learning_rate <= learning_rate 0.0001, got 0.001"),
-        (dict(lr_decay="cosine", num_images=100, warmup_images=100), "expected warmup_images < num_images 100"),
+        (dict(lr_decay="cosine", num_images=100, warmup_images=100), "warmup_images < num_images 100, got 100"),
+        (dict(num_images=12_000, warmup_images=640_000), "got 640000; .* peak, give fewer, or none for 1200"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "warmup"), [(12_800_000, 640_000), (6_400_000, 640_000), (12_000, 1200), (9, 0)]
+)
+def test_warm_up_that_is_not_given_is_a_tenth_at_most(num_images: int, warmup: int) -> None:
+    config = TrainConfig(num_images=num_images)
+    assert config.warmup == config.to_dict()["warmup_images"] == warmup
+    assert replace(TrainConfig(), num_images=num_images).warmup == warmup
+    assert TrainConfig(num_images=num_images, warmup_images=7).warmup == 7
 
 
 def test_every_option_has_a_help() -> None:
@@ -147,7 +159,7 @@ def test_device_and_precision_are_chosen() -> None:
 def test_presets_make_networks_that_fit_their_diffusion(name: str) -> None:
     unet, diffusion, train = make_configs(name)
     assert unet.learned_variance == diffusion.variance.startswith("learned")
-    assert train.num_images > train.warmup_images
+    assert train.warmup_images is not None and train.num_images > train.warmup_images
 
 
 def test_preset_of_the_ddpm_paper_has_its_number_of_parameters() -> None:

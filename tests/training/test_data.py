@@ -79,6 +79,13 @@ def test_folder_with_classes(tmp_path: Path) -> None:
     assert found.report.startswith(f"3 images of 3 x 8 x 8 in 2 classes from {root}, 2 other files ignored; decoded in")
 
 
+def test_a_data_set_is_printed_without_its_pixels() -> None:
+    images = load_images(np.zeros((1200, 3, 8, 4), np.uint8), channels=3, labels=[0, 1] * 600)
+    assert repr(images) == "ImageDataset(1,200 images of 3 x 8 x 4, 2 classes, 256 levels)"
+    plain = load_images(np.zeros((1, 1, 2, 2), np.uint8), channels=1, levels=17)
+    assert repr(plain) == "ImageDataset(1 images of 1 x 2 x 2, no labels, 17 levels)"
+
+
 def test_folder_without_classes(tmp_path: Path) -> None:
     found = load(str(write(tmp_path / "images", {"b.png": FILES["dog/b.png"], "a.png": FILES["cat/z.PNG"]})))
     assert np.array_equal(found.images, EXPECTED[1:])

@@ -477,7 +477,7 @@ def test_the_time_of_the_first_step_is_told_where_it_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fastddpm.training.loop.compile_network", lambda network, mode: None)
-    toy_trainer(tmp_path, compile=True, num_images=16, progress=True).train()
+    toy_trainer(tmp_path, compile=True, num_images=16, warmup_images=8, progress=True).train()
     assert capsys.readouterr().out.count(" s, in the first step") == 1
 
 
@@ -555,15 +555,15 @@ def test_stop_while_sampling_leaves_a_checkpoint_and_no_grid(tmp_path: Path) -> 
 def test_what_a_run_without_a_checkpoint_left_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"images": 5}\n')
     (tmp_path / "notes.txt").write_text("mine")
-    toy_trainer(tmp_path, num_images=16).train()
+    toy_trainer(tmp_path, num_images=16, warmup_images=8).train()
     assert (tmp_path / "metrics.jsonl.1").read_text() == '{"images": 5}\n'
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [record["images"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [16]
 
 
 def test_second_training_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, num_images=8)
-    other = toy_trainer(tmp_path, num_images=8)
+    trainer = toy_trainer(tmp_path, num_images=8, warmup_images=0)
+    other = toy_trainer(tmp_path, num_images=8, warmup_images=0)
     trainer.callbacks = (lambda _: other.train(),)
     with pytest.raises(InUseError, match=r"expected no other training in .*, got one that runs; wait for it"):
         trainer.train()
@@ -583,11 +583,81 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(
     toy_trainer(tmp_path, num_images=48, progress=True).train()
     toy_trainer(tmp_path, num_images=48, progress=True).train()
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("32 of 32 images, loss ") and out[0].endswith("left")
-    assert out[1] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
+    assert out[0] == "training 10,593 parameters on cpu, in float32, on 64 images of 1 x 8 x 8 from an array"
+    assert out[1] == (f"32 images in steps of 8, 0.5 times each; checkpoints, metrics and samples go to {tmp_path}")
+    assert out[2].startswith("32 of 32 images, loss ") and out[2].endswith("left")
+    assert out[3] == f"going on from {tmp_path / 'checkpoint-0000000032'}, 32 images seen"
     assert out[-1] == "48 of 48 images seen already; raise num_images to go on"
-    toy_trainer(tmp_path / "quiet", num_images=16).train()
+    toy_trainer(tmp_path / "quiet", num_images=16, warmup_images=8).train()
     assert capsys.readouterr().out == ""
+
+
+class Clock:
+    """A minute for each two steps, in place of the module time."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def step(self, _: Trainer) -> None:
+        self.now += 30
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("fastddpm.training.loop.time", made)
+    return made
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_progress_is_told_by_the_clock_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock, late: bool
+) -> None:
+    """With what the metrics would say so far, and without a change of theirs; where numbers come late, a step later."""
+    trainer = toy_trainer(tmp_path / "told", progress=True, log_every_images=48, num_images=96, callbacks=[clock.step])
+    losses: list[float] = []
+    original = trainer._backward
+    trainer._backward = lambda *a: losses.append(loss := original(*a)) or loss  # type: ignore[func-returns-value]
+    if late:
+        asked = iter([False, True] * 100)
+        monkeypatch.setattr("fastddpm.training.metrics.Reading.is_there", lambda _: next(asked))
+    trainer.train()
+    found = [line for line in capsys.readouterr().out.splitlines() if " of 96 images, " in line]
+    assert (found[0].split()[0], found[-1].split()[0]) == ("8", "96")
+    assert f"loss {float(losses[0]):.4f}, lr 0.0005, {'0.13' if late else '0.27'} images/s" in found[0]
+    if not late:
+        assert [line.split()[0] for line in found] == [str(8 * n) for n in range(1, 13)]
+        assert found[0].endswith("05:30 left") and found[1].endswith("05:00 left")
+        assert f"loss {sum(map(float, losses[:2])) / 2:.4f}" in found[1]
+    toy_trainer(tmp_path / "silent", log_every_images=48, num_images=96).train()
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("told", "silent"))
+    assert [{k: v for k, v in line.items() if "second" not in k} for line in ours] == [
+        {k: v for k, v in line.items() if "second" not in k} for line in theirs
+    ]
+
+
+def test_checkpoints_are_written_by_the_clock_too(tmp_path: Path, clock: Clock) -> None:
+    """Of which as many are kept as of others, and no weight depends on them."""
+    written: list[int] = []
+
+    def look(trainer: Trainer) -> None:
+        clock.step(trainer)
+        if trainer._saved >= 0 and trainer._saved not in written:
+            written.append(trainer._saved)
+
+    options: dict[str, Any] = dict(checkpoint_every_images=88, num_images=112)
+    timed = toy_trainer(tmp_path / "timed", callbacks=[look], checkpoint_every_minutes=2.0, **options)
+    timed.train()
+    assert written == [32, 64, 88], "by time, by time, by images, and from there 2 minutes are not over at the end"
+    assert [p.name[-3:] for p in sorted((tmp_path / "timed").glob("checkpoint-*"))] == ["088", "112"]
+    plain = toy_trainer(tmp_path / "plain", callbacks=[clock.step], checkpoint_every_minutes=None, **options)
+    plain.train()
+    assert_same_bits(weights(timed), weights(plain))
+    assert toy_trainer(tmp_path / "timed", checkpoint_every_minutes=5.0).images_seen == 112, "resumed with another"
 
 
 def test_bar_shows_loss_learning_rate_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +686,7 @@ def test_deterministic_algorithms_are_used_while_training_alone(
     monkeypatch.setattr(nn.Module, "compile", lambda _, **__: None)  # without it a processor needs no restriction
     inside = []
     for wanted in (True, False):
-        trainer = toy_trainer(tmp_path / str(wanted), num_images=8, deterministic=wanted, compile=True)
+        trainer = toy_trainer(tmp_path / str(wanted), num_images=8, warmup_images=0, deterministic=wanted, compile=True)
         trainer.callbacks = (lambda _: inside.append(torch.are_deterministic_algorithms_enabled()),)
         trainer.train()
     assert inside == [True, False]
@@ -664,7 +734,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict[str, Any], m
 
 
 def test_tensorboard_gets_metrics_and_grids(tmp_path: Path) -> None:
-    toy_trainer(tmp_path, num_images=16, tensorboard=True, sample_every_images=16).train()
+    toy_trainer(tmp_path, num_images=16, warmup_images=8, tensorboard=True, sample_every_images=16).train()
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"loss" in content and b"images_per_second" in content and b"samples" in content

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastddpm.training import TrainConfig
+from fastddpm.training.config import DECAYS
 from fastddpm.training.ema import halflife_decay, warmed_decay, weights_of
 from fastddpm.training.optimizer import AdamEMA, learning_rate
 from tests.tolerance import assert_equal_to_rounding
@@ -18,6 +19,14 @@ def test_learning_rate_rises_linearly_then_stays() -> None:
     c = TrainConfig(learning_rate=1e-3, warmup_images=1000, num_images=5000)
     for images, share in ((1, 0.001), (250, 0.25), (999, 0.999), (1000, 1), (4000, 1), (9000, 1)):
         assert_equal_to_rounding(learning_rate(images, c), 1e-3 * share)
+
+
+@pytest.mark.parametrize("lr_decay", DECAYS)
+def test_learning_rate_with_the_warm_up_of_a_run_that_was_made_shorter(lr_decay: str) -> None:
+    c = TrainConfig(learning_rate=1e-3, num_images=500, lr_decay=lr_decay)
+    assert_equal_to_rounding(learning_rate(100, c, warmup=1000), 1e-4)
+    assert_equal_to_rounding(learning_rate(1000, c, warmup=1000), 1e-3)
+    assert_equal_to_rounding(learning_rate(25, c), 5e-4)
 
 
 def test_learning_rate_decays_by_a_line_or_a_cosine_to_its_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from fastddpm.training import (
 from tests.training.toy import stripes, toy_diffusion, toy_trainer
 
 TIMES = ("seconds", "images_per_second")
+
+
+def stop_at(images: int) -> Callable[[Trainer], None]:
+    return lambda trainer: trainer.stop() if trainer.images_seen == images else None
 
 
 def contents(path: Path | None) -> dict[str, Tensor]:
@@ -212,12 +217,12 @@ def test_an_average_that_ends_is_not_lost(tmp_path: Path) -> None:
 
 
 def test_steps_left_out_in_float16_are_counted_after_a_change_too(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, precision="float16", num_images=40)
+    trainer = toy_trainer(tmp_path, precision="float16", num_images=40, warmup_images=8)
     trainer.optimizer.scale.scale.fill_(2.0**100)  # type: ignore[union-attr]
     trainer.callbacks = (lambda t: t.stop(),)
     trainer.train()
     with pytest.warns(UserWarning, match="the loss scale ends"):
-        toy_trainer(tmp_path, num_images=16, allow_changes=True).train()
+        toy_trainer(tmp_path, num_images=16, warmup_images=8, allow_changes=True).train()
     line = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert line["skipped"] == 1 and 0.01 < line["grad_norm"] < 100
 
@@ -226,6 +231,20 @@ def test_run_that_depends_on_its_length_cannot_be_made_longer_in_silence(tmp_pat
     toy_trainer(tmp_path, num_images=32, lr_decay="linear").train()
     with pytest.raises(CheckpointError, match=r"train.num_images: saved 32, wanted 64"):
         toy_trainer(tmp_path, num_images=64, lr_decay="linear")
+
+
+@pytest.mark.parametrize("later", [320, 48])
+def test_warm_up_that_was_not_given_stays_where_the_run_gets_another_length(tmp_path: Path, later: int) -> None:
+    """So that it has the bits of a run that was to be as long as before."""
+    toy_trainer(tmp_path, num_images=800, warmup_images=None, callbacks=[stop_at(32)]).train()
+    trainer = toy_trainer(tmp_path, num_images=later, warmup_images=None)
+    assert trainer.to_dict()["train"]["warmup_images"] == 80
+    toy_trainer(tmp_path, num_images=48, warmup_images=None).train()
+    toy_trainer(tmp_path / "whole", num_images=800, warmup_images=None, callbacks=[stop_at(48)]).train()
+    assert_same_bits(*(contents(path / "checkpoint-0000000048") for path in (tmp_path, tmp_path / "whole")))
+    assert toy_trainer(tmp_path, warmup_images=80).images_seen == 48
+    with pytest.raises(CheckpointError, match=r"train.warmup_images: saved 80, wanted 16"):
+        toy_trainer(tmp_path)
 
 
 def test_resume_says_what_it_expects(tmp_path: Path) -> None:

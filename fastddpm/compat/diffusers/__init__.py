@@ -7,6 +7,10 @@ its order, and reproduce its rules where these are open to question; the docstri
 ``corrected=True`` selects ours. diffusers need not be installed, unless its pipelines are used.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from .ddim import DDIMScheduler, DDIMSchedulerOutput
 from .ddpm import DDPMScheduler, DDPMSchedulerOutput
 from .dpm_solver import DPMSolverMultistepScheduler
@@ -22,3 +26,12 @@ __all__ = [
     "SchedulerOutput",
     "install",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name[:1].isupper():  # a class of the original; Python itself asks for modules and for what begins with _
+        raise ImportError(
+            f"{__name__}: expected one of {', '.join(__all__)}, got {name}; take that one from diffusers itself",
+            name=name,
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,13 @@ another's place in silence, others with a warning.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -83,6 +84,8 @@ def configured(init: Callable[Concatenate[C, P], None]) -> Callable[Concatenate[
     def recorded(self: C, /, *args: P.args, **kwargs: P.kwargs) -> None:
         private = {name: value for name, value in kwargs.items() if name.startswith("_")}
         public: Any = {name: value for name, value in kwargs.items() if name not in private}
+        if all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values()):
+            _refuse_unknown(type(self).__name__, public, list(signature.parameters)[1:])
         bound = signature.bind(self, *args, **public)
         given = set(bound.arguments)
         bound.apply_defaults()
@@ -94,6 +97,14 @@ def configured(init: Callable[Concatenate[C, P], None]) -> Callable[Concatenate[
         init(self, *args, **public)
 
     return recorded
+
+
+def _refuse_unknown(who: str, given: Iterable[str], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(known)}"
+            raise TypeError(f"{who}: expected arguments of its constructor, got {name!r}; {remedy}")
 
 
 class Configured:

@@ -227,6 +227,27 @@ def test_a_subclass_has_a_configuration_of_its_own_arguments() -> None:
     assert made.config.beta_end == 0.01 and json.loads(made.to_json_string())["_class_name"] == "Mine"
 
 
+def test_what_is_not_here_says_what_is() -> None:
+    with pytest.raises(
+        ImportError, match=r"expected one of DDIMScheduler, .*, got EulerDiscreteScheduler; take that one"
+    ):
+        from fastddpm.compat.diffusers import EulerDiscreteScheduler  # noqa: F401
+    assert not hasattr(ours, "nonsense")
+    from fastddpm.compat.diffusers import tables
+
+    assert tables.__name__ == "fastddpm.compat.diffusers.tables"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_that_there_is_not_is_told_with_its_class(name: str) -> None:
+    for given, remedy in (
+        ("beta_schedul", r"did you mean 'beta_schedule'\?"),
+        ("colour", "choose among num_train_timest"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected arguments of its constructor, got '{given}'; {remedy}"):
+            getattr(ours, name)(**{given: "linear"})
+
+
 @pytest.mark.parametrize("output", [ours.DDPMSchedulerOutput, ours.DDIMSchedulerOutput])
 def test_outputs(output: type) -> None:
     a, b = torch.zeros(1), torch.ones(1)
