@@ -27,7 +27,7 @@ pytestmark = [
 OPS = emulated.ops()
 ERRORS = {"FASTDDPM_EMULATION_ERRORS": "1"}
 Passed = Callable[..., int]
-CONTRACT = "values or mixed or two_runs or new_tensors or other_strides or empty_batch"
+CONTRACT = "values or mixed or two_runs or new_tensors or other_strides or test_empty"
 ONE_SET = SETS[0] if SETS else "none"  # of the instructions for a CPU, of which none run
 NORMAL = f"{ONE_SET} and (normal_numbers or integers)"  # not an op of the contract tests
 
@@ -125,7 +125,7 @@ COOPERATIVE = {"FASTDDPM_EMULATED_PLAN": "0,3,2"}  # in three parts, wherever it
 
 def test_contract_of_the_cooperative_kernel(passed: Passed, library: Path) -> None:
     """Of what a plan would leave to it for its size alone; here at every size, without clusters."""
-    cases = "group_norm_silu-native and (values_and_gradients and NHWC and bfloat16 or empty_batch)"
+    cases = "group_norm_silu-native and (values_and_gradients and NHWC and bfloat16 or test_empty)"
     environment = COOPERATIVE | {"FASTDDPM_EMULATION_ARCH": "80"}
     assert passed(library, "tests/ops/test_contract.py", "-k", cases, **environment) > 12
 
