@@ -44,11 +44,16 @@ def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FL
         raise ValueError(
             f"{op}: expected {name} of shape [B, C, H, W], got {list(x.shape)}; reshape it to four dimensions"
         )
-    if not (x.is_contiguous() or is_nhwc(x)):
+    if not is_dense(x):
         raise ValueError(
             f"{op}: expected {name} to be dense in NCHW or NHWC order, got strides {list(x.stride())} for shape "
             f"{list(x.shape)}; call .contiguous(memory_format=torch.channels_last) or .contiguous() on it first"
         )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a [B, C, H, W] tensor lies in NCHW or NHWC order without gaps, as the ops take it."""
+    return x.is_contiguous() or is_nhwc(x)
 
 
 def is_nhwc(x: Tensor) -> bool:

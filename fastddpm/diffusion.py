@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import _graph, _native, ops, sampling, weighting
 from ._calls import Calls, forget, loops_of
-from ._checks import is_nhwc
+from ._checks import is_dense
 from .nn import UNet
 from .ops import philox
 from .ops.normal import normal
@@ -315,14 +315,9 @@ class DiffusionConfig:
         return schedule
 
 
-def _is_dense(images: Tensor) -> bool:
-    """Whether images [B, C, H, W] lie in NCHW or NHWC order without gaps, as ops take them."""
-    return images.dim() != 4 or images.is_contiguous() or is_nhwc(images)
-
-
 def _dense(images: Tensor) -> Tensor:
     """The images, or a copy in the order that they have."""
-    if _is_dense(images):
+    if images.dim() != 4 or is_dense(images):
         return images
     nhwc = images.stride(1) == 1 and images.shape[1] > 1
     return images.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
@@ -581,7 +576,7 @@ class GaussianDiffusion(nn.Module):
         if t is None:
             t, correction = self._draw_t(draw)
         labels = self._training_labels(labels, index, count, draw)
-        if not _is_dense(images):
+        if not is_dense(images):
             images, index = _dense(images if index is None else images[index]), None
         scale, shift = self.pixel_range(images)
         pixels: dict[str, Any] = dict(index=index, flip=flip, pixel_scale=scale, pixel_shift=shift)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import is_nhwc
+from .._checks import is_dense
 from ..ops import group_norm_silu, rms_norm_silu
 from .fused import Fused, untouched
 
@@ -62,7 +62,7 @@ def as_image(x: Tensor) -> Tensor:
     elif x.dim() > 4:
         channels_last = x.movedim(1, -1).is_contiguous()
         x = x.movedim(1, -1).flatten(1, -2).movedim(-1, 1).unsqueeze(3) if channels_last else x.flatten(2).unsqueeze(3)
-    if x.is_contiguous() or is_nhwc(x):
+    if is_dense(x):
         return x
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 

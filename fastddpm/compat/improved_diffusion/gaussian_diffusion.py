@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ... import diffusion as theory
 from ... import ops
-from ..._checks import FLOATS, is_nhwc
+from ..._checks import FLOATS, is_dense
 from ..._graph import Replayed
 from ...sampling import ddim_table, ddpm_table
 from ...schedule import Schedule, cosine_beta_schedule, extract
@@ -715,7 +715,7 @@ def _moves(t: Tensor, x: Tensor) -> Tensor:
 
 def _is_image(x: Tensor) -> bool:
     """Whether our ops take it."""
-    return x.dim() == 4 and x.dtype in FLOATS and (x.is_contiguous() or is_nhwc(x))
+    return x.dim() == 4 and x.dtype in FLOATS and is_dense(x)
 
 
 def _is_state(x: Tensor) -> bool:
@@ -724,7 +724,7 @@ def _is_state(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() or is_nhwc(x) else x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def _bar(steps: Iterable[int], progress: bool) -> Iterable[int]:
