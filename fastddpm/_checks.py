@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDE = (torch.float32, torch.float64)  # of tables, parameters and the numbers that they share
+INTEGER = (torch.int64,)
 
 
 def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
@@ -25,12 +27,13 @@ def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], *others: tup
         raise ValueError(f"{op}: expected {name} of shape {wanted}, got {list(x.shape)}; pass a tensor of that shape")
 
 
-def check_numbers(op: str, name: str, x: Any, like: Tensor, shape: tuple[int, ...], *others: tuple[int, ...]) -> None:
-    """Expect a float tensor of one of the given shapes on the device of ``like``."""
-    right = isinstance(x, Tensor) and (x.shape == shape or x.shape in others)
-    if not (right and x.dtype in FLOATS and x.device == like.device):
-        check_shape(op, name, x, shape, *others)
-        check_dtype(op, name, x, *FLOATS)
+def check_values(
+    op: str, name: str, x: Any, like: Tensor, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
+) -> None:
+    """Expect a tensor of one of these dtypes and shapes on the device of ``like``."""
+    if not (isinstance(x, Tensor) and x.shape in shapes and x.dtype in dtypes and x.device == like.device):
+        check_shape(op, name, x, *shapes)
+        check_dtype(op, name, x, *dtypes)
         check_device(op, like, **{name: x})
 
 
@@ -49,6 +52,16 @@ def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FL
             f"{op}: expected {name} to be dense in NCHW or NHWC order, got strides {list(x.stride())} for shape "
             f"{list(x.shape)}; call .contiguous(memory_format=torch.channels_last) or .contiguous() on it first"
         )
+
+
+def check_image_like(
+    op: str, name: str, x: Any, like: Tensor, *shapes: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """Expect such a tensor, of one of these shapes, on the device of ``like``."""
+    right = isinstance(x, Tensor) and x.shape in shapes and x.dtype in dtypes and x.device == like.device
+    if not (right and is_dense(x)):
+        check_image(op, name, x, dtypes)
+        check_values(op, name, x, like, dtypes, *shapes)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -71,15 +84,16 @@ def is_nhwc(x: Tensor) -> bool:
     return True
 
 
-def check_rows(op: str, name: str, x: Any, *columns: int) -> None:
-    """Expect a tensor [rows], or [rows, columns] where columns are given, of any number of rows."""
+def check_rows(op: str, name: str, x: Any, like: Tensor, dtypes: tuple[torch.dtype, ...], *columns: int) -> None:
+    """Expect a tensor [rows], or [rows, columns] where columns are given, of any number of rows, on that device."""
     _check_tensor(op, name, x)
-    if tuple(x.shape[1:]) != columns or x.dim() == 0:
+    if x.shape[1:] != columns or x.dim() == 0:
         wanted = ", ".join(str(n) for n in ("rows", *columns))
         raise ValueError(
             f"{op}: expected {name} of shape [{wanted}], any number of rows, got {list(x.shape)}; "
             f"pass a tensor of that shape"
         )
+    check_values(op, name, x, like, dtypes, x.shape)
 
 
 def check_device(op: str, like: Tensor, **tensors: Tensor | float | None) -> None:
@@ -92,13 +106,12 @@ def check_device(op: str, like: Tensor, **tensors: Tensor | float | None) -> Non
             )
 
 
-def check_scalar(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
-    """Expect a number (an int, where the dtype is int64), or a tensor [] of one of these dtypes."""
+def check_scalar(op: str, name: str, x: Any, like: Tensor, *dtypes: torch.dtype) -> None:
+    """Expect a number (an int, where the dtype is int64), or a tensor [] of one of these dtypes on that device."""
     if isinstance(x, Tensor):
-        check_shape(op, name, x, ())
-        check_dtype(op, name, x, *dtypes)
-    elif not isinstance(x, int if dtypes == (torch.int64,) else (int, float)):
-        kind = "an int" if dtypes == (torch.int64,) else "a number"
+        check_values(op, name, x, like, dtypes, ())
+    elif not isinstance(x, int if dtypes == INTEGER else (int, float)):
+        kind = "an int" if dtypes == INTEGER else "a number"
         raise TypeError(
             f"{op}: expected {name} to be {kind} or a tensor [] of dtype {_names(dtypes)}, got {type(x).__name__}; "
             f"pass one of these"
@@ -113,15 +126,13 @@ def check_draw(op: str, batch: int, like: Tensor, seed: Any, sample: Any, step: 
             f"{op}: expected seed, sample and step together to draw noise, got no {missing}; "
             f"pass all three, or the noise itself"
         )
-    check_scalar(op, "seed", seed, torch.int64)
-    check_scalar(op, "step", step, torch.int64)
+    check_scalar(op, "seed", seed, like, torch.int64)
+    check_scalar(op, "step", step, like, torch.int64)
     if isinstance(seed, int) and not 0 <= seed < 2**64:
         raise ValueError(f"{op}: expected seed in [0, 2^64), got {seed}; choose a non-negative 64-bit integer")
     if isinstance(step, int) and not 0 <= step < 2**32:
         raise ValueError(f"{op}: expected step in [0, 2^32), got {step}; the counter of the noise has 32 bits for it")
-    check_shape(op, "sample", sample, (batch,))
-    check_dtype(op, "sample", sample, torch.int64)
-    check_device(op, like, seed=seed, sample=sample, step=step)
+    check_values(op, "sample", sample, like, INTEGER, (batch,))
 
 
 def _check_tensor(op: str, name: str, x: Any) -> None:

@@ -68,7 +68,7 @@ class Op:
         folder = Path(str(reference.__file__)).parent
         self.present = ("reference", *(b for b in BACKENDS if (folder / f"{b}_impl.py").exists()))
         self.loaded: dict[str, ModuleType] = {"reference": reference}
-        self.on_cpu: dict[torch.dtype, ModuleType] = {}  # what choose_for has found
+        self.on_cpu: dict[tuple[torch.dtype | None, ...], ModuleType] = {}  # what choose has found
 
     def implementation(self, backend: str) -> ModuleType:
         """The module of a backend that is `present`, imported when first asked for."""
@@ -103,12 +103,29 @@ class Op:
         reason: str | None = self.implementation(backend).unsupported(**arguments)
         return reason
 
-    def choose(self, **arguments: Any) -> ModuleType:
+    def choose(self, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype | None = None) -> ModuleType:
         """The implementation to run: the forced one, else the first of `order` that can.
+
+        On a CPU that is asked once for each pair of dtypes: there the native kernels, which come first, look at nothing
+        else. After large images every function that Python goes through comes out of memory: 2 instead of 8 us.
+
+        Args:
+            x: what the call is about. arguments: the call, by its names.
+            dtype: what it computes in, where that is among the arguments.
 
         Raises:
             NotImplementedError: a backend is forced and cannot run; the message gives its reason.
         """
+        quick = _forced is None and x.is_cpu and not is_dynamo_compiling()
+        chosen = self.on_cpu.get((x.dtype, dtype)) if quick else None
+        if chosen is None:
+            chosen = self.first_that_can(arguments)
+            if quick and chosen is self.loaded.get("native"):
+                self.on_cpu[x.dtype, dtype] = chosen
+        return chosen
+
+    def first_that_can(self, arguments: dict[str, Any]) -> ModuleType:
+        """See `choose`."""
         if _forced is not None:
             reason = self.reason_against(_forced, arguments)
             if reason is not None:
@@ -122,17 +139,13 @@ class Op:
                 return self.implementation(backend)
         raise AssertionError(f"{self.name}: the reference runs everywhere")
 
-    def choose_for(self, x: Tensor) -> ModuleType:
-        """`choose(x=x)` of an op that asks about ``x`` alone; on a CPU it asks about each dtype once.
-
-        After large images every function that Python goes through comes out of memory: 2 instead of 8 us.
-        """
-        if is_dynamo_compiling() or _forced is not None or not x.is_cpu:
-            return self.choose(x=x)
-        chosen = self.on_cpu.get(x.dtype)
-        if chosen is None:
-            chosen = self.on_cpu[x.dtype] = self.choose(x=x)
-        return chosen
+    def run(self, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+        """What the implementation to run makes of an op that has no gradient: `choose` with the same arguments."""
+        forward = self.choose(x, arguments, dtype).forward
+        if not torch.is_grad_enabled():
+            return forward(**arguments)
+        with torch.no_grad():
+            return forward(**arguments)
 
 
 def _images(arguments: dict[str, Any]) -> list[Tensor]:
@@ -201,6 +214,11 @@ def once_differentiable(backward: Function) -> Function:
         return refuse(*[None if g is None else g.detach().requires_grad_() for g in outputs])  # type: ignore[arg-type]
 
     return once  # type: ignore[return-value]
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Whether autograd is to know of an op on these inputs."""
+    return torch.is_grad_enabled() and True in [p is not None and p.requires_grad for p in inputs]
 
 
 def own(y: Tensor) -> Tensor:

@@ -62,11 +62,33 @@ def test_the_first_that_can_is_taken(monkeypatch: pytest.MonkeyPatch, reason: st
         expected = factor * fastddpm.rms_norm_silu(*ARGUMENTS)
     monkeypatch.setattr(OP, "present", ("reference", "native"))
     monkeypatch.setitem(OP.loaded, "native", _planted(reason))
+    monkeypatch.setattr(OP, "on_cpu", {})
     assert torch.equal(fastddpm.rms_norm_silu(*ARGUMENTS), expected)
     if reason is not None:
         assert reason in fastddpm.explain(fastddpm.rms_norm_silu, *ARGUMENTS)
         with fastddpm.use_backend("native"), pytest.raises(NotImplementedError, match=reason):
             fastddpm.rms_norm_silu(*ARGUMENTS)
+
+
+def test_on_a_cpu_native_kernels_are_asked_once_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def unsupported(x: torch.Tensor, **_: Any) -> str | None:
+        asked.append(x.dtype)
+        return "too wide" if x.dtype == torch.float64 else None
+
+    planted = _planted(None)
+    planted.unsupported = unsupported
+    monkeypatch.setattr(OP, "present", ("reference", "native"))
+    monkeypatch.setitem(OP.loaded, "native", planted)
+    monkeypatch.setattr(OP, "on_cpu", {})
+    for dtype in (torch.float32, torch.float64, torch.bfloat16) * 3:
+        x, weight = (p.to(dtype) for p in ARGUMENTS)
+        factor = 1 if dtype == torch.float64 else 2
+        y = fastddpm.rms_norm_silu(x, weight)
+        with fastddpm.use_backend("reference"):  # what is forced is asked for at each call
+            assert torch.equal(y, factor * fastddpm.rms_norm_silu(x, weight))
+    assert sorted(asked, key=str) == [torch.bfloat16, torch.float32, *[torch.float64] * 3]
 
 
 def test_an_op_finds_the_implementations_beside_it(tmp_path: Any) -> None:

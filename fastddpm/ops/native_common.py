@@ -36,6 +36,11 @@ def _against_cuda(index: int | None) -> str | None:
     return _native.cuda_reason(torch.cuda.get_device_capability(index))
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An argument that may be left out, as operators take it."""
+    return x if x is None else x.contiguous()
+
+
 def number_or_tensor(x: Tensor | int | None) -> tuple[int, Tensor | None]:
     """An argument that may be either, as the pair that an operator takes; 64 bits, with or without a sign."""
     if isinstance(x, Tensor):
@@ -58,8 +63,7 @@ def drawing(
     """Where noise is drawn, as operators take it; without a seed nothing is."""
     if seed is None:
         return NOTHING_DRAWN
-    rows = None if sample is None else sample.contiguous()
-    return *number_or_tensor(seed), rows, *number_or_tensor(step)
+    return *number_or_tensor(seed), contiguous(sample), *number_or_tensor(step)
 
 
 def register_fake(name: str) -> Callable[[Fake], Fake]:

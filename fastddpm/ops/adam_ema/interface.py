@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_dtype, check_scalar, check_shape
+from ..._checks import FLOATS, INTEGER, WIDE, check_device, check_dtype, check_scalar, check_values
 from ..._dispatch import Op
 from . import reference
 
 OP = Op(__package__, reference)
-MASTER = (torch.float32, torch.float64)
 
 
 def adam_ema(
@@ -72,7 +71,7 @@ def adam_ema(
         raise ValueError(
             "adam_ema: expected params with at least one tensor, got none; pass those that have a gradient"
         )
-    check_dtype("adam_ema", "params[0]", params[0], *MASTER)
+    check_dtype("adam_ema", "params[0]", params[0], *WIDE)
     dtype = params[0].dtype
     lists = {"params": params, "grads": list(grads), "exp_avg": list(exp_avg), "exp_avg_sq": list(exp_avg_sq)}
     if (ema is None) != (ema_decay is None):
@@ -81,9 +80,8 @@ def adam_ema(
     lists |= {name: list(x) for name, x in (("ema", ema), ("mirror", mirror)) if x is not None}
     _check_lists(lists, dtype)
 
-    check_shape("adam_ema", "step", step, ())
-    check_dtype("adam_ema", "step", step, torch.int64)
-    check_scalar("adam_ema", "lr", lr, *MASTER)
+    check_values("adam_ema", "step", step, params[0], INTEGER, ())
+    check_scalar("adam_ema", "lr", lr, params[0], *WIDE)
     if not isinstance(lr, Tensor) and not lr >= 0:
         raise ValueError(f"adam_ema: expected lr >= 0, got {lr}; 2e-4 is usual")
     if not all(0 <= beta < 1 for beta in betas):
@@ -95,25 +93,20 @@ def adam_ema(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"adam_ema: expected max_grad_norm > 0, got {max_grad_norm}; None does not clip")
     if ema_decay is not None:
-        check_scalar("adam_ema", "ema_decay", ema_decay, *MASTER)
+        check_scalar("adam_ema", "ema_decay", ema_decay, params[0], *WIDE)
         if not isinstance(ema_decay, Tensor) and not 0 <= ema_decay <= 1:
             raise ValueError(f"adam_ema: expected ema_decay in [0, 1], got {ema_decay}; 0.9999 is usual")
-    for name, scalar, dtypes in (("grad_scale", grad_scale, MASTER), ("found_inf", found_inf, (torch.float32,))):
-        if scalar is not None:
-            check_shape("adam_ema", name, scalar, ())
-            check_dtype("adam_ema", name, scalar, *dtypes)
-    check_device(
-        "adam_ema", params[0], step=step, lr=lr, ema_decay=ema_decay, grad_scale=grad_scale, found_inf=found_inf
-    )
+    if grad_scale is not None:
+        check_values("adam_ema", "grad_scale", grad_scale, params[0], WIDE, ())
+    if found_inf is not None:
+        check_values("adam_ema", "found_inf", found_inf, params[0], (torch.float32,), ())
 
-    options: dict[str, Any] = dict(
-        step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+    four = {name: lists[name] for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
+    norm: Tensor = OP.run(params[0], dict(
+        four, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
         ema=lists.get("ema"), ema_decay=ema_decay, mirror=lists.get("mirror"), grad_scale=grad_scale,
         found_inf=found_inf,
-    )  # fmt: skip
-    four = {name: lists[name] for name in ("params", "grads", "exp_avg", "exp_avg_sq")}
-    with torch.no_grad():
-        norm: Tensor = OP.choose(**four, **options).forward(**four, **options)
+    ))  # fmt: skip
     return norm
 
 

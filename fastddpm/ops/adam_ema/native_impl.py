@@ -35,7 +35,7 @@ def forward(
 ) -> Tensor:
     """See the interface."""
     ema, mirror = ema or [], mirror or []
-    norm: Tensor = torch.ops.fastddpm.adam_ema_(
+    norm: Tensor = torch.ops.fastddpm.adam_ema_.default(
         params, grads, exp_avg, exp_avg_sq, step, *float_or_tensor(lr), *betas, eps, weight_decay, max_grad_norm,
         ema, *float_or_tensor(1.0 if ema_decay is None else ema_decay), mirror, grad_scale, found_inf,
     )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
-from ..._dispatch import Op, dense_gradient, once_differentiable, own
+from ..._checks import FLOATS, check_device, check_dtype, check_image, check_values
+from ..._dispatch import Op, dense_gradient, needs_gradient, once_differentiable, own
 from ..kept import transform_anew
 from . import reference
 
@@ -23,7 +23,7 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.implementation = OP.choose(x=x, weight=weight, bias=bias)
+        ctx.implementation = OP.choose(x, {"x": x})
         y: Tensor
         with transform_anew():
             y, saved = ctx.implementation.forward(x, weight, bias)
@@ -81,14 +81,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"conv3x3: expected weight of shape [N, {x.shape[1]}, 3, 3], got {list(weight.shape)}; x has {x.shape[1]} "
             "channels, and other filters are for torch.nn.functional.conv2d"
         )
+    check_device("conv3x3", x, weight=weight)
     if bias is not None:
-        check_shape("conv3x3", "bias", bias, (weight.shape[0],))
-        check_dtype("conv3x3", "bias", bias, *FLOATS)
-    check_device("conv3x3", x, weight=weight, bias=bias)
+        check_values("conv3x3", "bias", bias, x, FLOATS, (weight.shape[0],))
 
     y: Tensor
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias)):
+    if needs_gradient(x, weight, bias):
         y = _Conv3x3.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
-    y, _ = OP.choose(x=x, weight=weight, bias=bias).forward(x, weight, bias)
+    y, _ = OP.choose(x, {"x": x}).forward(x, weight, bias)
     return y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kept import is_kept, kept
-from ..native_common import like_in_order, reason_against, register_fake
+from ..native_common import contiguous, like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
 HALF = (torch.bfloat16, torch.float16)
@@ -28,15 +28,18 @@ def unsupported(*, x: Tensor, **_: Any) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
-    bias = bias if bias is None else bias.contiguous()
+    bias = contiguous(bias)
+    y: Tensor
     if not is_kept():
-        return torch.ops.fastddpm.conv3x3(x, weight, bias, False, _tile(x, x.dtype, TRANSFORMED)), ()
-    if x.shape[0] * x.shape[2] * x.shape[3] <= MOST_PIXELS:
-        packed = kept(weight, 0, lambda: _packed(weight))
-        return torch.ops.fastddpm.conv3x3_packed(x, packed, bias, weight.shape[0], _tile(x, x.dtype, PACKED)), ()
-    tile = _tile(x, x.dtype, READ)
-    weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights(weight, False, tile))
-    return torch.ops.fastddpm.conv3x3_transformed(x, weights, bias, weight.shape[0]), ()
+        y = torch.ops.fastddpm.conv3x3.default(x, weight, bias, False, _tile(x, x.dtype, TRANSFORMED))
+    elif x.shape[0] * x.shape[2] * x.shape[3] <= MOST_PIXELS:
+        packed, tile = kept(weight, 0, lambda: _packed(weight)), _tile(x, x.dtype, PACKED)
+        y = torch.ops.fastddpm.conv3x3_packed.default(x, packed, bias, weight.shape[0], tile)
+    else:
+        tile = _tile(x, x.dtype, READ)
+        weights = kept(weight, tile, lambda: torch.ops.fastddpm.conv3x3_weights.default(weight, False, tile))
+        y = torch.ops.fastddpm.conv3x3_transformed.default(x, weights, bias, weight.shape[0])
+    return y, ()
 
 
 def backward(
@@ -55,11 +58,11 @@ def backward(
     """
     dx = dweight = dbias = None
     if wanted[0]:
-        dx = torch.ops.fastddpm.conv3x3(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
+        dx = torch.ops.fastddpm.conv3x3.default(dy, weight, None, True, _tile(x, x.dtype, TRANSFORMED))
     if wanted[1] or wanted[2]:
         tile = _tile(x, precision, READ)
         of_weight = weight.float() if weight.dtype == torch.float64 else weight  # kernels write no float64
-        found = torch.ops.fastddpm.conv3x3_gradient(dy, x, of_weight, bias if wanted[2] else None, tile)
+        found = torch.ops.fastddpm.conv3x3_gradient.default(dy, x, of_weight, bias if wanted[2] else None, tile)
         dweight = found[0].to(weight.dtype)
         dbias = found[1] if wanted[2] else None
     return dx, dweight if wanted[1] else None, dbias

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_rows, check_shape
-from ..._dispatch import Op, once_differentiable, own
+from ..._checks import (
+    FLOATS,
+    INTEGER,
+    WIDE,
+    check_draw,
+    check_image,
+    check_image_like,
+    check_rows,
+    check_values,
+)  # fmt: skip
+from ..._dispatch import Op, needs_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -25,8 +34,7 @@ class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, t: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         ctx.kept_scale = 2.0 ** pred.numel().bit_length()
-        options = dict(options, gradient_scale=ctx.kept_scale)
-        loss, per_sample, gradient = OP.choose(pred=pred, t=t, **options).forward(pred, t, **options)
+        loss, per_sample, gradient = _forward(pred, t, options, ctx.kept_scale)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(per_sample)
         return own(loss), per_sample
@@ -102,10 +110,8 @@ def diffusion_loss(
                 f"give the network learned_variance=True"
             )
         c //= 2
-        check_rows("diffusion_loss", "vlb", vlb, 4)
-        check_dtype("diffusion_loss", "vlb", vlb, torch.float32, torch.float64)
-    check_shape("diffusion_loss", "t", t, (b,))
-    check_dtype("diffusion_loss", "t", t, torch.int64)
+        check_rows("diffusion_loss", "vlb", vlb, pred, WIDE, 4)
+    check_values("diffusion_loss", "t", t, pred, INTEGER, (b,))
     if levels < 2:
         raise ValueError(f"diffusion_loss: expected levels >= 2, got {levels}; images of 8 bits have 256")
     if objective not in OBJECTIVES:
@@ -113,8 +119,7 @@ def diffusion_loss(
             f"diffusion_loss: expected objective to be one of {', '.join(OBJECTIVES)}, got {objective!r}; choose one"
         )
     if target is not None:
-        check_image("diffusion_loss", "target", target)
-        check_shape("diffusion_loss", "target", target, (b, c, h, w))
+        check_image_like("diffusion_loss", "target", target, pred, (b, c, h, w))
     elif objective != "x0":
         check_draw("diffusion_loss", b, pred, seed, sample, step)
     if target is None and objective == "v" and table is None:
@@ -123,25 +128,19 @@ def diffusion_loss(
         what = "vlb" if vlb is not None else f"objective {objective!r}"
         raise ValueError(f"diffusion_loss: expected x0 for {what}, got None; pass the images")
     if x0 is not None:
-        check_image("diffusion_loss", "x0", x0, (torch.uint8, *FLOATS))
-        check_shape("diffusion_loss", "x0", x0, (b if index is None else x0.shape[0], c, h, w))
+        rows = b if index is None or not isinstance(x0, Tensor) else x0.shape[0]
+        check_image_like("diffusion_loss", "x0", x0, pred, (rows, c, h, w), dtypes=(torch.uint8, *FLOATS))
     if index is not None:
-        check_shape("diffusion_loss", "index", index, (b,))
-        check_dtype("diffusion_loss", "index", index, torch.int64)
+        check_values("diffusion_loss", "index", index, pred, INTEGER, (b,))
     if flip is not None:
-        check_shape("diffusion_loss", "flip", flip, (b,))
-        check_dtype("diffusion_loss", "flip", flip, torch.bool)
+        check_values("diffusion_loss", "flip", flip, pred, (torch.bool,), (b,))
     if table is not None:
-        check_rows("diffusion_loss", "table", table, 2)
-        check_dtype("diffusion_loss", "table", table, torch.float32, torch.float64)
+        check_rows("diffusion_loss", "table", table, pred, WIDE, 2)
     if weight is not None:
-        check_shape("diffusion_loss", "weight", weight, (b,))
-        check_dtype("diffusion_loss", "weight", weight, *FLOATS)
+        check_values("diffusion_loss", "weight", weight, pred, FLOATS, (b,))
     if isinstance(vlb_weight, Tensor):
-        check_shape("diffusion_loss", "vlb_weight", vlb_weight, (b,), ())
-        check_dtype("diffusion_loss", "vlb_weight", vlb_weight, *FLOATS)
+        check_values("diffusion_loss", "vlb_weight", vlb_weight, pred, FLOATS, (b,), ())
     inputs = dict(target=target, table=table, x0=x0, weight=weight, vlb=vlb, vlb_weight=vlb_weight)
-    check_device("diffusion_loss", pred, t=t, index=index, flip=flip, **inputs)
     if torch.is_grad_enabled():
         for name, x in inputs.items():
             if isinstance(x, Tensor) and x.requires_grad:
@@ -154,9 +153,14 @@ def diffusion_loss(
         inputs, objective=objective, index=index, flip=flip, pixel_scale=pixel_scale, pixel_shift=pixel_shift,
         seed=seed, sample=sample, step=step, levels=levels,
     )  # fmt: skip
-    if torch.is_grad_enabled() and pred.requires_grad:
+    if needs_gradient(pred):
         result: tuple[Tensor, Tensor] = _DiffusionLoss.apply(pred, t, options)  # type: ignore[no-untyped-call]
         return result
-    options["gradient_scale"] = None
-    loss, per_sample, _ = OP.choose(pred=pred, t=t, **options).forward(pred, t, **options)
+    loss, per_sample, _ = _forward(pred, t, options, None)
     return loss, per_sample
+
+
+def _forward(pred: Tensor, t: Tensor, options: dict[str, Any], gradient_scale: float | None) -> Any:
+    """The loss, that of each sample and, with a gradient_scale, d (gradient_scale loss) / d pred."""
+    arguments = dict(pred=pred, t=t, gradient_scale=gradient_scale, **options)
+    return OP.choose(pred, arguments).forward(**arguments)

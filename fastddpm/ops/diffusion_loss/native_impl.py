@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import drawing, like_in_order, reason_against, register_fake
+from ..native_common import contiguous, drawing, like_in_order, reason_against, register_fake
 
 OBJECTIVES = ("eps", "x0", "v")  # as csrc/diffusion_loss numbers them
 
@@ -39,12 +39,11 @@ def forward(
     gradient_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the loss [], that of each sample [B] and, with a gradient_scale, d (gradient_scale loss) / d pred."""
-    table, index, flip, weight, vlb = (p if p is None else p.contiguous() for p in (table, index, flip, weight, vlb))
-    sample = None if sample is None else sample.contiguous()
     weights = (1.0, vlb_weight.contiguous()) if isinstance(vlb_weight, Tensor) else (float(vlb_weight), None)
-    loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss(
-        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), table, x0, index, flip,
-        pixel_scale, pixel_shift, *drawing(seed, sample, step), weight, vlb, *weights, levels, gradient_scale,
+    loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss.default(
+        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), contiguous(table), x0, contiguous(index),
+        contiguous(flip), pixel_scale, pixel_shift, *drawing(seed, sample, step), contiguous(weight), contiguous(vlb),
+        *weights, levels, gradient_scale,
     )  # fmt: skip
     return loss, per_sample, gradient[0] if gradient else None
 

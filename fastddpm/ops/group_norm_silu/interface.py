@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import check_device, check_draw, check_image, check_numbers, check_shape
-from ..._dispatch import Op, dense_gradient, once_differentiable, own
+from ..._checks import FLOATS, check_draw, check_image, check_image_like, check_values
+from ..._dispatch import Op, dense_gradient, needs_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
-DRAWN = ("seed", "sample", "step")  # where dropout draws: numbers or tensors
+NOTHING = (None, None, None)  # in place of seed, sample and step
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -22,7 +22,6 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        options: dict[str, Any],
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -31,13 +30,24 @@ class _GroupNormSiLU(torch.autograd.Function):
         shift: Tensor | None,
         residual: Tensor | None,
         x2: Tensor | None,
+        num_groups: int,
+        eps: float,
+        dropout: float,
+        drawn: tuple[Tensor | int | None, ...],
+        layer: int,
+        activation: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
+        seed, sample, step = drawn
         ctx.implementation = _implementation(x)
-        y, h, saved = ctx.implementation.forward(x, weight, bias, **inputs, **options)
-        drawn = [options[name] if isinstance(options[name], Tensor) else None for name in DRAWN]
-        ctx.options = {n: x for n, x in options.items() if n != "eps" and not isinstance(x, Tensor)}
-        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *drawn, *saved)
+        y, h, saved = ctx.implementation.forward(
+            x, weight, bias, num_groups, eps=eps, channel_bias=channel_bias, scale=scale, shift=shift,
+            residual=residual, x2=x2, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer,
+            activation=activation,
+        )  # fmt: skip
+        ctx.num_groups, ctx.dropout, ctx.layer, ctx.activation = num_groups, dropout, layer, activation
+        ctx.numbers = [None if isinstance(n, Tensor) else n for n in drawn]
+        tensors = [n if isinstance(n, Tensor) else None for n in drawn]
+        ctx.save_for_backward(x, weight, bias, channel_bias, scale, shift, residual, x2, *tensors, *saved)
         ctx.nchw = x.is_contiguous()
         ctx.set_materialize_grads(False)
         return own(y) if h is None else (own(y), own(h))
@@ -45,13 +55,16 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, channel_bias, scale, shift, residual, x2, *others = ctx.saved_tensors
-        inputs = dict(channel_bias=channel_bias, scale=scale, shift=shift, residual=residual, x2=x2)
-        drawn = dict(zip(DRAWN, others, strict=False))
-        options = drawn | ctx.options
-        saved = tuple(others[len(DRAWN) :])
-        dy, dh = (g if g is None else dense_gradient(OP.name, ctx.nchw, g) for g in (dy, dh))
-        return None, *ctx.implementation.backward(dy, dh, saved, x, weight, bias, **inputs, **options)
+        x, weight, bias, channel_bias, scale, shift, residual, x2, *tensors = ctx.saved_tensors
+        seed, sample, step = (n if t is None else t for n, t in zip(ctx.numbers, tensors, strict=False))
+        gradients = ctx.implementation.backward(
+            dy if dy is None else dense_gradient(OP.name, ctx.nchw, dy),
+            dh if dh is None else dense_gradient(OP.name, ctx.nchw, dh),
+            tuple(tensors[3:]), x, weight, bias, ctx.num_groups, channel_bias=channel_bias, scale=scale, shift=shift,
+            residual=residual, x2=x2, dropout=ctx.dropout, seed=seed, sample=sample, step=step, layer=ctx.layer,
+            activation=ctx.activation,
+        )  # fmt: skip
+        return *gradients, None, None, None, None, None, None
 
 
 def group_norm_silu(
@@ -109,8 +122,7 @@ def group_norm_silu(
     b, c = x.shape[0], x.shape[1]
     if x2 is not None:
         check_image("group_norm_silu", "x2", x2, (x.dtype,))
-        check_shape("group_norm_silu", "x2", x2, (b, x2.shape[1], *x.shape[2:]))
-        check_device("group_norm_silu", x, x2=x2)
+        check_values("group_norm_silu", "x2", x2, x, FLOATS, (b, x2.shape[1], *x.shape[2:]))
         c += x2.shape[1]
     if x.shape[1] == 0:
         raise ValueError(
@@ -128,29 +140,26 @@ def group_norm_silu(
         raise ValueError(f"group_norm_silu: expected dropout in [0, 1), got {dropout}; 0.1 drops one element in ten")
     if not 0 <= layer < 2**31:
         raise ValueError(f"group_norm_silu: expected layer in [0, 2^31), got {layer}; number the layers from 0")
-    check_numbers("group_norm_silu", "weight", weight, x, (c,))
-    check_numbers("group_norm_silu", "bias", bias, x, (c,))
+    check_values("group_norm_silu", "weight", weight, x, FLOATS, (c,))
+    check_values("group_norm_silu", "bias", bias, x, FLOATS, (c,))
     if channel_bias is not None:
-        check_numbers("group_norm_silu", "channel_bias", channel_bias, x, (c,), (b, c))
+        check_values("group_norm_silu", "channel_bias", channel_bias, x, FLOATS, (c,), (b, c))
     if scale is not None:
-        check_numbers("group_norm_silu", "scale", scale, x, (b, c))
+        check_values("group_norm_silu", "scale", scale, x, FLOATS, (b, c))
     if shift is not None:
-        check_numbers("group_norm_silu", "shift", shift, x, (b, c))
+        check_values("group_norm_silu", "shift", shift, x, FLOATS, (b, c))
     if residual is not None:
-        check_image("group_norm_silu", "residual", residual)
-        check_shape("group_norm_silu", "residual", residual, (b, c, *x.shape[2:]))
-        check_device("group_norm_silu", x, residual=residual)
+        check_image_like("group_norm_silu", "residual", residual, x, (b, c, *x.shape[2:]))
     if dropout > 0:
         check_draw("group_norm_silu", b, x, seed, sample, step)
 
     result: Tensor | tuple[Tensor, Tensor]
-    inputs = (x, weight, bias, channel_bias, scale, shift, residual, x2)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
-        options: dict[str, Any] = dict(
-            num_groups=num_groups, eps=eps, dropout=dropout, seed=seed, sample=sample, step=step, layer=layer,
-            activation=activation,
+    if needs_gradient(x, weight, bias, channel_bias, scale, shift, residual, x2):
+        drawn = (seed, sample, step) if dropout > 0 else NOTHING
+        result = _GroupNormSiLU.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, channel_bias, scale, shift, residual, x2, num_groups, eps, dropout, drawn, layer,
+            activation,
         )  # fmt: skip
-        result = _GroupNormSiLU.apply(options, *inputs)  # type: ignore[no-untyped-call]
         return result
     y, h, _ = _implementation(x).forward(
         x, weight, bias, num_groups, eps=eps, channel_bias=channel_bias, scale=scale, shift=shift, residual=residual,
@@ -163,4 +172,4 @@ def group_norm_silu(
 def _implementation(x: Tensor) -> ModuleType:
     """The one to run. Where x has no pixels that is the reference, whatever is forced: there is nothing to compute, and
     what a kernel divides by the number of pixels would be nan."""
-    return reference if x.numel() == 0 else OP.choose_for(x)
+    return reference if x.numel() == 0 else OP.choose(x, {"x": x})

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_dtype, check_shape
-from ..._dispatch import Op, once_differentiable, own
+from ..._checks import FLOATS, check_device, check_dtype, check_values
+from ..._dispatch import Op, needs_gradient, once_differentiable, own
 from ..kept import transform_anew
 from . import reference
 
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         residual: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.implementation = OP.choose(x=x, weight=weight, dtype=dtype)
+        ctx.implementation = OP.choose(x, dict(x=x, dtype=dtype), dtype)
         y: Tensor
         with transform_anew():
             y, saved = ctx.implementation.forward(x, weight, bias, x2, residual, dtype)
@@ -106,19 +106,17 @@ def linear(
             f"{'' if x2 is None else ' and x2'} {'has' if x2 is None else 'have'} {inputs} columns"
         )
     if bias is not None:
-        check_shape("linear", "bias", bias, (weight.shape[0],))
-        check_dtype("linear", "bias", bias, *FLOATS)
+        check_values("linear", "bias", bias, x, FLOATS, (weight.shape[0],))
     if residual is not None:
-        check_shape("linear", "residual", residual, (*rows, weight.shape[0]))
-        check_dtype("linear", "residual", residual, *FLOATS)
+        check_values("linear", "residual", residual, x, FLOATS, (*rows, weight.shape[0]))
     if dtype not in (None, *FLOATS):
         raise TypeError(f"linear: expected dtype to be of a float, got {dtype}; pass torch.float32, for example")
-    check_device("linear", x, weight=weight, bias=bias, x2=x2, residual=residual)
+    check_device("linear", x, weight=weight, x2=x2)
 
     dtype = x.dtype if dtype is None else dtype
     y: Tensor
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias, x2, residual)):
+    if needs_gradient(x, weight, bias, x2, residual):
         y = _Linear.apply(x, weight, bias, x2, residual, dtype)  # type: ignore[no-untyped-call]
         return y
-    y, _ = OP.choose(x=x, weight=weight, dtype=dtype).forward(x, weight, bias, x2, residual, dtype)
+    y, _ = OP.choose(x, dict(x=x, dtype=dtype), dtype).forward(x, weight, bias, x2, residual, dtype)
     return y

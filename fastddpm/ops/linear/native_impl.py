@@ -36,11 +36,11 @@ def forward(
         packed = kept(
             weight,
             ("panels", of_x, dtype),
-            lambda: torch.ops.fastddpm.linear_weight(_matrix(weight), TYPES.index(of_x), kind),
+            lambda: torch.ops.fastddpm.linear_weight.default(_matrix(weight), TYPES.index(of_x), kind),
         )
-        y = torch.ops.fastddpm.linear_packed(x, x2, packed, weight.shape[0], bias, residual, kind)
+        y = torch.ops.fastddpm.linear_packed.default(x, x2, packed, weight.shape[0], bias, residual, kind)
     else:
-        y = torch.ops.fastddpm.linear(x, x2, _matrix(weight), bias, residual, False, kind)
+        y = torch.ops.fastddpm.linear.default(x, x2, _matrix(weight), bias, residual, False, kind)
     return y, ()
 
 
@@ -63,12 +63,12 @@ def backward(
         dx2 = _product(dy, taps[:, x.shape[-1] :], x2)
     if wanted[1] or wanted[2]:
         of_bias = bias if wanted[2] else None
-        found = torch.ops.fastddpm.linear_gradient(dy, x.contiguous(), taps[:, : x.shape[-1]], of_bias)
+        found = torch.ops.fastddpm.linear_gradient.default(dy, x.contiguous(), taps[:, : x.shape[-1]], of_bias)
         dbias = found[1] if wanted[2] else None
         if wanted[1]:
             dtaps = found[0]
             if x2 is not None:
-                others = torch.ops.fastddpm.linear_gradient(dy, x2.contiguous(), taps[:, x.shape[-1] :], None)
+                others = torch.ops.fastddpm.linear_gradient.default(dy, x2.contiguous(), taps[:, x.shape[-1] :], None)
                 dtaps = torch.cat((dtaps, others[0]), dim=1)
             dweight = dtaps.view(weight.shape).to(weight.dtype)
     return dx, dweight, dbias, dx2
@@ -84,7 +84,7 @@ def _matrix(weight: Tensor) -> Tensor:
 def _product(dy: Tensor, taps: Tensor, like: Tensor) -> Tensor:
     """dy times taps, in the dtype of ``like``."""
     kind = TYPES.index(torch.float32 if like.dtype == torch.float64 else like.dtype)
-    y: Tensor = torch.ops.fastddpm.linear(dy, None, taps, None, None, True, kind)
+    y: Tensor = torch.ops.fastddpm.linear.default(dy, None, taps, None, None, True, kind)
     return y.to(like.dtype)
 
 

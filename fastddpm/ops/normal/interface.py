@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def normal(
     if not 0 <= stream < 2**32:
         raise ValueError(f"normal: expected stream in [0, 2^32), got {stream}; fastddpm.ops.philox names the streams")
     check_draw("normal", shape[0], sample, seed, sample, step)
-    options: dict[str, Any] = dict(seed=seed, sample=sample, step=step, stream=stream, dtype=dtype)
-    with torch.no_grad():
-        z: Tensor = OP.choose(shape=shape, **options).forward(shape, **options)
+    z: Tensor = OP.run(
+        sample, dict(shape=shape, seed=seed, sample=sample, step=step, stream=stream, dtype=dtype), dtype
+    )
     return z

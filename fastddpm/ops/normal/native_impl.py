@@ -25,7 +25,7 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """See the interface."""
-    z: Tensor = torch.ops.fastddpm.normal(shape, *drawing(seed, sample, step), stream, dtype)
+    z: Tensor = torch.ops.fastddpm.normal.default(shape, *drawing(seed, sample, step), stream, dtype)
     return z
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_rows, check_shape
+from ..._checks import (
+    FLOATS,
+    INTEGER,
+    WIDE,
+    check_draw,
+    check_image,
+    check_image_like,
+    check_rows,
+    check_values,
+)  # fmt: skip
 from ..._dispatch import Op
 from . import reference
 
 OP = Op(__package__, reference)
 RETURNS = ("x_t", "noise", "x0", "v")
+PIXELS = (torch.uint8, *FLOATS)
 
 
 def q_sample(
@@ -58,19 +66,16 @@ def q_sample(
 
     Numerics: float32 arithmetic (float64 for float64 output), one rounding; deterministic. Not differentiable.
     """
-    check_image("q_sample", "x0", x0, (torch.uint8, *FLOATS))
-    b = x0.shape[0]
+    check_image("q_sample", "x0", x0, PIXELS)
+    shape: tuple[int, ...] = x0.shape
     if index is not None:
-        check_rows("q_sample", "index", index)
-        check_dtype("q_sample", "index", index, torch.int64)
-        b = index.shape[0]
-    check_shape("q_sample", "t", t, (b,))
-    check_dtype("q_sample", "t", t, torch.int64)
-    check_rows("q_sample", "table", table, 2)
-    check_dtype("q_sample", "table", table, torch.float32, torch.float64)
+        check_rows("q_sample", "index", index, x0, INTEGER)
+        shape = (index.shape[0], *shape[1:])
+    b = shape[0]
+    check_values("q_sample", "t", t, x0, INTEGER, (b,))
+    check_rows("q_sample", "table", table, x0, WIDE, 2)
     if flip is not None:
-        check_shape("q_sample", "flip", flip, (b,))
-        check_dtype("q_sample", "flip", flip, torch.bool)
+        check_values("q_sample", "flip", flip, x0, (torch.bool,), (b,))
     if returns not in RETURNS:
         raise ValueError(
             f"q_sample: expected returns to be one of {', '.join(RETURNS)}, got {returns!r}; choose one of these"
@@ -84,14 +89,9 @@ def q_sample(
     elif seed is not None:
         raise ValueError("q_sample: expected noise or seed, got both; pass the noise, or where to draw it")
     else:
-        check_image("q_sample", "noise", noise)
-        check_shape("q_sample", "noise", noise, (b, *x0.shape[1:]))
-    check_device("q_sample", x0, t=t, table=table, index=index, flip=flip, noise=noise)
-    options: dict[str, Any] = dict(
-        index=index, flip=flip, pixel_scale=pixel_scale, pixel_shift=pixel_shift,
+        check_image_like("q_sample", "noise", noise, x0, shape)
+    result: Tensor | tuple[Tensor, Tensor] = OP.run(x0, dict(
+        x0=x0, t=t, table=table, index=index, flip=flip, pixel_scale=pixel_scale, pixel_shift=pixel_shift,
         noise=noise, seed=seed, sample=sample, step=step, returns=returns, dtype=dtype,
-    )  # fmt: skip
-    with torch.no_grad():
-        implementation = OP.choose(x0=x0, t=t, table=table, **options)
-        result: Tensor | tuple[Tensor, Tensor] = implementation.forward(x0, t, table, **options)
+    ), dtype)  # fmt: skip
     return result

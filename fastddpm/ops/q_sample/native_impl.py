@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import drawing, like_in_order, reason_against, register_fake
+from ..native_common import contiguous, drawing, like_in_order, reason_against, register_fake
 
 RETURNS = ("x_t", "noise", "x0", "v")  # as csrc/q_sample numbers them
 
@@ -34,9 +34,8 @@ def forward(
     dtype: torch.dtype,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See the interface."""
-    index, flip = (p if p is None else p.contiguous() for p in (index, flip))
-    outputs = torch.ops.fastddpm.q_sample(
-        x0, t.contiguous(), table.contiguous(), index, flip, pixel_scale, pixel_shift,
+    outputs = torch.ops.fastddpm.q_sample.default(
+        x0, t.contiguous(), table.contiguous(), contiguous(index), contiguous(flip), pixel_scale, pixel_shift,
         noise, *drawing(seed, sample, step), RETURNS.index(returns), dtype,
     )  # fmt: skip
     return outputs[0] if returns == "x_t" else (outputs[0], outputs[1])

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_dtype, check_image, check_shape
-from ..._dispatch import Op, dense_gradient, once_differentiable, own
+from ..._checks import FLOATS, check_image, check_values
+from ..._dispatch import Op, dense_gradient, needs_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -19,12 +19,12 @@ class _RMSNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: dict[str, Any], x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, activation: bool
     ) -> Tensor:
-        ctx.implementation = OP.choose(x=x, weight=weight, scale=scale, shift=shift, **options)
-        ctx.options, ctx.nchw = options, x.is_contiguous()
+        ctx.implementation = OP.choose(x, dict(x=x, weight=weight))
+        ctx.eps, ctx.activation, ctx.nchw = eps, activation, x.is_contiguous()
         y: Tensor
-        y, saved = ctx.implementation.forward(x, weight, scale=scale, shift=shift, **options)
+        y, saved = ctx.implementation.forward(x, weight, scale=scale, shift=shift, eps=eps, activation=activation)
         ctx.save_for_backward(x, weight, scale, shift, *saved)
         return own(y)
 
@@ -32,9 +32,11 @@ class _RMSNormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, *saved = ctx.saved_tensors
-        backward = ctx.implementation.backward
         dy = dense_gradient(OP.name, ctx.nchw, dy)
-        return None, *backward(dy, tuple(saved), x, weight, scale=scale, shift=shift, **ctx.options)
+        gradients = ctx.implementation.backward(
+            dy, tuple(saved), x, weight, scale=scale, shift=shift, eps=ctx.eps, activation=ctx.activation
+        )
+        return *gradients, None, None
 
 
 def rms_norm_silu(
@@ -76,21 +78,18 @@ def rms_norm_silu(
             f"rms_norm_silu: expected x with at least one channel, got shape {list(x.shape)}; "
             f"leave out the norm where there are no channels"
         )
-    check_shape("rms_norm_silu", "weight", weight, (c,))
-    check_dtype("rms_norm_silu", "weight", weight, *FLOATS)
-    for name, q in (("scale", scale), ("shift", shift)):
-        if q is not None:
-            check_shape("rms_norm_silu", name, q, (b, c))
-            check_dtype("rms_norm_silu", name, q, *FLOATS)
+    check_values("rms_norm_silu", "weight", weight, x, FLOATS, (c,))
+    if scale is not None:
+        check_values("rms_norm_silu", "scale", scale, x, FLOATS, (b, c))
+    if shift is not None:
+        check_values("rms_norm_silu", "shift", shift, x, FLOATS, (b, c))
     if not eps > 0:
         raise ValueError(f"rms_norm_silu: expected eps > 0, got {eps}; 1e-12 is usual")
-    check_device("rms_norm_silu", x, weight=weight, scale=scale, shift=shift)
 
-    options: dict[str, Any] = dict(eps=eps, activation=activation)
     y: Tensor
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, scale, shift)):
-        y = _RMSNormSiLU.apply(options, x, weight, scale, shift)  # type: ignore[no-untyped-call]
+    if needs_gradient(x, weight, scale, shift):
+        y = _RMSNormSiLU.apply(x, weight, scale, shift, eps, activation)  # type: ignore[no-untyped-call]
         return y
-    implementation = OP.choose(x=x, weight=weight, scale=scale, shift=shift, **options)
-    y, _ = implementation.forward(x, weight, scale=scale, shift=shift, **options)
+    forward = OP.choose(x, dict(x=x, weight=weight)).forward
+    y, _ = forward(x, weight, scale=scale, shift=shift, eps=eps, activation=activation)
     return y

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native_common import like_in_order, reason_against, register_fake
+from ..native_common import contiguous, like_in_order, reason_against, register_fake
 
 Saved = tuple[Tensor, ...]
 
@@ -21,8 +21,10 @@ def forward(
     x: Tensor, weight: Tensor, *, scale: Tensor | None, shift: Tensor | None, eps: float, activation: bool
 ) -> tuple[Tensor, Saved]:
     """Returns y, and what backward wants beside the inputs: nothing."""
-    scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
-    return torch.ops.fastddpm.rms_norm_silu(x, weight.contiguous(), scale, shift, eps, activation), ()
+    y: Tensor = torch.ops.fastddpm.rms_norm_silu.default(
+        x, weight.contiguous(), contiguous(scale), contiguous(shift), eps, activation
+    )
+    return y, ()
 
 
 def backward(
@@ -37,12 +39,11 @@ def backward(
     activation: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, scale and shift from that of y."""
-    scale, shift = (p if p is None else p.contiguous() for p in (scale, shift))
-    dx, dweight, *others = torch.ops.fastddpm.rms_norm_silu_backward(
-        dy, x, weight.contiguous(), scale, shift, eps, activation
+    dx, dweight, *others = torch.ops.fastddpm.rms_norm_silu_backward.default(
+        dy, x, weight.contiguous(), contiguous(scale), contiguous(shift), eps, activation
     )
     gradients = iter(others)
-    return dx, dweight, *(None if p is None else next(gradients) for p in (scale, shift))
+    return dx, dweight, *[None if p is None else next(gradients) for p in (scale, shift)]
 
 
 @register_fake("rms_norm_silu")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import FLOATS, check_dtype
-from ..._dispatch import Op, once_differentiable, own
+from ..._dispatch import Op, needs_gradient, once_differentiable, own
 from . import reference
 
 OP = Op(__package__, reference)
@@ -23,7 +23,7 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        ctx.implementation, ctx.heads = OP.choose(qkv=qkv), heads
+        ctx.implementation, ctx.heads = OP.choose(qkv, {"qkv": qkv}), heads
         y: Tensor
         y, weights = ctx.implementation.forward(qkv, heads, True)
         ctx.save_for_backward(qkv, weights)
@@ -67,8 +67,8 @@ def self_attention(qkv: Tensor, heads: int = 1) -> Tensor:
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or columns % heads:
         raise ValueError(f"self_attention: expected heads to divide {columns}, got {heads!r}; pass 1, for example")
     y: Tensor
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if needs_gradient(qkv):
         y = _SelfAttention.apply(qkv, heads)  # type: ignore[no-untyped-call]
         return y
-    y, _ = OP.choose(qkv=qkv).forward(qkv, heads, False)
+    y, _ = OP.choose(qkv, {"qkv": qkv}).forward(qkv, heads, False)
     return y

@@ -19,13 +19,14 @@ def unsupported(*, qkv: Tensor, **_: Any) -> str | None:
 
 def forward(qkv: Tensor, heads: int, training: bool) -> tuple[Tensor, Tensor | None]:
     """Returns y, and for ``training`` the weights of the values, which backward wants."""
-    y, *weights = torch.ops.fastddpm.self_attention(qkv.contiguous(), heads, training)
+    y, *weights = torch.ops.fastddpm.self_attention.default(qkv.contiguous(), heads, training)
     return y, weights[0] if training else None
 
 
 def backward(dy: Tensor, qkv: Tensor, weights: Tensor, heads: int) -> Tensor:
     """The gradient of qkv."""
-    found: Tensor = torch.ops.fastddpm.self_attention_backward(dy.contiguous(), qkv.contiguous(), weights, heads)
+    backward = torch.ops.fastddpm.self_attention_backward.default
+    found: Tensor = backward(dy.contiguous(), qkv.contiguous(), weights, heads)
     return found
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATS, check_device, check_draw, check_dtype, check_image, check_rows, check_scalar, check_shape
+from ..._checks import (
+    FLOATS,
+    WIDE,
+    check_draw,
+    check_image,
+    check_image_like,
+    check_rows,
+    check_scalar,
+    check_values,
+)  # fmt: skip
 from ..._dispatch import Op
 from . import reference
 
@@ -67,32 +74,27 @@ def solver_step(
     Numerics: float32 arithmetic (float64 for a float64 state), one rounding; deterministic. Not differentiable.
     """
     check_image("solver_step", "x", x)
-    b, c, h, w = x.shape
-    check_image("solver_step", "out", out)
-    check_shape("solver_step", "out", out, (b, c, h, w), (b, 2 * c, h, w))
-    check_rows("solver_step", "table", table, 9)
-    check_dtype("solver_step", "table", table, torch.float32, torch.float64)
-    check_scalar("solver_step", "step", step, torch.int64)
+    b, c, h, w = shape = x.shape
+    check_image_like("solver_step", "out", out, x, shape, (b, 2 * c, h, w))
+    check_rows("solver_step", "table", table, x, WIDE, 9)
+    check_scalar("solver_step", "step", step, x, torch.int64)
     if isinstance(step, int) and not 0 <= step < table.shape[0]:
         raise ValueError(
             f"solver_step: expected step in [0, {table.shape[0]}), got {step}; it is a row of the table, "
             f"counted from the first step"
         )
     if out_uncond is not None:
-        check_image("solver_step", "out_uncond", out_uncond)
-        check_shape("solver_step", "out_uncond", out_uncond, tuple(out.shape))
-    check_scalar("solver_step", "guidance_scale", guidance_scale, *FLOATS)
+        check_image_like("solver_step", "out_uncond", out_uncond, x, out.shape)
+    check_scalar("solver_step", "guidance_scale", guidance_scale, x, *FLOATS)
     if isinstance(clamp, Tensor):
-        check_shape("solver_step", "clamp", clamp, (b,))
-        check_dtype("solver_step", "clamp", clamp, *FLOATS)
+        check_values("solver_step", "clamp", clamp, x, FLOATS, (b,))
     elif clamp is not None and not clamp > 0:
         raise ValueError(
             f"solver_step: expected clamp > 0, got {clamp}; 1.0 is the range of images, None does not clamp"
         )
     for name, image in (("pred_prev", pred_prev), ("noise", noise), ("known", known), ("known_noise", known_noise)):
         if image is not None:
-            check_image("solver_step", name, image)
-            check_shape("solver_step", name, image, (b, c, h, w))
+            check_image_like("solver_step", name, image, x, shape)
     if noise is not None and seed is not None:
         raise ValueError("solver_step: expected noise or seed, got both; pass the noise, or where to draw it")
     if (mask is None) != (known is None) or (mask is None) != (known_table is None):
@@ -102,10 +104,8 @@ def solver_step(
             f"pass all three or none"
         )
     if mask is not None:
-        check_shape("solver_step", "mask", mask, *((m, n, h, w) for m in (b, 1) for n in (c, 1)))
-        check_dtype("solver_step", "mask", mask, *FLOATS)
-        check_shape("solver_step", "known_table", known_table, (table.shape[0], 2))
-        check_dtype("solver_step", "known_table", known_table, torch.float32, torch.float64)
+        check_values("solver_step", "mask", mask, x, FLOATS, *((m, n, h, w) for m in (b, 1) for n in (c, 1)))
+        check_values("solver_step", "known_table", known_table, x, WIDE, (table.shape[0], 2))
         if known_noise is None and noise is not None:
             raise ValueError(
                 "solver_step: expected known_noise where noise and a mask are given, got None; "
@@ -118,16 +118,9 @@ def solver_step(
             f"solver_step: expected pred_prev of dtype {x.dtype} to write over it, got {pred_prev.dtype}; "
             f"convert it with .to(dtype)"
         )
-    check_device(
-        "solver_step", x, out=out, table=table, step=step, pred_prev=pred_prev, out_uncond=out_uncond,
-        guidance_scale=guidance_scale, clamp=clamp, noise=noise, mask=mask, known=known, known_table=known_table,
-        known_noise=known_noise,
-    )  # fmt: skip
-    options: dict[str, Any] = dict(
-        pred_prev=pred_prev, out_uncond=out_uncond, guidance_scale=guidance_scale, clamp=clamp, noise=noise, seed=seed,
-        sample=sample, mask=mask, known=known, known_table=known_table, known_noise=known_noise, inplace=inplace,
-    )  # fmt: skip
-    with torch.no_grad():
-        implementation = OP.choose(x=x, out=out, table=table, step=step, **options)
-        result: tuple[Tensor, Tensor] = implementation.forward(x, out, table, step, **options)
+    result: tuple[Tensor, Tensor] = OP.run(x, dict(
+        x=x, out=out, table=table, step=step, pred_prev=pred_prev, out_uncond=out_uncond,
+        guidance_scale=guidance_scale, clamp=clamp, noise=noise, seed=seed, sample=sample, mask=mask, known=known,
+        known_table=known_table, known_noise=known_noise, inplace=inplace,
+    ))  # fmt: skip
     return result

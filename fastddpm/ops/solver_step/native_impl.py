@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import is_nhwc
-from ..native_common import drawing, float_or_tensor, like_in_order, number_or_tensor, reason_against, register_fake
+from ..native_common import contiguous, float_or_tensor, like_in_order, number_or_tensor, reason_against, register_fake
 
 
 def unsupported(*, x: Tensor, **_: Any) -> str | None:
@@ -36,20 +36,20 @@ def forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the interface."""
-    sample, known_table = (p if p is None else p.contiguous() for p in (sample, known_table))
     if mask is not None and not is_nhwc(mask):
         mask = mask.contiguous()
     bound, bounds = float_or_tensor(clamp)
+    rows = None if seed is None else contiguous(sample)  # without them nothing is drawn
     options = (
-        out_uncond, *float_or_tensor(guidance_scale), bound, None if bounds is None else bounds.contiguous(),
-        noise, *drawing(seed, sample, None)[:3], mask, known, known_table, known_noise,
+        out_uncond, *float_or_tensor(guidance_scale), bound, contiguous(bounds), noise,
+        *number_or_tensor(seed), rows, mask, known, contiguous(known_table), known_noise,
     )  # fmt: skip
     where = (out, table.contiguous(), *number_or_tensor(step))
     if inplace:
         pred = like_in_order(x) if pred_prev is None else pred_prev
-        torch.ops.fastddpm.solver_step_(x, pred, pred_prev is not None, *where, *options)
+        torch.ops.fastddpm.solver_step_.default(x, pred, pred_prev is not None, *where, *options)
         return x, pred
-    x_next, pred = torch.ops.fastddpm.solver_step(x, *where, pred_prev, *options)
+    x_next, pred = torch.ops.fastddpm.solver_step.default(x, *where, pred_prev, *options)
     return x_next, pred
 
 
