@@ -233,7 +233,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    from benchmarks.report import UPDATED, lines_of, verdicts
+    from benchmarks.report import UPDATED, calls_in, lines_of, verdicts
 
     about = machine() | {"floor": UPDATED}
     terminalreporter.section("against eager PyTorch")
@@ -241,7 +241,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     terminalreporter.write_line("")
     dicts = [asdict(row) for row in rows]
-    for line in [*lines_of(dicts), "", *verdicts(dicts)]:
+    for line in [*lines_of(dicts), "", *verdicts(dicts), *calls_in(dicts)]:
         terminalreporter.write_line(line)
     record = config.getoption("--bench-record")
     if record is not None:

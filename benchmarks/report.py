@@ -32,6 +32,11 @@ BARS = [
 ]
 
 
+# What a call takes beside its work, and what was set out: microseconds of Python beside the operator, those that an
+# autograd.Function took where the numbers to reach were written down, and twice as many where a gradient is recorded.
+CALL, YARDSTICKS, PYTHON = "call of ", "PyTorch", 6.8
+
+
 # How the floor of a record was measured, as its header has it; a record without the word is of the time before.
 COPIED, UPDATED = "copy", "copy, or update in place"
 FLOORS = {
@@ -64,10 +69,10 @@ def lines_of(rows: Rows) -> list[str]:
     return lines
 
 
-def cases_of(rows: Rows) -> list[dict[str, dict[str, Any]]]:
-    """The rows of each case and number of threads, by contestant, in the order of the run."""
+def cases_of(rows: Rows, calls: bool = False) -> list[dict[str, dict[str, Any]]]:
+    """The rows of each case and number of threads, by contestant, in the order of the run: of work, or of calls."""
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["case"].startswith(CALL) == calls):
         cases.setdefault((row["case"], row["dtype"], row["threads"]), {})[row["contestant"]] = row
     return list(cases.values())
 
@@ -82,6 +87,43 @@ def verdicts(rows: Rows) -> list[str]:
             bar = least * (0.8 * threads if scales and threads > 1 else 1)
             verdict = "not measured" if reached is None else f"{reached:.2f}x, {'met' if reached >= bar else 'NOT MET'}"
             lines.append(f"{case} {dtype}, {threads} thread(s): at least {bar:.1f}x to eager: {verdict}")
+    return lines
+
+
+def calls_in(rows: Rows) -> list[str]:
+    """The section on what a call takes beside its work; none where the record has nothing of it."""
+    found = {next(iter(case.values()))["case"].removeprefix(CALL): case for case in cases_of(rows, calls=True)}
+    if not found:
+        return []
+    micro = {op: {name: row["seconds"] * 1e6 for name, row in case.items()} for op, case in found.items()}
+    told = ", ".join(f"{name} {us:.1f}" for name, us in micro.pop(YARDSTICKS, {}).items())
+    lines = [
+        "",
+        "## Microseconds of a call",
+        "",
+        "Each op at a size that takes no time, on one thread, the best of calls in turns. *operator* is what C++",
+        "registered, called with the same arguments; *Python*, which checks them and chooses the implementation, is",
+        "what the call takes beside it. Where a gradient is wanted an autograd.Function is part of that. *eager* is",
+        "what a user of PyTorch writes, several operators for most ops.",
+        *(["", f"Of PyTorch itself: {told}."] if told else []),
+        "",
+        "| op | call | operator | Python | eager | with gradient | Python | eager |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for op, us in micro.items():
+        cells = [us["fastddpm"], us["operator"], us["fastddpm"] - us["operator"], us["eager"]]
+        if "fastddpm, gradient" in us:
+            with_gradient = us["fastddpm, gradient"]
+            cells += [with_gradient, with_gradient - us["operator"], us["eager, gradient"]]
+        text = [f"{cell:.1f}" for cell in cells] + [""] * (7 - len(cells))
+        lines.append(f"| {op} | {' | '.join(text)} |")
+    beside = {op: us["fastddpm"] - us["operator"] for op, us in micro.items()}
+    further = {op: us["fastddpm, gradient"] - us["operator"] for op, us in micro.items() if "fastddpm, gradient" in us}
+    lines.append("")
+    for what, most, least in (("a call", beside, PYTHON), ("a call with gradient", further, 2 * PYTHON)):
+        op = max(most, key=lambda op: most[op])
+        verdict = "met" if most[op] <= least else "NOT MET"
+        lines.append(f"- Python of {what}: at most {least:.1f} us: {most[op]:.1f} ({op}), {verdict}")
     return lines
 
 
@@ -126,12 +168,13 @@ def markdown(
         )
     lines += ["", "## Against what was set out", ""]
     lines += [f"- {line}" for line in verdicts(rows)]
+    told = calls_in(rows)
     for other in others:
         about, rows = read(other)
         lines += ["", f"With torch {about['packages']['torch']} on {about['device']}, {about['date']}, commit "
                   f"{about['commit']} (`{other}`):", ""]  # fmt: skip
         lines += [f"- {line}" for line in verdicts(rows) if not line.endswith("not measured")]
-    return "\n".join(lines)
+    return "\n".join(lines + told)
 
 
 def plot(about: dict[str, Any], rows: Rows, path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE = (torch.float32, torch.float64)  # of tables, parameters and the numbers that they share
 INTEGER = (torch.int64,)
+NHWC = torch.channels_last
 
 
 def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
@@ -40,7 +41,7 @@ def check_values(
 def check_image(op: str, name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Expect a dense [B, C, H, W] tensor, NCHW or NHWC in memory, of one of these dtypes."""
     right = isinstance(x, Tensor) and x.dtype in dtypes and x.dim() == 4
-    if right and (x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()):
+    if right and (x.is_contiguous(memory_format=NHWC) or x.is_contiguous()):
         return
     check_dtype(op, name, x, *dtypes)
     if x.dim() != 4:
@@ -59,7 +60,7 @@ def check_image_like(
 ) -> None:
     """Expect such a tensor, of one of these shapes, on the device of ``like``."""
     right = isinstance(x, Tensor) and x.shape in shapes and x.dtype in dtypes and x.device == like.device
-    if not (right and is_dense(x)):
+    if not (right and (x.is_contiguous(memory_format=NHWC) or x.is_contiguous())):
         check_image(op, name, x, dtypes)
         check_values(op, name, x, like, dtypes, *shapes)
 
@@ -86,14 +87,16 @@ def is_nhwc(x: Tensor) -> bool:
 
 def check_rows(op: str, name: str, x: Any, like: Tensor, dtypes: tuple[torch.dtype, ...], *columns: int) -> None:
     """Expect a tensor [rows], or [rows, columns] where columns are given, of any number of rows, on that device."""
-    _check_tensor(op, name, x)
-    if x.shape[1:] != columns or x.dim() == 0:
-        wanted = ", ".join(str(n) for n in ("rows", *columns))
-        raise ValueError(
-            f"{op}: expected {name} of shape [{wanted}], any number of rows, got {list(x.shape)}; "
-            f"pass a tensor of that shape"
-        )
-    check_values(op, name, x, like, dtypes, x.shape)
+    right = isinstance(x, Tensor) and x.dim() == 1 + len(columns) and x.shape[1:] == columns
+    if not (right and x.dtype in dtypes and x.device == like.device):
+        _check_tensor(op, name, x)
+        if not right:
+            wanted = ", ".join(str(n) for n in ("rows", *columns))
+            raise ValueError(
+                f"{op}: expected {name} of shape [{wanted}], any number of rows, got {list(x.shape)}; "
+                f"pass a tensor of that shape"
+            )
+        check_values(op, name, x, like, dtypes, x.shape)
 
 
 def check_device(op: str, like: Tensor, **tensors: Tensor | float | None) -> None:
@@ -126,11 +129,13 @@ def check_draw(op: str, batch: int, like: Tensor, seed: Any, sample: Any, step: 
             f"{op}: expected seed, sample and step together to draw noise, got no {missing}; "
             f"pass all three, or the noise itself"
         )
-    check_scalar(op, "seed", seed, like, torch.int64)
-    check_scalar(op, "step", step, like, torch.int64)
-    if isinstance(seed, int) and not 0 <= seed < 2**64:
+    if not isinstance(seed, int):
+        check_scalar(op, "seed", seed, like, torch.int64)
+    elif not 0 <= seed < 2**64:
         raise ValueError(f"{op}: expected seed in [0, 2^64), got {seed}; choose a non-negative 64-bit integer")
-    if isinstance(step, int) and not 0 <= step < 2**32:
+    if not isinstance(step, int):
+        check_scalar(op, "step", step, like, torch.int64)
+    elif not 0 <= step < 2**32:
         raise ValueError(f"{op}: expected step in [0, 2^32), got {step}; the counter of the noise has 32 bits for it")
     check_values(op, "sample", sample, like, INTEGER, (batch,))
 

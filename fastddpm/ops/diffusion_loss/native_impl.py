@@ -41,7 +41,7 @@ def forward(
     """Returns the loss [], that of each sample [B] and, with a gradient_scale, d (gradient_scale loss) / d pred."""
     weights = (1.0, vlb_weight.contiguous()) if isinstance(vlb_weight, Tensor) else (float(vlb_weight), None)
     loss, per_sample, *gradient = torch.ops.fastddpm.diffusion_loss.default(
-        pred.detach(), t.contiguous(), target, OBJECTIVES.index(objective), contiguous(table), x0, contiguous(index),
+        pred, t.contiguous(), target, OBJECTIVES.index(objective), contiguous(table), x0, contiguous(index),
         contiguous(flip), pixel_scale, pixel_shift, *drawing(seed, sample, step), contiguous(weight), contiguous(vlb),
         *weights, levels, gradient_scale,
     )  # fmt: skip

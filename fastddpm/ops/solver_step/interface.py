@@ -77,24 +77,31 @@ def solver_step(
     b, c, h, w = shape = x.shape
     check_image_like("solver_step", "out", out, x, shape, (b, 2 * c, h, w))
     check_rows("solver_step", "table", table, x, WIDE, 9)
-    check_scalar("solver_step", "step", step, x, torch.int64)
-    if isinstance(step, int) and not 0 <= step < table.shape[0]:
+    if not isinstance(step, int):
+        check_scalar("solver_step", "step", step, x, torch.int64)
+    elif not 0 <= step < table.shape[0]:
         raise ValueError(
             f"solver_step: expected step in [0, {table.shape[0]}), got {step}; it is a row of the table, "
             f"counted from the first step"
         )
     if out_uncond is not None:
         check_image_like("solver_step", "out_uncond", out_uncond, x, out.shape)
-    check_scalar("solver_step", "guidance_scale", guidance_scale, x, *FLOATS)
+    if not isinstance(guidance_scale, float):
+        check_scalar("solver_step", "guidance_scale", guidance_scale, x, *FLOATS)
     if isinstance(clamp, Tensor):
         check_values("solver_step", "clamp", clamp, x, FLOATS, (b,))
     elif clamp is not None and not clamp > 0:
         raise ValueError(
             f"solver_step: expected clamp > 0, got {clamp}; 1.0 is the range of images, None does not clamp"
         )
-    for name, image in (("pred_prev", pred_prev), ("noise", noise), ("known", known), ("known_noise", known_noise)):
-        if image is not None:
-            check_image_like("solver_step", name, image, x, shape)
+    if pred_prev is not None:
+        check_image_like("solver_step", "pred_prev", pred_prev, x, shape)
+    if noise is not None:
+        check_image_like("solver_step", "noise", noise, x, shape)
+    if known is not None:
+        check_image_like("solver_step", "known", known, x, shape)
+    if known_noise is not None:
+        check_image_like("solver_step", "known_noise", known_noise, x, shape)
     if noise is not None and seed is not None:
         raise ValueError("solver_step: expected noise or seed, got both; pass the noise, or where to draw it")
     if (mask is None) != (known is None) or (mask is None) != (known_table is None):
