@@ -4,6 +4,10 @@
 
 #include <atomic>
 
+#if defined(FASTDDPM_X86)
+#include <cpuid.h>
+#endif
+
 namespace fastddpm {
 namespace {
 
@@ -18,6 +22,17 @@ Isa best() {
         return Isa::avx2;
 #endif
     return Isa::baseline;
+}
+
+// The family of an x86 processor, as its vendor counts: 0x1a of AMD is Zen 5.
+unsigned family() {
+#if defined(FASTDDPM_X86)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid(1, &a, &b, &c, &d);
+    return (a >> 8 & 0xf) + (a >> 20 & 0xff);
+#else
+    return 0;
+#endif
 }
 
 std::atomic<Isa> chosen{best()};
@@ -41,6 +56,8 @@ bool on_amd() {
     return false;
 #endif
 }
+
+const bool divides_quickly = on_amd() && family() >= 0x1a;
 
 bool multiplies_pairs() {
     return asked_for_pairs.load(std::memory_order_relaxed).value_or(isa() == Isa::avx512_bf16 && on_amd());

@@ -13,6 +13,10 @@ bool use_isa(Isa wanted);  // false where this processor lacks it
 
 bool on_amd();  // a processor of AMD
 
+// Whether a vector of 16 quotients takes no longer than three multiplications and a reciprocal: since AMD's Zen 5 it takes
+// 2.5 cycles there, in a unit that multiplications leave free; on Intel's processors 16.
+extern const bool divides_quickly;
+
 // Whether products of bfloat16 numbers are taken in pairs: where the instruction for it, of AVX512_BF16, multiplies twice as
 // many as one for float32 does. On AMD's processors (Zen 5) it does, on Intel's it is no faster.
 bool multiplies_pairs();

@@ -12,6 +12,7 @@
 #endif
 
 #include "common/data.h"
+#include "common/isa.h"
 
 #ifndef FASTDDPM_ISA
 #define FASTDDPM_ISA baseline
@@ -144,29 +145,42 @@ INLINE void side_by_side(F f) {
     for (int k = 0; k < N; ++k) f(k);
 }
 
+#if FASTDDPM_VECTOR_BYTES == 64
+// 8 2^(j / 32).
+alignas(64) constexpr float POWERS[32] = {
+    8.0f, 8.17517757f, 8.35418987f, 8.53712368f, 8.72406197f, 8.91509438f, 9.11030865f, 9.30979919f,
+    9.51365662f, 9.72197914f, 9.93486214f, 10.1524076f, 10.3747168f, 10.6018934f, 10.8340445f, 11.0712795f,
+    11.3137083f, 11.5614462f, 11.8146095f, 12.0733156f, 12.3376865f, 12.6078472f, 12.8839226f, 13.1660442f,
+    13.4543428f, 13.7489548f, 14.0500174f, 14.3576727f, 14.6720648f, 14.9933414f, 15.3216524f, 15.6571531f,
+};
+#endif
+
 // scale (1 + 2^t) of N vectors. Coarse: to 2e-4, for what is rounded to a half-precision number next: that is 5e-4 or more.
 // Else to about one rounding, and no larger than 2^126: its reciprocal is a normal number, which processors are quick with.
 template <bool COARSE, int N>
 INLINE void one_plus_powers(float scale, const VF (&t)[N], VF (&y)[N]) {
 #if FASTDDPM_VECTOR_BYTES == 64
-    const float s = COARSE ? scale : 8 * scale;
-    VF f[N], p[N];  // 2^t = 2^floor(t) 2^f
-    side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF); });
-    if (COARSE) {
-        side_by_side<N>([&](int k) { p[k] = f[k] * (s * 7.80245066e-2f) + s * 2.26067215e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 6.95833504e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 9.99925196e-1f; });
+    VF f[N], p[N];
+    if (COARSE) {  // 2^t = 2^floor(t) 2^f
+        side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)t[k], _MM_FROUND_TO_NEG_INF); });
+        side_by_side<N>([&](int k) { p[k] = f[k] * (scale * 7.80245066e-2f) + scale * 2.26067215e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + scale * 6.95833504e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + scale * 9.99925196e-1f; });
         side_by_side<N>([&](int k) { y[k] = (VF)_mm512_scalef_ps((__m512)p[k], (__m512)t[k]) + scale; });
-    } else {
-        side_by_side<N>([&](int k) { p[k] = f[k] * (s * 1.86713110e-3f) + s * 9.01702791e-3f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 5.57999164e-2f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 2.40164444e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s * 6.93151295e-1f; });
-        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s; });
-        constexpr int TO_ZERO = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;  // what overflows is the largest number then
-        side_by_side<N>([&](int k) {
-            y[k] = (VF)_mm512_scalef_round_ps((__m512)p[k], (__m512)t[k], TO_ZERO) * 0.125f + scale;
+    } else {  // 2^t = 2^floor(t) 2^(j / 32) 2^f, 0 <= f < 1 / 32: j are the low bits of a sum that is rounded down, as f is
+        constexpr int DOWN = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, TO_ZERO = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+        const __m512 low = _mm512_load_ps(POWERS), high = _mm512_load_ps(POWERS + 16);
+        const __m512 last_bit = _mm512_set1_ps(12582912.0f / 32);
+        const float s = 0.125f * scale;
+        side_by_side<N>([&](int k) { f[k] = (VF)_mm512_reduce_ps((__m512)t[k], 5 << 4 | _MM_FROUND_TO_NEG_INF); });
+        side_by_side<N>([&](int k) { p[k] = f[k] * (s * 2.42844783e-1f) + s * 6.93116432e-1f; });
+        side_by_side<N>([&](int k) { p[k] = p[k] * f[k] + s; });  // after which f needs no registers
+        side_by_side<N>([&](int k) { f[k] = (VF)_mm512_add_round_ps((__m512)t[k], last_bit, DOWN); });
+        side_by_side<N>([&](int k) { f[k] = (VF)_mm512_permutex2var_ps(low, (__m512i)f[k], high); });
+        side_by_side<N>([&](int k) {  // what overflows is the largest number then
+            f[k] = (VF)_mm512_scalef_round_ps((__m512)f[k], (__m512)t[k], TO_ZERO);
         });
+        side_by_side<N>([&](int k) { y[k] = p[k] * f[k] + scale; });
     }
 #else
     for (int k = 0; k < N; ++k) {
@@ -185,11 +199,14 @@ INLINE void one_plus_powers(float scale, const VF (&t)[N], VF (&y)[N]) {
 #endif
 }
 
-// x / y of N vectors to about one rounding, for 2^-126 <= |y| <= 2^126; coarse: to 6e-5. (The division unit is the slow one
-// with wide vectors.)
+// x / y of N vectors to about one rounding, for 2^-126 <= |y| <= 2^126; coarse: to 6e-5. Of most processors the unit that
+// divides is slow with wide vectors.
 template <bool COARSE, int N>
 INLINE void quotients(VF (&x)[N], const VF (&y)[N]) {
 #if FASTDDPM_VECTOR_BYTES == 64
+#if defined(__AVX512BF16__)  // those that divide quickly have it
+    if (!COARSE && divides_quickly) return side_by_side<N>([&](int k) { x[k] = x[k] / y[k]; });
+#endif
     VF r[N];
     side_by_side<N>([&](int k) { r[k] = (VF)_mm512_rcp14_ps((__m512)y[k]); });
     side_by_side<N>([&](int k) { x[k] = x[k] * r[k]; });
