@@ -8,7 +8,7 @@
 // whether it is kept depends on the number of threads. So what a compiler may contract or not is written as fused().
 //
 // Bytes an element, float32: 8 forward (x is read twice, the second time from the cache where a sample fits), 12
-// backward. What limits it out of the cache is memory, in it the exponential: about 16 instructions a vector.
+// backward. What limits it out of the cache is memory, in it the exponential: about 12 instructions a vector.
 
 #include "group_norm_silu/group_norm_silu.h"
 
