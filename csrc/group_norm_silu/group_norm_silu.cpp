@@ -32,13 +32,20 @@ void plan(GroupNorm& a) {
 
 constexpr int64_t MOST_KEPT = 1 << 20;  // elements, 4 MB: of more, to make da again takes no longer than to keep it
 
+// Whether threads that take whole samples wait much longer for the last of them than those that take spans, of which they
+// find less in their caches in the next pass.
+bool is_uneven(const GroupNorm& a) {
+    const int64_t threads = torch::stable::get_num_threads(), batch = a.shape.batch;
+    return 4 * ceil_div(batch, threads) * a.spans > 5 * ceil_div(batch * a.spans, threads);
+}
+
 // Three passes over the samples: each thread takes whole samples, which then stay in its cache, or, where there are too
-// few, parts of one.
+// few to go round, parts of one.
 // ``keep``: backward; each thread then has memory for what one sample keeps from the first pass to the last.
 template <class First, class Middle, class Last>
 void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last) {
     const int64_t batch = a.shape.batch, elements = a.shape.channels * a.shape.height * a.shape.width;
-    if (batch >= torch::stable::get_num_threads() || batch * elements < 65536) {
+    if (!is_uneven(a) || batch * elements < 65536) {
         parallel(batch, 2 * elements, [&](int64_t begin, int64_t end) {
             const bool own = keep && elements <= MOST_KEPT;
             float* memory = scratch(a.scratch + (own ? elements : 0));
