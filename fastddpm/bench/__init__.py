@@ -8,7 +8,7 @@ from .floor import Floor, Layer, floor, flops, record
 from .ops import OpTime, measure_ops, table_of
 from .parts import time_by_part
 from .report import Report, lines_of, measure
-from .timing import GpuClock, copy_rate, least, product_rate, times
+from .timing import GpuClock, copy_rate, least, product_rate, times, update_rate
 from .work import Work, random_images
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "table_of",
     "time_by_part",
     "times",
+    "update_rate",
 ]

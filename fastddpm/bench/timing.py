@@ -128,6 +128,13 @@ def copy_rate(bytes_moved: int, device: torch.device, repeat: int = 20) -> float
     return 8 * source.numel() / least(lambda: target.copy_(source), device, repeat)
 
 
+def update_rate(bytes_moved: int, device: torch.device, repeat: int = 20) -> float:
+    """Bytes a second, read and written, of negating one float32 tensor in place: as a copy, but that a CPU, which reads
+    the memory that it writes unless it has read it before, moves no more than these."""
+    x = torch.ones(max(1, bytes_moved // 8), device=device)
+    return 8 * x.numel() / least(x.neg_, device, repeat)
+
+
 def product_rate(dtype: torch.dtype, device: torch.device, repeat: int = 5, size: int | None = None) -> float:
     """Operations a second of one large matrix product, torch's or that of our layers, whichever takes less time: what
     this machine can do in this dtype and these threads."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm.bench import Layer, copy_rate, floor, flops, product_rate, record, times, timing
+from fastddpm.bench import Layer, copy_rate, floor, flops, product_rate, record, times, timing, update_rate
 from fastddpm.nn import UNet
 
 CPU = torch.device("cpu")
@@ -85,6 +85,7 @@ def test_calls_are_counted_and_stopped() -> None:
 
 def test_rates_are_those_of_a_machine() -> None:
     assert 1e8 < copy_rate(2**22, CPU, repeat=3) < 1e13
+    assert 1e8 < update_rate(2**22, CPU, repeat=3) < 1e13
     assert 1e6 < product_rate(torch.float32, CPU, repeat=2, size=128) < 1e15
 
 

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from fastddpm.bench import GpuClock, Work, copy_rate, floor, least, measure, measure_ops, product_rate, times, timing
+from fastddpm.bench import (
+    GpuClock,
+    Work,
+    copy_rate,
+    floor,
+    least,
+    measure,
+    measure_ops,
+    product_rate,
+    times,
+    timing,
+    update_rate,
+)
 from fastddpm.bench.floor import Layer
 from tests.launched import launch_on_cpu
 
@@ -71,7 +83,7 @@ def test_what_a_step_is_held_against_has_no_launches(monkeypatch: pytest.MonkeyP
     ops = importlib.import_module("fastddpm.bench.ops")
     for module in (timing, importlib.import_module("fastddpm.bench.floor"), ops):
         monkeypatch.setattr(module, "least", two_seconds)
-    assert copy_rate(16, CPU) == 8
+    assert copy_rate(16, CPU) == update_rate(16, CPU) == 8
     assert product_rate(torch.float32, CPU, size=10) == 1000
     layer = Layer("linear", torch.neg, (1,), (), 0)
     monkeypatch.setattr(importlib.import_module("fastddpm.bench.floor"), "_replay", lambda *_: None)
@@ -81,6 +93,9 @@ def test_what_a_step_is_held_against_has_no_launches(monkeypatch: pytest.MonkeyP
     assert found.optimizer == pytest.approx(38 * 10 / (80 / 2))
     rows = measure_ops(Work("sample", UNET, {}, dict(batch_size=2, device="cpu")), only="q_sample")
     assert [row.seconds for row in rows] == [2.0]
+    monkeypatch.setattr(ops, "update_rate", lambda *_: 10.0)
+    (row,) = measure_ops(Work("sample", UNET, {}, dict(batch_size=2, device="cpu")), only="adam_ema")
+    assert row.floor == row.bytes / 10
 
 
 @pytest.mark.gpu
