@@ -13,9 +13,9 @@ from benchmarks import report
 from benchmarks.calls import CASES, TIMES, calls_of, operator_of
 from fastddpm import _native
 
-# Functions of Python that a call enters, without a gradient and with one (0: it has none), as counted with Python 3.11;
-# later versions enter fewer. Each takes some 0.1 us, and several times that where large images have gone through the
-# caches since. Two of each are of the benchmark.
+# Functions of Python that a call enters, without a gradient and with one (0: it has none), as counted with Python 3.11
+# and torch 2.11 and 2.13, whose own are among them; later versions of Python enter fewer. Each takes some 0.1 us, and
+# several times that where large images have gone through the caches since. Two of each are of the benchmark.
 FUNCTIONS = {
     "normal": (19, 0), "q_sample": (19, 0), "diffusion_loss": (23, 37), "solver_step": (20, 0),
     "group_norm_silu": (12, 31), "rms_norm_silu": (12, 28), "conv3x3": (18, 37), "linear": (18, 40),
