@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PIXELS = (torch.uint8, *FLOATS)
 WIDE = (torch.float32, torch.float64)  # of tables, parameters and the numbers that they share
 INTEGER = (torch.int64,)
 NHWC = torch.channels_last

@@ -103,25 +103,26 @@ class Op:
         reason: str | None = self.implementation(backend).unsupported(**arguments)
         return reason
 
-    def choose(self, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype | None = None) -> ModuleType:
+    def choose(self, x: Tensor, arguments: dict[str, Any]) -> ModuleType:
         """The implementation to run: the forced one, else the first of `order` that can.
 
-        On a CPU that is asked once for each pair of dtypes: there the native kernels, which come first, look at nothing
-        else. After large images every function that Python goes through comes out of memory: 2 instead of 8 us.
+        On a CPU that is asked once for each dtype of ``x`` and each argument ``dtype``: there the native kernels, which
+        come first, look at nothing else. After large images every function that Python goes through comes out of
+        memory: 2 instead of 8 us.
 
         Args:
-            x: what the call is about. arguments: the call, by its names.
-            dtype: what it computes in, where that is among the arguments.
+            x: what the call is about. arguments: the call, by its names; no more of it than `unsupported` looks at.
 
         Raises:
             NotImplementedError: a backend is forced and cannot run; the message gives its reason.
         """
         quick = _forced is None and x.is_cpu and not is_dynamo_compiling()
-        chosen = self.on_cpu.get((x.dtype, dtype)) if quick else None
+        dtypes = (x.dtype, arguments.get("dtype"))
+        chosen = self.on_cpu.get(dtypes) if quick else None
         if chosen is None:
             chosen = self.first_that_can(arguments)
             if quick and chosen is self.loaded.get("native"):
-                self.on_cpu[x.dtype, dtype] = chosen
+                self.on_cpu[dtypes] = chosen
         return chosen
 
     def first_that_can(self, arguments: dict[str, Any]) -> ModuleType:
@@ -139,9 +140,9 @@ class Op:
                 return self.implementation(backend)
         raise AssertionError(f"{self.name}: the reference runs everywhere")
 
-    def run(self, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+    def run(self, x: Tensor, arguments: dict[str, Any]) -> Any:
         """What the implementation to run makes of an op that has no gradient: `choose` with the same arguments."""
-        forward = self.choose(x, arguments, dtype).forward
+        forward = self.choose(x, arguments).forward
         if not torch.is_grad_enabled():
             return forward(**arguments)
         with torch.no_grad():

@@ -84,7 +84,7 @@ class _Strided(torch.autograd.Function):
             dx = _strided_gradient(theirs, taps, x)
         if wanted[1] or wanted[2]:
             patches = _patches(x)
-            product = OP.choose(patches, dict(x=patches, dtype=theirs.dtype), theirs.dtype)
+            product = OP.choose(patches, dict(x=patches, dtype=theirs.dtype))
             _, dtaps, dbias, _ = product.backward(theirs, (), patches, taps, bias, None, (False, *wanted[1:], False))
         return dx, dtaps, dbias
 

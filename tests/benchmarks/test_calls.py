@@ -68,3 +68,13 @@ def test_the_page_tells_what_python_adds() -> None:
     assert "at most 6.8 us: 5.0 (q_sample), met" in text and "at most 13.6 us: 16.0 (q_sample), NOT MET" in text
     assert "torch.empty_like 1.0" in text
     assert report.cases_of(rows) == [] and report.calls_in([]) == []
+
+
+def test_the_page_takes_a_run_of_some_ops() -> None:
+    row: dict[str, Any] = dict(dtype="float32", threads=1, bytes=0, floor=0.0, to_eager=1.0)
+    found = {"fastddpm": 9e-6, "operator": 4e-6, "eager": 8e-6}
+    of_op = [row | dict(case="call of normal", contestant=name, seconds=s) for name, s in found.items()]
+    of_torch = [row | dict(case="call of PyTorch", contestant="torch.empty_like", seconds=1e-6)]
+    assert "with gradient: at most" not in "\n".join(report.calls_in(of_op))
+    text = "\n".join(report.calls_in(of_torch))
+    assert "at most" not in text and "torch.empty_like 1.0" in text

@@ -10,13 +10,14 @@ from torch import Tensor
 from ..._checks import (
     FLOATS,
     INTEGER,
+    PIXELS,
     WIDE,
     check_draw,
     check_image,
     check_image_like,
     check_rows,
     check_values,
-)  # fmt: skip
+)
 from ..._dispatch import Op, needs_gradient, once_differentiable, own
 from . import reference
 
@@ -129,7 +130,7 @@ def diffusion_loss(
         raise ValueError(f"diffusion_loss: expected x0 for {what}, got None; pass the images")
     if x0 is not None:
         rows = b if index is None or not isinstance(x0, Tensor) else x0.shape[0]
-        check_image_like("diffusion_loss", "x0", x0, pred, (rows, c, h, w), dtypes=(torch.uint8, *FLOATS))
+        check_image_like("diffusion_loss", "x0", x0, pred, (rows, c, h, w), dtypes=PIXELS)
     if index is not None:
         check_values("diffusion_loss", "index", index, pred, INTEGER, (b,))
     if flip is not None:

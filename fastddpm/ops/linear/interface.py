@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
         residual: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.implementation = OP.choose(x, dict(x=x, dtype=dtype), dtype)
+        ctx.implementation = OP.choose(x, dict(x=x, dtype=dtype))
         y: Tensor
         with transform_anew():
             y, saved = ctx.implementation.forward(x, weight, bias, x2, residual, dtype)
@@ -118,5 +118,5 @@ def linear(
     if needs_gradient(x, weight, bias, x2, residual):
         y = _Linear.apply(x, weight, bias, x2, residual, dtype)  # type: ignore[no-untyped-call]
         return y
-    y, _ = OP.choose(x, dict(x=x, dtype=dtype), dtype).forward(x, weight, bias, x2, residual, dtype)
+    y, _ = OP.choose(x, dict(x=x, dtype=dtype)).forward(x, weight, bias, x2, residual, dtype)
     return y

@@ -50,7 +50,5 @@ def normal(
     if not 0 <= stream < 2**32:
         raise ValueError(f"normal: expected stream in [0, 2^32), got {stream}; fastddpm.ops.philox names the streams")
     check_draw("normal", shape[0], sample, seed, sample, step)
-    z: Tensor = OP.run(
-        sample, dict(shape=shape, seed=seed, sample=sample, step=step, stream=stream, dtype=dtype), dtype
-    )
+    z: Tensor = OP.run(sample, dict(shape=shape, seed=seed, sample=sample, step=step, stream=stream, dtype=dtype))
     return z

@@ -8,19 +8,19 @@ from torch import Tensor
 from ..._checks import (
     FLOATS,
     INTEGER,
+    PIXELS,
     WIDE,
     check_draw,
     check_image,
     check_image_like,
     check_rows,
     check_values,
-)  # fmt: skip
+)
 from ..._dispatch import Op
 from . import reference
 
 OP = Op(__package__, reference)
 RETURNS = ("x_t", "noise", "x0", "v")
-PIXELS = (torch.uint8, *FLOATS)
 
 
 def q_sample(
@@ -93,5 +93,5 @@ def q_sample(
     result: Tensor | tuple[Tensor, Tensor] = OP.run(x0, dict(
         x0=x0, t=t, table=table, index=index, flip=flip, pixel_scale=pixel_scale, pixel_shift=pixel_shift,
         noise=noise, seed=seed, sample=sample, step=step, returns=returns, dtype=dtype,
-    ), dtype)  # fmt: skip
+    ))  # fmt: skip
     return result

@@ -21,7 +21,7 @@ class _RMSNormSiLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, activation: bool
     ) -> Tensor:
-        ctx.implementation = OP.choose(x, dict(x=x, weight=weight))
+        ctx.implementation = OP.choose(x, {"x": x})
         ctx.eps, ctx.activation, ctx.nchw = eps, activation, x.is_contiguous()
         y: Tensor
         y, saved = ctx.implementation.forward(x, weight, scale=scale, shift=shift, eps=eps, activation=activation)
@@ -90,6 +90,6 @@ def rms_norm_silu(
     if needs_gradient(x, weight, scale, shift):
         y = _RMSNormSiLU.apply(x, weight, scale, shift, eps, activation)  # type: ignore[no-untyped-call]
         return y
-    forward = OP.choose(x, dict(x=x, weight=weight)).forward
+    forward = OP.choose(x, {"x": x}).forward
     y, _ = forward(x, weight, scale=scale, shift=shift, eps=eps, activation=activation)
     return y

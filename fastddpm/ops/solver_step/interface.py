@@ -14,7 +14,7 @@ from ..._checks import (
     check_rows,
     check_scalar,
     check_values,
-)  # fmt: skip
+)
 from ..._dispatch import Op
 from . import reference
 
