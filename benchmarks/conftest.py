@@ -235,7 +235,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from benchmarks.report import UPDATED, calls_in, lines_of, verdicts
 
-    about = machine() | {"floor": UPDATED}
+    about = machine() | {"floor": UPDATED, "seconds": config.getoption("--bench-seconds")}
     terminalreporter.section("against eager PyTorch")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

@@ -133,12 +133,14 @@ def markdown(
 ) -> str:
     """The page of the documentation."""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    seconds = f" --bench-seconds {about['seconds']:g}" if "seconds" in about else ""
     lines = [
         "# Timings of the ops",
         "",
         f"{about['device']}, {about['cpus']} processors, instruction set {about['instruction set']}; "
         f"{about['compiler']}, {packages}, {about['python']}; {about['date']}, commit "
-        f"{about['commit']}. Record: `{record}`.",
+        f"{about['commit']}. Record: `{record}`, made by `pytest benchmarks/ --benchmark-only{seconds} "
+        "--bench-record RECORD`.",
         "",
         "Contestants take turns of two to five calls in a row, and the best call counts: so threads are awake, as in",
         "a network, and what fits in a cache may lie there, for every contestant and for the floor. *eager* is the",
