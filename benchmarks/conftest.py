@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ class Row:
     to_eager: float
 
 
-ROWS = pytest.StashKey[list[Row]]()
+# By case, dtype, threads and contestant.
+ROWS = pytest.StashKey[dict[tuple[str, str, int, str], Row]]()
+BEST = pytest.StashKey[dict[tuple[str, str, int], dict[str, float]]]()
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -53,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastddpm")
     group.addoption("--bench-threads", default=None, help="threads, such as 1,3 (default: 1 and all cores but one)")
     group.addoption("--bench-seconds", type=float, default=0.7, help="seconds for each case (default 0.7)")
+    group.addoption("--bench-rounds", type=int, default=1, help="times through all cases; the best counts (default 1)")
     group.addoption("--bench-record", type=Path, default=None, help="where the record goes (default: none is written)")
     # of benchmarks/peers; here, since pytest reads the options before it looks there
     settings = ("eager", "some", "all")
@@ -63,7 +67,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[BEST] = {}, {}
+    if config.getoption("--bench-rounds") < 1:
+        raise pytest.UsageError("--bench-rounds: all cases are gone through at least once: give 1 or more")
     keep_memory()
 
 
@@ -74,7 +80,8 @@ def peers_are_asked_for(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where times are taken, other libraries take part when they are asked for: they take longer than all the ops."""
+    """Round after round. Other libraries, which take longer than all the ops, are timed when they are asked for."""
+    items.sort(key=round_of)
     if not config.getoption("benchmark_only") or peers_are_asked_for(config):
         return
     left_out = [item for item in items if item.path.is_relative_to(PEERS)]
@@ -110,7 +117,26 @@ def threads_to_try(config: pytest.Config) -> list[int]:
     return sorted({1, max(1, cores - 1)})
 
 
+NOT_PARAMETRIZED = SimpleNamespace(params={})
+
+
+def round_of(item: pytest.Item) -> int:
+    number: int = getattr(item, "callspec", NOT_PARAMETRIZED).params.get("bench_round", 0)
+    return number
+
+
+@pytest.fixture(autouse=True)
+def bench_round(request: pytest.FixtureRequest) -> int:
+    """A machine may be slowed down by others for minutes: all cases are gone through, then all again."""
+    number: int = getattr(request, "param", 0)
+    return number
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rounds, of_peers = metafunc.config.getoption("--bench-rounds"), metafunc.definition.path.is_relative_to(PEERS)
+    if rounds > 1 and "benchmark" in metafunc.fixturenames and not of_peers:
+        names = [f"round {n + 1}" for n in range(rounds)]
+        metafunc.parametrize("bench_round", range(rounds), ids=names, indirect=True)
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", threads_to_try(metafunc.config), ids=lambda n: f"{n} threads")
 
@@ -133,16 +159,25 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
         torch.set_num_threads(threads)
         floors = {"move": moving(size, updates)} | ({"draw": drawing(normals)} if normals else {})
         seconds = max(seconds, pytestconfig.getoption("--bench-seconds"))
-        best = turns({**contestants, **floors}, seconds, launches=launches)
+        timed = turns({**contestants, **floors}, seconds, launches=launches)
+        best = best_so_far(pytestconfig, (case, dtype, threads), timed)
         floor = max(best[name] for name in floors)
         for name in contestants:
-            ratio = best["eager"] / best[name]
-            pytestconfig.stash[ROWS].append(Row(case, dtype, threads, name, best[name], size, floor, ratio))
+            row = Row(case, dtype, threads, name, best[name], size, floor, best["eager"] / best[name])
+            pytestconfig.stash[ROWS][case, dtype, threads, name] = row
         benchmark.extra_info.update(bytes=size, floor=floor, to_eager=best["eager"] / best["fastddpm"])
         benchmark.pedantic(contestants["fastddpm"], rounds=3)
 
     yield run
     torch.set_num_threads(before)
+
+
+def best_so_far(config: pytest.Config, case: tuple[str, str, int], timed: dict[str, float]) -> dict[str, float]:
+    """The best time of each contestant in this round and those before it."""
+    best = config.stash[BEST].setdefault(case, {})
+    for name, seconds in timed.items():
+        best[name] = min(seconds, best.get(name, seconds))
+    return best
 
 
 def turns(calls: dict[str, Call], seconds: float, *, launches: bool = True) -> dict[str, float]:
@@ -230,12 +265,13 @@ def machine() -> dict[str, Any]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
+    rows = list(config.stash[ROWS].values())
     if not rows:
         return
     from benchmarks.report import UPDATED, calls_in, lines_of, verdicts
 
-    about = machine() | {"floor": UPDATED, "seconds": config.getoption("--bench-seconds")}
+    settings = {name: config.getoption(f"--bench-{name}") for name in ("seconds", "rounds")}
+    about = machine() | {"floor": UPDATED} | settings
     terminalreporter.section("against eager PyTorch")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

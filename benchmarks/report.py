@@ -133,16 +133,19 @@ def markdown(
 ) -> str:
     """The page of the documentation."""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    seconds = f" --bench-seconds {about['seconds']:g}" if "seconds" in about else ""
+    rounds = about.get("rounds", 1)
+    settings = f" --bench-seconds {about['seconds']:g}" if "seconds" in about else ""
+    settings += f" --bench-rounds {rounds}" if rounds > 1 else ""
+    best = f"the best call of {rounds} rounds through all cases" if rounds > 1 else "the best call"
     lines = [
         "# Timings of the ops",
         "",
         f"{about['device']}, {about['cpus']} processors, instruction set {about['instruction set']}; "
         f"{about['compiler']}, {packages}, {about['python']}; {about['date']}, commit "
-        f"{about['commit']}. Record: `{record}`, made by `pytest benchmarks/ --benchmark-only{seconds} "
+        f"{about['commit']}. Record: `{record}`, made by `pytest benchmarks/ --benchmark-only{settings} "
         "--bench-record RECORD`.",
         "",
-        "Contestants take turns of two to five calls in a row, and the best call counts: so threads are awake, as in",
+        f"Contestants take turns of two to five calls in a row, and {best} counts: so threads are awake, as in",
         "a network, and what fits in a cache may lie there, for every contestant and for the floor. *eager* is the",
         "shortest PyTorch that a good user would write, *compile* is `torch.compile` of it, *native op* the one ATen",
         "operator that does the heart of it. The floor is the time to move as many bytes as the op must, measured in",
