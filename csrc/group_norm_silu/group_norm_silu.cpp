@@ -177,9 +177,9 @@ std::vector<Tensor> group_norm_silu_backward(
     a.dresidual = image(dresidual, a.shape), a.dx2 = image(dx2, a.shape);
     a.mean = static_cast<double*>(mean.data_ptr()), a.rstd = static_cast<float*>(rstd.data_ptr());
     const int64_t spans = a.shape.nhwc ? a.spans : 1;
-    std::vector<ChannelSums> sums(batch * spans * channels);
-    std::vector<float> coefficients(2 * batch * channels);
-    a.sums = sums.data(), a.coefficients = coefficients.data();
+    const auto sums = std::make_unique_for_overwrite<double[]>(batch * spans * SUMS * channels);
+    const auto coefficients = std::make_unique_for_overwrite<float[]>(2 * batch * channels);
+    a.sums = sums.get(), a.coefficients = coefficients.get();
     passes(a, true, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
            FASTDDPM_KERNEL(group_norm_backward_apply));
 
@@ -188,17 +188,21 @@ std::vector<Tensor> group_norm_silu_backward(
     const bool per_sample = channel_bias && channel_bias->dim() == 2;
     std::vector<double> dchannel_bias(!channel_bias ? 0 : per_sample ? batch * channels : channels);
     const int64_t of_group = channels / groups;
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t c = 0, next = 0, g = -1; c < channels; ++c) {
-            if (c == next) next += of_group, ++g;
-            const int64_t i = b * channels + c;
-            const ChannelSums& s = sums[b * spans * channels + c];
-            const double da_n = s.da_centred * a.rstd[b * groups + g], factor = scale ? 1 + number(*scale, i) : 1.0;
-            dweight[c] += factor * da_n, dbias[c] += factor * s.da;
-            if (scale) dscale[i] = number(weight, c) * da_n + number(bias, c) * s.da;
-            if (shift) dshift[i] = s.da;
-            if (channel_bias) dchannel_bias[per_sample ? i : c] += s.dx;
+    std::vector<double> da_n(channels), factor(channels, 1.0);
+    for (int64_t b = 0; b < batch; ++b) {
+        const double *of_sample = sums.get() + b * spans * SUMS * channels, *da = of_sample + DA * channels;
+        const double *da_centred = of_sample + DA_CENTRED * channels, *dx_sum = of_sample + DX * channels;
+        const int64_t first = b * channels;
+        for (int64_t g = 0, c = 0; g < groups; ++g)
+            for (const double rstd = a.rstd[b * groups + g]; c < (g + 1) * of_group; ++c) da_n[c] = da_centred[c] * rstd;
+        for (int64_t c = 0; scale && c < channels; ++c) {
+            factor[c] = 1 + number(*scale, first + c);
+            dscale[first + c] = number(weight, c) * da_n[c] + number(bias, c) * da[c];
         }
+        for (int64_t c = 0; c < channels; ++c) dweight[c] += factor[c] * da_n[c], dbias[c] += factor[c] * da[c];
+        if (shift) std::copy_n(da, channels, &dshift[first]);
+        for (int64_t c = 0; channel_bias && c < channels; ++c) dchannel_bias[per_sample ? first + c : c] += dx_sum[c];
+    }
     std::vector<Tensor> gradients{dx, rounded(dweight, weight), rounded(dbias, bias)};
     if (channel_bias) gradients.push_back(rounded(dchannel_bias, *channel_bias));
     if (scale) gradients.push_back(rounded(dscale, *scale));

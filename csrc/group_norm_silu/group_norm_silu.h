@@ -5,11 +5,9 @@
 
 namespace fastddpm {
 
-// What is summed over the pixels of a channel in backward.
-struct ChannelSums {
-    double da, da_centred, centred, dh;
-    double dx;  // the finish derives it from the others
-};
+// What is summed over the pixels of each channel in backward, a row of C numbers each. The finish derives DX from the
+// others, where the gradient of a channel bias is made of it.
+enum Sum { DA, DA_CENTRED, CENTRED, DH, DX, SUMS };
 
 // Moments of the elements of one group in one span.
 struct Moments {
@@ -32,7 +30,7 @@ struct GroupNorm {
     double* mean;           // [B, G]
     float* rstd;            // [B, G]
     Moments* moments;       // [B, spans, G], in NCHW order [B, G]
-    ChannelSums* sums;      // [B, spans, C], in NCHW order [B, C]; finish leaves the totals in span 0
+    double* sums;           // [B, spans, SUMS, C], in NCHW order [B, SUMS, C]; finish leaves the totals in span 0
     float* coefficients;    // [B, C, 2], of dx: finish_backward makes them
     float* kept;            // da, [C, H, W] of the sample at hand; or it is made again
     int64_t past_caches;    // bytes from which on a tensor of float32 is written past the caches

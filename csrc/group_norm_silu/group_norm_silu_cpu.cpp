@@ -625,6 +625,11 @@ void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     if (past) fence();
 }
 
+template <class T>
+INLINE void add(const T* more, int64_t count, double* total) {
+    for (int64_t i = 0; i < count; ++i) total[i] += more[i];
+}
+
 // Where da of a block is kept from the first pass of backward to the second, if it is: in the rows of x, or of a dense block
 // where x is gathered.
 INLINE float* kept_at(const GroupNorm& a, const Block& b) {
@@ -645,13 +650,13 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
     for (int64_t item = begin, last = -1; item < end; ++item) {
         if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
         last = item / a.spans;
-        ChannelSums* total = a.sums + (NHWC ? item : last) * channels;
         const int64_t first = NHWC ? 0 : item % a.spans * (channels / a.groups);
         const int64_t here = NHWC ? channels : channels / a.groups;
-        for (int64_t c = first; c < first + here; ++c) total[c] = {};
+        double* total = a.sums + (NHWC ? item : last) * SUMS * channels + first;
+        for (int sum : {DA, DA_CENTRED, CENTRED, DH}) memset(total + sum * channels, 0, 8 * here);
         for_blocks<NHWC>(a, item, [&](const Block& b) {
             const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
-            const BlockSums of_block{sums, sums + here, sums + 2 * here, sums + 3 * here};
+            const BlockSums of_block{sums + DA * here, sums + DA_CENTRED * here, sums + CENTRED * here, sums + DH * here};
             memset(sums, 0, 16 * here);
             if (factors) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
@@ -674,12 +679,7 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
                     sum_centred<NHWC>(dense(b), gradient, rows, of_block.dh, rows + channels);
                 }
             }
-            for (int64_t c = 0; c < here; ++c) {
-                total[first + c].da += of_block.da[c];
-                total[first + c].da_centred += of_block.da_centred[c];
-                total[first + c].centred += of_block.centred[c];
-                total[first + c].dh += of_block.dh[c];
-            }
+            for (int sum : {DA, DA_CENTRED, CENTRED, DH}) add(sums + sum * here, here, total + sum * channels);
         });
     }
 }
@@ -742,35 +742,32 @@ void finish(const GroupNorm& a, int64_t begin, int64_t end) {
 template <bool NHWC>
 void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = a.shape.channels, of_group = channels / a.groups, spans = NHWC ? a.spans : 1;
-    const double count = double(of_group) * a.shape.height * a.shape.width;
+    const double pixels = double(a.shape.height) * a.shape.width, count = double(of_group) * pixels;
     Scratch s{scratch};
     float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
     float* rows = s.take(2 * channels + 16);
     for (int64_t sample = begin; sample < end; ++sample) {
-        ChannelSums* total = a.sums + sample * spans * channels;
-        for (int64_t k = 1; k < spans; ++k)
-            for (int64_t c = 0; c < channels; ++c) {
-                const ChannelSums& more = total[k * channels + c];
-                total[c].da += more.da, total[c].da_centred += more.da_centred;
-                total[c].centred += more.centred, total[c].dh += more.dh;
-            }
+        double* total = a.sums + sample * spans * SUMS * channels;
+        for (int64_t k = 1; k < spans; ++k) add(total + k * SUMS * channels, (DH + 1) * channels, total);
         affine_of(a, sample, centre, gain, offset, rows);  // the gain with rstd in it
         float *slope = a.coefficients + 2 * sample * channels, *level = slope + channels;
+        double *da = total + DA * channels, *da_centred = total + DA_CENTRED * channels, *dx = total + DX * channels;
+        const double *centred = total + CENTRED * channels, *dh = total + DH * channels;
+        for (int64_t c = 0; c < channels; ++c) da_centred[c] -= rows[c] * da[c];  // centred about the mean itself
         for (int64_t g = 0; g < a.groups; ++g) {
             const double rstd = a.rstd[sample * a.groups + g];
             double dn = 0, dn_centred = 0;  // rstd times their sums
             for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
-                total[c].da_centred -= rows[c] * total[c].da;  // centred about the mean itself
-                total[c].centred -= rows[c] * double(a.shape.height * a.shape.width);
-                dn += gain[c] * total[c].da;
-                dn_centred += gain[c] * total[c].da_centred;
+                dn += gain[c] * da[c];
+                dn_centred += gain[c] * da_centred[c];
             }
+            const double mean = dn / count, inclination = rstd * rstd * dn_centred / count;
             for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
-                slope[c] = static_cast<float>(-rstd * rstd * dn_centred / count);
-                level[c] = static_cast<float>(-dn / count - double(slope[c]) * rows[c]);
-                total[c].dx = gain[c] * total[c].da - dn / count * double(a.shape.height * a.shape.width) -
-                              rstd * rstd * dn_centred / count * total[c].centred + total[c].dh;
+                slope[c] = static_cast<float>(-inclination);
+                level[c] = static_cast<float>(-mean - double(slope[c]) * rows[c]);
             }
+            for (int64_t c = g * of_group; a.channel_bias.data && c < (g + 1) * of_group; ++c)
+                dx[c] = gain[c] * da[c] - mean * pixels - inclination * (centred[c] - rows[c] * pixels) + dh[c];
         }
     }
 }
