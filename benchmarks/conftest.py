@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,19 +116,15 @@ def threads_to_try(config: pytest.Config) -> list[int]:
     return sorted({1, max(1, cores - 1)})
 
 
-NOT_PARAMETRIZED = SimpleNamespace(params={})
-
-
 def round_of(item: pytest.Item) -> int:
-    number: int = getattr(item, "callspec", NOT_PARAMETRIZED).params.get("bench_round", 0)
-    return number
+    """A machine may be slowed down by others for minutes: all cases are gone through, then all again."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("bench_round", 0) if callspec else 0
 
 
 @pytest.fixture(autouse=True)
-def bench_round(request: pytest.FixtureRequest) -> int:
-    """A machine may be slowed down by others for minutes: all cases are gone through, then all again."""
-    number: int = getattr(request, "param", 0)
-    return number
+def bench_round() -> None:
+    """What `pytest_generate_tests` gives each round as."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -163,13 +158,18 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Iterator[Callable[..
         best = best_so_far(pytestconfig, (case, dtype, threads), timed)
         floor = max(best[name] for name in floors)
         for name in contestants:
-            row = Row(case, dtype, threads, name, best[name], size, floor, best["eager"] / best[name])
-            pytestconfig.stash[ROWS][case, dtype, threads, name] = row
+            ratio = best["eager"] / best[name]
+            keep_row(pytestconfig, Row(case, dtype, threads, name, best[name], size, floor, ratio))
         benchmark.extra_info.update(bytes=size, floor=floor, to_eager=best["eager"] / best["fastddpm"])
         benchmark.pedantic(contestants["fastddpm"], rounds=3)
 
     yield run
     torch.set_num_threads(before)
+
+
+def keep_row(config: pytest.Config, row: Row) -> None:
+    """In place of that of the round before."""
+    config.stash[ROWS][row.case, row.dtype, row.threads, row.contestant] = row
 
 
 def best_so_far(config: pytest.Config, case: tuple[str, str, int], timed: dict[str, float]) -> dict[str, float]:

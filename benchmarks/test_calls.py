@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.calls import CASES, TIMES, calls_of, yardsticks
-from benchmarks.conftest import ROWS, Row, best_so_far, turns
+from benchmarks.conftest import Row, best_so_far, keep_row, turns
 from benchmarks.report import CALL, YARDSTICKS
 
 
@@ -32,6 +32,5 @@ def test_call(op: str, benchmark: Any, pytestconfig: pytest.Config) -> None:
     seconds = {name: best[name] / TIMES for name in calls}
     for name, least in seconds.items():
         to_eager = seconds["eager"] / least if "eager" in seconds else 0.0
-        row = Row(CALL + op, "float32", 1, name, least, 0, 0.0, to_eager)
-        pytestconfig.stash[ROWS][row.case, row.dtype, row.threads, name] = row
+        keep_row(pytestconfig, Row(CALL + op, "float32", 1, name, least, 0, 0.0, to_eager))
     benchmark.pedantic(next(iter(calls.values())), rounds=3)
