@@ -27,7 +27,8 @@ void plan(GroupNorm& a) {
     a.draw_scratch = a.draw.sample ? 4 * (a.block + 2 * MOST_DRAWN) : 0;
     // one thread alone waits for each line that it writes to be read; of several the caches take somewhat more
     a.past_caches = torch::stable::get_num_threads() == 1 ? 8 << 20 : 16 << 20;
-    a.scratch = 16 * 16 + 12 * (channels + 32) + 5 * of_block + a.draw_scratch + 2 * a.groups;
+    a.row = ceil_div(channels, 16) * 16;
+    a.scratch = ceil_div(7 * a.row + 5 * of_block + a.draw_scratch + 16 * 16, 16) * 16;
 }
 
 constexpr int64_t MOST_KEPT = 1 << 20;  // elements, 4 MB: of more, to make da again takes no longer than to keep it
@@ -39,19 +40,27 @@ bool is_uneven(const GroupNorm& a) {
     return 4 * ceil_div(batch, threads) * a.spans > 5 * ceil_div(batch * a.spans, threads);
 }
 
-// Three passes over the samples: each thread takes whole samples, which then stay in its cache, or, where there are too
-// few to go round, parts of one.
-// ``keep``: backward; each thread then has memory for what one sample keeps from the first pass to the last.
-template <class First, class Middle, class Last>
-void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last) {
+// Memory of a thread that works on one sample at a time: for its numbers, for the kernels, which is returned, and, with
+// ``keep``, for what it keeps from the first pass of backward to the last.
+float* own_memory(GroupNorm& a, bool keep) {
+    const int64_t numbers = NUMBERS * a.row, elements = a.shape.channels * a.shape.height * a.shape.width;
+    a.numbers = scratch(numbers + a.scratch + (keep ? elements : 0)), a.numbers_stride = 0;
+    a.kept = keep ? a.numbers + numbers + a.scratch : nullptr;
+    return a.numbers + numbers;
+}
+
+// The numbers of each sample that are known before, if any, and three passes over the samples: each thread takes whole
+// samples, which then stay in its cache, or, where there are too few to go round, parts of one.
+// ``keep``: backward.
+template <class Before, class First, class Middle, class Last>
+void passes(const GroupNorm& a, bool keep, Before before, First first, Middle middle, Last last) {
     const int64_t batch = a.shape.batch, elements = a.shape.channels * a.shape.height * a.shape.width;
     if (!is_uneven(a) || batch * elements < 65536) {
         parallel(batch, 2 * elements, [&](int64_t begin, int64_t end) {
-            const bool own = keep && elements <= MOST_KEPT;
-            float* memory = scratch(a.scratch + (own ? elements : 0));
             GroupNorm mine = a;
-            mine.kept = own ? memory + a.scratch : nullptr;
+            float* memory = own_memory(mine, keep && elements <= MOST_KEPT);
             for (int64_t b = begin; b < end; ++b) {
+                before(mine, b, b + 1, memory);
                 first(mine, b * a.spans, (b + 1) * a.spans, memory);
                 middle(mine, b, b + 1, memory);
                 last(mine, b * a.spans, (b + 1) * a.spans, memory);
@@ -59,12 +68,15 @@ void passes(const GroupNorm& a, bool keep, First first, Middle middle, Last last
         });
         return;
     }
+    GroupNorm all = a;
+    all.numbers_stride = NUMBERS * a.row, all.numbers = scratch<1>(batch * all.numbers_stride);
     const auto spans = [&](auto kernel) {
         parallel(batch * a.spans, elements / a.spans,
-                 [&](int64_t begin, int64_t end) { kernel(a, begin, end, scratch(a.scratch)); });
+                 [&](int64_t begin, int64_t end) { kernel(all, begin, end, scratch(a.scratch)); });
     };
+    before(all, int64_t(0), batch, scratch(a.scratch));
     spans(first);
-    middle(a, int64_t(0), batch, scratch(a.scratch));
+    middle(all, int64_t(0), batch, scratch(a.scratch));
     spans(last);
 }
 
@@ -84,9 +96,10 @@ void shared_passes(const GroupNorm& a, First first, Middle middle, Last last) {
     const int64_t parts = ceil_div(a.shape.height * a.shape.width, a.block);
     const int64_t size = a.shape.batch * a.groups, elements = a.shape.channels * a.shape.height * a.shape.width;
     parallel(a.shape.batch * parts, 2 * ceil_div(elements, parts), [&](int64_t begin, int64_t end) {
-        float* memory = scratch(a.scratch);
+        GroupNorm own = a;
+        float* memory = own_memory(own, false);
         for (int64_t b = begin / parts; b * parts < end; ++b) {
-            GroupNorm mine = a;
+            GroupNorm mine = own;
             std::vector<Moments> moments;
             std::vector<double> mean;
             std::vector<float> rstd;
@@ -154,8 +167,9 @@ std::vector<Tensor> group_norm_silu(
     const auto run = [&](auto how) {
         how(FASTDDPM_KERNEL(group_norm_statistics), FASTDDPM_KERNEL(group_norm_finish), FASTDDPM_KERNEL(group_norm_apply));
     };
+    const auto nothing = [](const GroupNorm&, int64_t, int64_t, float*) {};
     if (in_shares(a)) run([&](auto... kernels) { shared_passes(a, kernels...); });
-    else run([&](auto... kernels) { passes(a, false, kernels...); });
+    else run([&](auto... kernels) { passes(a, false, nothing, kernels...); });
     return outputs;
 }
 
@@ -178,10 +192,9 @@ std::vector<Tensor> group_norm_silu_backward(
     a.mean = static_cast<double*>(mean.data_ptr()), a.rstd = static_cast<float*>(rstd.data_ptr());
     const int64_t spans = a.shape.nhwc ? a.spans : 1;
     const auto sums = std::make_unique_for_overwrite<double[]>(batch * spans * SUMS * channels);
-    const auto coefficients = std::make_unique_for_overwrite<float[]>(2 * batch * channels);
-    a.sums = sums.get(), a.coefficients = coefficients.get();
-    passes(a, true, FASTDDPM_KERNEL(group_norm_backward_sums), FASTDDPM_KERNEL(group_norm_backward_finish),
-           FASTDDPM_KERNEL(group_norm_backward_apply));
+    a.sums = sums.get();
+    passes(a, true, FASTDDPM_KERNEL(group_norm_backward_numbers), FASTDDPM_KERNEL(group_norm_backward_sums),
+           FASTDDPM_KERNEL(group_norm_backward_finish), FASTDDPM_KERNEL(group_norm_backward_apply));
 
     // The parameters need the sums alone.
     std::vector<double> dweight(channels), dbias(channels), dscale(scale ? batch * channels : 0), dshift(shift ? batch * channels : 0);

@@ -134,11 +134,10 @@ INLINE void sum_centred(const Block& b, const T* x, const float* centre, float* 
     });
 }
 
-// Per channel of the block: a = (x - centre) gain + offset is what goes into the activation. centre is the mean less the
-// channel bias, rounded; what the rounding took away is in the offset, so that a large mean costs no digits.
-struct Affine {
-    const float *centre, *gain, *offset;
-    Affine from(int64_t c) const { return {centre + c, gain + c, offset + c}; }
+// The numbers of a sample from one channel on.
+struct Numbers {
+    const float *centre, *gain, *offset, *slope, *level;
+    Numbers from(int64_t c) const { return {centre + c, gain + c, offset + c, slope + c, level + c}; }
 };
 
 // f(strip, offset in x, and in all, channel of k, n) over a block in the order of memory: vectors of n lanes, W apart.
@@ -194,7 +193,7 @@ INLINE void put(T* p, VF x, int64_t n, bool past) {
 
 // With the activation, gain and offset are those of -a log2(e), which silus takes.
 template <bool NHWC, class T>
-INLINE void normalise(const Block& b, const T* x, const Affine& p, bool activation, const float* factor, T* y,
+INLINE void normalise(const Block& b, const T* x, const Numbers& p, bool activation, const float* factor, T* y,
                       bool past = false) {
     past = past && can_stream(y, b.apart);
     for_runs<NHWC>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
@@ -220,7 +219,7 @@ struct BlockSums {
 
 // ``kept``, where it is given, takes da, in the rows of x.
 template <bool NHWC, class T>
-INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine& p, bool activation,
+INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Numbers& p, bool activation,
                           const float* factor, const BlockSums& out, float* kept) {
     const int64_t rows = rows_at_a_time<T>(b, 8192);
     for_strips<NHWC, 1>(b, rows, [=](auto strip, int64_t c, Walk in, Walk all, int64_t count, int64_t n)
@@ -263,11 +262,10 @@ INLINE void sum_gradients(const Block& b, const T* x, const T* dy, const Affine&
     });
 }
 
-// dx = da gain + (h - mean) slope + level + dh, the gain with rstd in it; da as kept, or made again from dy.
+// dx = da gain + (x - centre) slope + level + dh; da as kept, or made again from dy.
 template <bool NHWC, class T>
-INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Affine& p, const float* slope,
-                          const float* level, bool activation, const float* factor, const float* kept, T* dx,
-                          bool past = false) {
+INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, const Numbers& p, bool activation,
+                          const float* factor, const float* kept, T* dx, bool past = false) {
     past = past && can_stream(dx, b.stride);
     // half as many side by side: where da is made again, twice as many would not fit in the registers
     for_runs<NHWC, HALF>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
@@ -286,7 +284,7 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
             if (activation) before_activation(da, a);
         }
         side_by_side<K>([&](int k) {
-            VF d = fused(da[k], of(p.gain, k), fused(centred[k], of(slope, k), of(level, k)));
+            VF d = fused(da[k], of(p.gain, k), fused(centred[k], of(p.slope, k), of(p.level, k)));
             if (dh) d += load(dh + in + k * W, n);
             put(dx + in + k * W, d, n, past);
         });
@@ -422,12 +420,19 @@ INLINE void centre_channels(int64_t channels, const float* mean, const float* bi
     });
 }
 
-// gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift, centre = mean - channel_bias, and ``t``: two rows,
-// of which the first takes what the rounding of centre left.
-INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* gain, float* offset, float* t) {
+INLINE float* numbers_of(const GroupNorm& a, int64_t sample) { return a.numbers + sample * a.numbers_stride; }
+INLINE Numbers numbers_from(const GroupNorm& a, int64_t sample, int64_t channel) {
+    const float* p = numbers_of(a, sample) + channel;
+    return {p + CENTRE * a.row, p + GAIN * a.row, p + OFFSET * a.row, p + SLOPE * a.row, p + LEVEL * a.row};
+}
+
+// centre = mean - channel_bias, gain = weight (1 + scale) rstd, offset = bias (1 + scale) + shift: a mean far from 0 costs no
+// digits, for what the rounding of centre leaves is taken from the offset. ``factor``: a row.
+INLINE void make_numbers(const GroupNorm& a, int64_t sample, float* factor) {
     const int64_t channels = a.shape.channels, of_group = channels / a.groups;
-    float *bias = t, *factor = t + (channels + 15) / 16 * 16;
-    channel_biases(a, sample, bias);
+    float *p = numbers_of(a, sample), *centre = p + CENTRE * a.row, *gain = p + GAIN * a.row;
+    float *offset = p + OFFSET * a.row, *rest = p + REST * a.row;
+    channel_biases(a, sample, rest);
     read_channels(a.weight, sample, channels, gain);
     read_channels(a.bias, sample, channels, offset);
     if (a.scale.data) {
@@ -440,15 +445,15 @@ INLINE void affine_of(const GroupNorm& a, int64_t sample, float* centre, float* 
     }
     for (int64_t g = 0; g < a.groups; ++g) {
         const double exact = a.mean[sample * a.groups + g];
-        const float mean = static_cast<float>(exact), rest = static_cast<float>(exact - mean);
+        const float mean = static_cast<float>(exact), left = static_cast<float>(exact - mean);
         const float rstd = a.rstd[sample * a.groups + g];
-        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = mean, factor[c] = rest, gain[c] *= rstd;
+        for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) centre[c] = mean, factor[c] = left, gain[c] *= rstd;
     }
-    centre_channels(channels, centre, bias, centre, bias);
+    centre_channels(channels, centre, rest, centre, rest);
     for_vectors(channels, [&](int64_t c, int64_t n) {
-        const VF rest = load(bias + c, n) + load(factor + c, n);
-        store(bias + c, rest, n);
-        store(offset + c, load(offset + c, n) - rest * load(gain + c, n), n);
+        const VF whole = load(rest + c, n) + load(factor + c, n);
+        store(rest + c, whole, n);
+        store(offset + c, load(offset + c, n) - whole * load(gain + c, n), n);
     });
 }
 
@@ -589,20 +594,15 @@ template <bool NHWC>
 void apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
     Scratch s{scratch};
-    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
-    float *rows = s.take(2 * channels + 16), *bias = s.take(channels);
+    float* bias = s.take(channels);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *out = s.take(size);
     const bool past = is_past_caches(a, a.y);
     for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // what the pass before read last is nearest
-        if (item / a.spans != last) {
-            last = item / a.spans;
-            affine_of(a, last, centre, gain, offset, rows);
-            for (int64_t c = 0; a.activation && c < channels; ++c) gain[c] *= MINUS_LOG2_E, offset[c] *= MINUS_LOG2_E;
-            if (a.h.data) channel_biases(a, last, bias);
-        }
+        if (a.h.data && item / a.spans != last) channel_biases(a, item / a.spans, bias);
+        last = item / a.spans;
         for_blocks<NHWC>(a, item, [&](const Block& b) {
-            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
+            const Numbers p = numbers_from(a, b.sample, b.channel);
             if (factors) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
                 for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image&) {
@@ -643,19 +643,17 @@ template <bool NHWC>
 void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
     Scratch s{scratch};
-    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
-    float *rows = s.take(2 * channels + 16), *sums = s.take(4 * channels);
+    float *sums = s.take(4 * channels), *zeros = s.take(channels), *squares = s.take(channels);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size);
-    for (int64_t item = begin, last = -1; item < end; ++item) {
-        if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
-        last = item / a.spans;
+    memset(zeros, 0, 4 * channels);
+    for (int64_t item = begin; item < end; ++item) {
         const int64_t first = NHWC ? 0 : item % a.spans * (channels / a.groups);
         const int64_t here = NHWC ? channels : channels / a.groups;
-        double* total = a.sums + (NHWC ? item : last) * SUMS * channels + first;
+        double* total = a.sums + (NHWC ? item : item / a.spans) * SUMS * channels + first;
         for (int sum : {DA, DA_CENTRED, CENTRED, DH}) memset(total + sum * channels, 0, 8 * here);
         for_blocks<NHWC>(a, item, [&](const Block& b) {
-            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
+            const Numbers p = numbers_from(a, b.sample, b.channel);
             const BlockSums of_block{sums + DA * here, sums + DA_CENTRED * here, sums + CENTRED * here, sums + DH * here};
             memset(sums, 0, 16 * here);
             if (factors) dropout_factors(a, dense(b), factors, words);
@@ -675,8 +673,7 @@ void backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratc
                 sum_gradients<NHWC>(dense(b), input, gradient, p, a.activation, factors, of_block, kept_at(a, b));
                 if (a.dh.data) {
                     gather_gradient(a, a.dh, b, gradient);
-                    memset(rows, 0, 8 * channels);
-                    sum_centred<NHWC>(dense(b), gradient, rows, of_block.dh, rows + channels);
+                    sum_centred<NHWC>(dense(b), gradient, zeros, of_block.dh, squares);
                 }
             }
             for (int sum : {DA, DA_CENTRED, CENTRED, DH}) add(sums + sum * here, here, total + sum * channels);
@@ -688,27 +685,21 @@ template <bool NHWC>
 void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = a.shape.channels, size = a.block * (NHWC ? channels : channels / a.groups);
     Scratch s{scratch};
-    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
-    float* rows = s.take(2 * channels + 16);
     float *factors = a.draw.sample ? s.take(size + DRAWN) : nullptr, *words = s.take(a.draw_scratch);
     float *input = s.take(size), *gradient = s.take(size), *of_sum = s.take(size), *out = s.take(size);
-    for (int64_t item = end - 1, last = -1; item >= begin; --item) {  // as in apply
-        if (item / a.spans != last) affine_of(a, item / a.spans, centre, gain, offset, rows);
-        last = item / a.spans;
-        const float *slope = a.coefficients + 2 * last * channels, *level = slope + channels;
+    for (int64_t item = end - 1; item >= begin; --item) {  // as in apply
         for_blocks<NHWC>(a, item, [&](const Block& b) {
-            const Affine p{centre + b.channel, gain + b.channel, offset + b.channel};
-            const float *k1 = slope + b.channel, *k0 = level + b.channel, *kept = kept_at(a, b);
+            const Numbers p = numbers_from(a, b.sample, b.channel);
+            const float* kept = kept_at(a, b);
             if (factors && !kept) dropout_factors(a, dense(b), factors, words);
             if (in_place(a)) {
                 for_parts(a, b, [&](const Block& part, int64_t first, const Image& t, const Image& dt) {
                     with_output_type(t.dtype, t.data, [&](auto* x) {
                         using T = decltype(x);
                         const T dy = static_cast<T>(a.dy.data) + offset_of(a.dy, b) + first, none = nullptr;
-                        differentiate<NHWC>(part, x + offset_of(t, b), dy, none, p.from(first), k1 + first, k0 + first,
-                                            a.activation, factors ? factors + first : nullptr,
-                                            kept ? kept + first : nullptr, static_cast<T>(dt.data) + offset_of(dt, b),
-                                            is_past_caches(a, dt));
+                        differentiate<NHWC>(part, x + offset_of(t, b), dy, none, p.from(first), a.activation,
+                                            factors ? factors + first : nullptr, kept ? kept + first : nullptr,
+                                            static_cast<T>(dt.data) + offset_of(dt, b), is_past_caches(a, dt));
                     });
                 });
                 return;
@@ -716,8 +707,7 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
             gather_input(a, b, input);
             if (!kept) gather_gradient(a, a.dy, b, gradient);
             if (a.dh.data) gather_gradient(a, a.dh, b, of_sum);
-            differentiate<NHWC>(dense(b), input, gradient, a.dh.data ? of_sum : nullptr, p, k1, k0, a.activation, factors,
-                                kept, out);
+            differentiate<NHWC>(dense(b), input, gradient, a.dh.data ? of_sum : nullptr, p, a.activation, factors, kept, out);
             scatter_block(a, a.dx, a.dx2, first_channels(a), b, out);
             if (a.dresidual.data) scatter_block(a, a.dresidual, Image{}, channels, b, out);
         });
@@ -725,9 +715,9 @@ void backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scrat
     if (is_past_caches(a, a.dx) || is_past_caches(a, a.dx2)) fence();
 }
 
-// Moments of the spans of samples begin .. end - 1, merged: mean and 1 / std of each group.
+// Moments of the spans of samples begin .. end - 1, merged: mean and 1 / std of each group, and the numbers of apply.
 template <bool NHWC>
-void finish(const GroupNorm& a, int64_t begin, int64_t end) {
+void finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     for (int64_t i = begin * a.groups; i < end * a.groups; ++i) {
         const int64_t sample = i / a.groups, g = i % a.groups, spans = NHWC ? a.spans : 1;
         Moments all{};
@@ -735,25 +725,27 @@ void finish(const GroupNorm& a, int64_t begin, int64_t end) {
         a.mean[i] = all.mean;
         a.rstd[i] = static_cast<float>(1 / __builtin_sqrt(all.squares / all.count + a.eps));
     }
+    for (int64_t sample = begin; sample < end; ++sample) {
+        make_numbers(a, sample, scratch);
+        float *gain = numbers_of(a, sample) + GAIN * a.row, *offset = numbers_of(a, sample) + OFFSET * a.row;
+        for (int64_t c = 0; a.activation && c < a.shape.channels; ++c) gain[c] *= MINUS_LOG2_E, offset[c] *= MINUS_LOG2_E;
+    }
 }
 
 // Totals of the sums of samples begin .. end - 1 in span 0, and what dx is made with:
 // dx = rstd (dn - mean(dn) - n mean(dn n)), dn = da gain, n = (h - mean) rstd, the means over the group.
 template <bool NHWC>
-void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+void backward_finish(const GroupNorm& a, int64_t begin, int64_t end) {
     const int64_t channels = a.shape.channels, of_group = channels / a.groups, spans = NHWC ? a.spans : 1;
     const double pixels = double(a.shape.height) * a.shape.width, count = double(of_group) * pixels;
-    Scratch s{scratch};
-    float *centre = s.take(channels), *gain = s.take(channels), *offset = s.take(channels);
-    float* rows = s.take(2 * channels + 16);
     for (int64_t sample = begin; sample < end; ++sample) {
         double* total = a.sums + sample * spans * SUMS * channels;
         for (int64_t k = 1; k < spans; ++k) add(total + k * SUMS * channels, (DH + 1) * channels, total);
-        affine_of(a, sample, centre, gain, offset, rows);  // the gain with rstd in it
-        float *slope = a.coefficients + 2 * sample * channels, *level = slope + channels;
+        float *p = numbers_of(a, sample), *slope = p + SLOPE * a.row, *level = p + LEVEL * a.row;
+        const float *gain = p + GAIN * a.row, *rest = p + REST * a.row;
         double *da = total + DA * channels, *da_centred = total + DA_CENTRED * channels, *dx = total + DX * channels;
         const double *centred = total + CENTRED * channels, *dh = total + DH * channels;
-        for (int64_t c = 0; c < channels; ++c) da_centred[c] -= rows[c] * da[c];  // centred about the mean itself
+        for (int64_t c = 0; c < channels; ++c) da_centred[c] -= rest[c] * da[c];  // centred about the mean itself
         for (int64_t g = 0; g < a.groups; ++g) {
             const double rstd = a.rstd[sample * a.groups + g];
             double dn = 0, dn_centred = 0;  // rstd times their sums
@@ -764,10 +756,10 @@ void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scra
             const double mean = dn / count, inclination = rstd * rstd * dn_centred / count;
             for (int64_t c = g * of_group; c < (g + 1) * of_group; ++c) {
                 slope[c] = static_cast<float>(-inclination);
-                level[c] = static_cast<float>(-mean - double(slope[c]) * rows[c]);
+                level[c] = static_cast<float>(-mean - double(slope[c]) * rest[c]);
             }
             for (int64_t c = g * of_group; a.channel_bias.data && c < (g + 1) * of_group; ++c)
-                dx[c] = gain[c] * da[c] - mean * pixels - inclination * (centred[c] - rows[c] * pixels) + dh[c];
+                dx[c] = gain[c] * da[c] - mean * pixels - inclination * (centred[c] - rest[c] * pixels) + dh[c];
         }
     }
 }
@@ -779,15 +771,20 @@ void backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scra
 void group_norm_statistics(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     FOR_ORDER(statistics)(a, begin, end, scratch);
 }
-void group_norm_finish(const GroupNorm& a, int64_t begin, int64_t end, float*) { FOR_ORDER(finish)(a, begin, end); }
+void group_norm_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    FOR_ORDER(finish)(a, begin, end, scratch);
+}
 void group_norm_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     FOR_ORDER(apply)(a, begin, end, scratch);
+}
+void group_norm_backward_numbers(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
+    for (int64_t sample = begin; sample < end; ++sample) make_numbers(a, sample, scratch);
 }
 void group_norm_backward_sums(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     FOR_ORDER(backward_sums)(a, begin, end, scratch);
 }
-void group_norm_backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
-    FOR_ORDER(backward_finish)(a, begin, end, scratch);
+void group_norm_backward_finish(const GroupNorm& a, int64_t begin, int64_t end, float*) {
+    FOR_ORDER(backward_finish)(a, begin, end);
 }
 void group_norm_backward_apply(const GroupNorm& a, int64_t begin, int64_t end, float* scratch) {
     FOR_ORDER(backward_apply)(a, begin, end, scratch);
