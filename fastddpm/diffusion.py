@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _graph, _native, ops, sampling, weighting
+from ._allocator import freed_memory_kept
 from ._calls import Calls, forget, loops_of
 from ._checks import is_dense
 from .nn import UNet
@@ -959,11 +960,14 @@ class GaussianDiffusion(nn.Module):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode (no dropout) and no gradients inside; the mode of each module is put back after."""
+        """Evaluation mode (no dropout) and no gradients inside; the mode of each module is put back after.
+
+        On a CPU glibc's allocator keeps inside what is freed (docs/memory.md).
+        """
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), freed_memory_kept(self.device):
                 yield
         finally:
             for module, training in modes:

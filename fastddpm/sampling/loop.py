@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from .._allocator import freed_memory_kept
 from .._calls import Loop, Loops
 from .._checks import check_dtype, check_shape
 from .._graph import Replayed
@@ -180,7 +181,7 @@ def sample_loop(
         )  # fmt: skip
         at.row.add_(1)
 
-    with torch.no_grad(), keep_transformed():
+    with torch.no_grad(), keep_transformed(), freed_memory_kept(device):
         for i in _counted(num_steps, progress):
             if loops is None:
                 loop.run(step)

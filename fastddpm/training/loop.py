@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import os
 import signal
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import _native
+from .._allocator import keep_freed_memory
 from .._calls import Repeated, forget
 from .._graph import Replayed, can_record
 from ..diffusion import GaussianDiffusion
@@ -47,7 +47,6 @@ from .scale import FIRST
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_WITHOUT_A_LINE = 30.0
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 HALF = 2**31  # of the 32-bit words of the noise
 
 
@@ -196,7 +195,7 @@ class Trainer:
                 "recompute out, and let the network recompute by itself"
             )
         if self.device.type == "cpu":
-            _keep_freed_memory(not c.recompute)
+            keep_freed_memory(not c.recompute)
         if c.compile:
             compile_network(diffusion.model, c.compile_mode)
         self._compiles = c.compile  # at the first step
@@ -686,18 +685,6 @@ class Trainer:
     def _say(self, text: str, always: bool = False) -> None:
         if self.progress or always:
             tqdm.write(text)
-
-
-def _keep_freed_memory(keep: bool) -> None:
-    """Have the allocator of glibc keep what is freed, from now on, or give blocks from 32 KiB on back to the system.
-
-    To get memory from the system again at every step takes time. But of what is kept some cannot be used again, since
-    blocks of the same size, aligned, do not fit where one was (docs/memory.md). Other allocators stay as they are.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 1 << 15)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else 1 << 15)
 
 
 @contextmanager

@@ -119,8 +119,8 @@ import torch
 from fastddpm.bench.memory import resident
 from fastddpm.nn.recompute import recomputed
 from fastddpm.ops import conv3x3
-from fastddpm.training.loop import _keep_freed_memory
-_keep_freed_memory(False)
+from fastddpm._allocator import keep_freed_memory
+keep_freed_memory(False)
 torch.set_num_threads(4)  # for more threads more tiles are kept
 x = torch.randn(1, 1, requires_grad=True)
 recomputed(torch.exp, x).backward()  # the code of backward is in memory, too, from here on

@@ -130,7 +130,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def stepping(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A training with dropout, classes that are left out, flips and all that a case asks for."""
-    monkeypatch.setattr("fastddpm.training.loop._keep_freed_memory", lambda keep: None)
+    monkeypatch.setattr("fastddpm.training.loop.keep_freed_memory", lambda keep: None)
     diffusion = toy_diffusion(dropout=0.1, num_classes=2, **STEPS[case].get("diffusion", {}))
     return toy_trainer(tmp_path, diffusion, stripes(True), **STEPS[case]["train"])
 
@@ -486,7 +486,7 @@ def test_freed_memory_is_kept_but_where_memory_is_what_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
 ) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr("fastddpm.training.loop._keep_freed_memory", calls.append)
+    monkeypatch.setattr("fastddpm.training.loop.keep_freed_memory", calls.append)
     toy_trainer(tmp_path, recompute=recompute).step()
     assert calls == [not recompute]
 
@@ -805,7 +805,7 @@ def test_a_step_recorded_on_a_cpu_has_the_bits_of_one_that_is_not(
     tmp_path: Path, case: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recorded from the fourth step on: batches, rates, counters and scales are read anew, and so are the weights."""
-    monkeypatch.setattr("fastddpm.training.loop._keep_freed_memory", lambda keep: None)
+    monkeypatch.setattr("fastddpm.training.loop.keep_freed_memory", lambda keep: None)
     happened = record_on_cpu(monkeypatch) if kind == "graph" else list_steps(monkeypatch)
     found = []
     for cuda_graph in ("on", "off"):

@@ -124,7 +124,7 @@ def test_steps_have_the_bits_of_those_that_cast(
 ) -> None:
     """Gradients are in half precision either way, and summed alike; but that those in float16 that are to wait in
     bfloat16 are not rounded before the first sum."""
-    monkeypatch.setattr("fastddpm.training.loop._keep_freed_memory", lambda keep: None)
+    monkeypatch.setattr("fastddpm.training.loop.keep_freed_memory", lambda keep: None)
     trainers = [
         toy_trainer(
             tmp_path / mirror, toy_diffusion(dropout=0.1), precision=precision, weight_mirror=mirror, **OPTIONS[case]

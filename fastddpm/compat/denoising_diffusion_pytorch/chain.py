@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ..._allocator import freed_memory_kept
 from ..._checks import is_nhwc
 from ...ops.kept import keep_transformed
 from ...schedule import Schedule, cosine_beta_schedule, extract, linear_beta_schedule
@@ -280,16 +281,17 @@ class Chain(nn.Module):
             "predict_start_from_v",
         )  # fmt: skip
         pred, states = None, [x]
-        for t in _bar(range(steps - 1, -1, -1)):
-            x_self_cond = pred if self.self_condition else None
-            if fused:
-                times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
-                out = self._network(x, times, x_self_cond, **options)
-                noise = torch.randn_like(x) if t > 0 else None
-                x, pred = _update(x, out, table, t, noise, 1.0)
-            else:
-                x, pred = self.p_sample(x, t, x_self_cond, **options)
-            states = [*states, x] if all_states else [x]
+        with freed_memory_kept(self.device):
+            for t in _bar(range(steps - 1, -1, -1)):
+                x_self_cond = pred if self.self_condition else None
+                if fused:
+                    times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
+                    out = self._network(x, times, x_self_cond, **options)
+                    noise = torch.randn_like(x) if t > 0 else None
+                    x, pred = _update(x, out, table, t, noise, 1.0)
+                else:
+                    x, pred = self.p_sample(x, t, x_self_cond, **options)
+                states = [*states, x] if all_states else [x]
         return states
 
     @keep_transformed()
@@ -303,19 +305,20 @@ class Chain(nn.Module):
             "model_predictions", "predict_start_from_noise", "predict_start_from_v", "predict_noise_from_start"
         )
         pred, states = None, [x]
-        for row, (t, after) in enumerate(_bar(pairs)):
-            times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
-            x_self_cond = pred if self.self_condition else None
-            if fused:
-                out = self._network(x, times, x_self_cond, **options)
-                # drawn for eta = 0, too: it moves the generator
-                noise = torch.randn_like(x) if after >= 0 else None
-                x, pred = _update(x, out, table, row, noise, 1.0 if clip else None)
-            else:
-                flags = {"clip_x_start": clip} | ({"rederive_pred_noise": True} if rederive else {})
-                eps, pred, *_ = self.model_predictions(x, times, x_self_cond, **flags, **options)
-                x = pred if after < 0 else self._ddim_step(x, pred, eps, t, after)
-            states = [*states, x] if all_states else [x]
+        with freed_memory_kept(self.device):
+            for row, (t, after) in enumerate(_bar(pairs)):
+                times = torch.full((len(x),), t, device=self.device, dtype=torch.long)
+                x_self_cond = pred if self.self_condition else None
+                if fused:
+                    out = self._network(x, times, x_self_cond, **options)
+                    # drawn for eta = 0, too: it moves the generator
+                    noise = torch.randn_like(x) if after >= 0 else None
+                    x, pred = _update(x, out, table, row, noise, 1.0 if clip else None)
+                else:
+                    flags = {"clip_x_start": clip} | ({"rederive_pred_noise": True} if rederive else {})
+                    eps, pred, *_ = self.model_predictions(x, times, x_self_cond, **flags, **options)
+                    x = pred if after < 0 else self._ddim_step(x, pred, eps, t, after)
+                states = [*states, x] if all_states else [x]
         return states
 
     def _ddim_step(self, x: Tensor, pred: Tensor, eps: Tensor, t: int, after: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import data
 from tqdm import tqdm
 
+from ..._allocator import freed_memory_kept
 from ...sampling.memory import available_memory
 from ...training.atomic import whole_file
 from ...training.decode import SMALL, usable_cores
@@ -178,7 +179,10 @@ class _Training:
         """Train until ``train_num_steps``; every ``save_and_sample_every`` steps write samples and a checkpoint."""
         shown = _Shown(self.device)
         main = self.accelerator.is_main_process
-        with tqdm(initial=self.step, total=self.train_num_steps, disable=not main) as bar:
+        with (
+            tqdm(initial=self.step, total=self.train_num_steps, disable=not main) as bar,
+            freed_memory_kept(self.device),
+        ):
             while self.step < self.train_num_steps:
                 shown.put(self._train_step())
                 if shown.value is not None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ... import diffusion as theory
 from ... import ops
+from ..._allocator import freed_memory_kept
 from ..._checks import FLOATS, is_dense
 from ..._graph import Replayed
 from ...sampling import ddim_table, ddpm_table
@@ -475,7 +476,7 @@ class GaussianDiffusion:
         batch = x_start.shape[0]
         many = self._timesteps_at_once(model, x_start, model_kwargs)
         model_kwargs = {} if model_kwargs is None else model_kwargs
-        with torch.no_grad():
+        with torch.no_grad(), freed_memory_kept(x_start.device):
             for last in range(self.num_timesteps, 0, -many):
                 steps = torch.arange(last - 1, max(last - many, 0) - 1, -1, device=x_start.device)
                 noise = torch.cat([torch.randn_like(x_start) for _ in steps])
@@ -647,20 +648,21 @@ class GaussianDiffusion:
         """From x_T to x_0: by a `solver_step` each where there is a table and x is a dense image, else by ``step``."""
         x = _start(model, shape, noise, device)
         fused = table is not None and _is_state(x)
-        for i, steps in enumerate(_bar(range(self.num_timesteps - 1, -1, -1), progress)):
-            t = torch.full((len(x),), steps, device=x.device)
-            with torch.no_grad():
-                if fused:
-                    assert table is not None
-                    out = self._output(model, x, t, model_kwargs)
-                    x_next, pred_xstart = ops.solver_step(
-                        x, _dense(out), table(x), i, clamp=1.0 if clip_denoised else None, noise=torch.randn_like(x)
-                    )
-                    made = {"sample": x_next, "pred_xstart": pred_xstart}
-                else:
-                    made = step(x, t)
-            yield made
-            x = made["sample"]
+        with freed_memory_kept(x.device):
+            for i, steps in enumerate(_bar(range(self.num_timesteps - 1, -1, -1), progress)):
+                t = torch.full((len(x),), steps, device=x.device)
+                with torch.no_grad():
+                    if fused:
+                        assert table is not None
+                        out = self._output(model, x, t, model_kwargs)
+                        x_next, pred_xstart = ops.solver_step(
+                            x, _dense(out), table(x), i, clamp=1.0 if clip_denoised else None, noise=torch.randn_like(x)
+                        )
+                        made = {"sample": x_next, "pred_xstart": pred_xstart}
+                    else:
+                        made = step(x, t)
+                yield made
+                x = made["sample"]
 
     def _in_place(
         self, table: Tensor, model: Model, x: Tensor, clip_denoised: bool, model_kwargs: Kwargs | None, progress: bool
@@ -678,7 +680,7 @@ class GaussianDiffusion:
 
         recorded = isinstance(model, UNetModel) and self.num_timesteps >= LEAST_RECORDED
         run = Replayed(x.device, "sampling", recorded)
-        with torch.no_grad():
+        with torch.no_grad(), freed_memory_kept(x.device):
             for _ in _bar(range(self.num_timesteps), progress):
                 run(step)
         return x
