@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -186,19 +187,23 @@ def turns(calls: dict[str, Call], seconds: float, *, launches: bool = True) -> d
     On a GPU ``launches`` says whether what the host does is in it. A step, a sampling or a script takes what its user
     waits for, until the device is idle. An op is one among many, whose launches need not be waited for: `GpuClock`.
 
-    A turn is two to five calls in a row, about 2 ms of them: after a contestant that uses one thread the others sleep,
-    and the first call to want them pays some 100 us for waking them, which a network that keeps them busy does not.
-    In return what fits in a cache is found there, by each contestant and by the floors alike.
+    A turn is two to twenty calls in a row, about 4 ms of them: after a contestant that uses one thread the others
+    sleep, and the first call to want them pays some 100 us for waking them, which a network that keeps them busy does
+    not. And what fits in a cache is to be found there, by each contestant and by the floors alike: five calls do not
+    make good what a large copy before them has driven out. The order of the turns is drawn anew each time: else one
+    contestant would always come after that copy.
     """
     for call in calls.values():
         call()
     timed = {name: partial(waited, call) if launches else clock_of(call) for name, call in calls.items()}
     best = dict.fromkeys(calls, float("inf"))
-    end, count = time.perf_counter() + seconds, 0
+    end, count, order = time.perf_counter() + seconds, 0, list(timed.items())
+    draw = random.Random(0)
     while count < 3 or time.perf_counter() < end:
-        for name, read in timed.items():
-            left, begin = 5, time.perf_counter()
-            while left > 3 or (left > 0 and time.perf_counter() < begin + 2e-3):
+        draw.shuffle(order)
+        for name, read in order:
+            left, begin = 20, time.perf_counter()
+            while left > 18 or (left > 0 and time.perf_counter() < begin + 4e-3):
                 best[name] = min(best[name], read())
                 left -= 1
         count += 1
@@ -268,10 +273,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = list(config.stash[ROWS].values())
     if not rows:
         return
-    from benchmarks.report import UPDATED, calls_in, lines_of, verdicts
+    from benchmarks.report import TURNS, UPDATED, calls_in, lines_of, verdicts
 
     settings = {name: config.getoption(f"--bench-{name}") for name in ("seconds", "rounds")}
-    about = machine() | {"floor": UPDATED} | settings
+    about = machine() | {"floor": UPDATED, "turns": TURNS} | settings
     terminalreporter.section("against eager PyTorch")
     for line in (f"{name}: {value}" for name, value in about.items()):
         terminalreporter.write_line(line)

@@ -37,7 +37,8 @@ BARS = [
 CALL, YARDSTICKS, PYTHON = "call of ", "PyTorch", 6.8
 
 
-# How the floor of a record was measured, as its header has it; a record without the word is of the time before.
+# How a record was measured, as its header has it; one without the word is of the time before.
+FIVE, TURNS = "two to five calls in a row", "two to twenty calls in a row, in an order that is drawn"
 COPIED, UPDATED = "copy", "copy, or update in place"
 FLOORS = {
     COPIED: [
@@ -145,7 +146,7 @@ def markdown(
         f"{about['commit']}. Record: `{record}`, made by `pytest benchmarks/ --benchmark-only{settings} "
         "--bench-record RECORD`.",
         "",
-        f"Contestants take turns of two to five calls in a row, and {best} counts: so threads are awake, as in",
+        f"Contestants take turns of {about.get('turns', FIVE)}, and {best} counts: so threads are awake, as in",
         "a network, and what fits in a cache may lie there, for every contestant and for the floor. *eager* is the",
         "shortest PyTorch that a good user would write, *compile* is `torch.compile` of it, *native op* the one ATen",
         "operator that does the heart of it. The floor is the time to move as many bytes as the op must, measured in",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -43,3 +44,10 @@ def test_an_op_of_a_slow_host() -> None:
 
     assert 2e-5 < conftest.turns({"slow": call}, 0.0, launches=False)["slow"] < 5e-4
     assert conftest.turns({"slow": call}, 0.0)["slow"] > 2e-3
+
+
+def test_no_contestant_always_comes_after_the_same() -> None:
+    calls: list[str] = []
+    conftest.turns({name: lambda name=name: calls.append(name) for name in "abc"}, 0.02, launches=False)  # type: ignore[misc]
+    turns = [name for name, _ in itertools.groupby(calls)]
+    assert set(itertools.pairwise(turns)) >= {(a, b) for a in "abc" for b in "abc" if a != b}
