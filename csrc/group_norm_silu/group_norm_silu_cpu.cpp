@@ -176,6 +176,13 @@ INLINE void prefetch_lines(const char* p) {
     for (int64_t at = 0; at < 4 * LINE; at += LINE) __builtin_prefetch(p + at, 1);
 }
 
+// Of the page after this one a line, where what is at p is written past the caches: not for the line, but so that the
+// processor has found by then where that page lies, for which a write past the caches would wait.
+template <class T>
+INLINE void find_next_page(const T* p, int64_t size) {
+    if (starts_page(p, size)) __builtin_prefetch(reinterpret_cast<const char*>(p) + PAGE);
+}
+
 // Whether a float32 tensor is written past the caches, which could not hold it: it need not be read first.
 INLINE bool is_past_caches(const GroupNorm& a, const Image& t) {
     return t.dtype == DType::f32 && 4 * a.shape.batch * t.sample_stride >= a.past_caches;
@@ -200,7 +207,10 @@ INLINE void normalise(const Block& b, const T* x, const Numbers& p, bool activat
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
         if (!past && starts_page(y + at, K * W)) prefetch_lines(reinterpret_cast<const char*>(y + at) + PAGE);
-        if (past) side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(x + in + k * W) + PAGE); });
+        if (past) {
+            side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(x + in + k * W) + 2 * PAGE); });
+            find_next_page(y + at, K * W);
+        }
         VF a[K];
         side_by_side<K>([&](int k) {
             a[k] = (load(x + in + k * W, n) - of(p.centre, k)) * of(p.gain, k) + of(p.offset, k);
@@ -271,8 +281,8 @@ INLINE void differentiate(const Block& b, const T* x, const T* dy, const T* dh, 
     for_runs<NHWC, HALF>(b, [&](auto strip, int64_t in, int64_t at, int64_t channel, int64_t n) __attribute__((always_inline)) {
         constexpr int K = decltype(strip)::K;
         const auto of = [&](const float* q, int k) { return of_channel<NHWC>(q, NHWC ? channel + k * W : channel, n); };
-        if (!past)
-            side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(dx + in + k * W) + PAGE / 4, 1); });
+        if (past) find_next_page(dx + in, K * W);
+        else side_by_side<K>([&](int k) { __builtin_prefetch(reinterpret_cast<const char*>(dx + in + k * W) + PAGE / 4, 1); });
         VF centred[K], a[K], da[K];
         side_by_side<K>([&](int k) {
             const int64_t e = at + k * W;
