@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
 import os
@@ -21,6 +20,7 @@ import torch
 
 import fastddpm
 from fastddpm import _native
+from fastddpm._allocator import keep_freed_memory
 from fastddpm.bench import GpuClock
 
 Call = Callable[[], object]
@@ -98,11 +98,9 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 
 
 def keep_memory() -> None:
-    """Let the allocator keep what is freed, as it does in a long run: else a call may pay for new pages or not."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)
-        mallopt(-3, 2**30)
+    """Let the allocator keep what is freed, as it does in a long run, whatever samplers ask for: else a call may pay
+    for new pages or not."""
+    keep_freed_memory(True)
 
 
 def threads_to_try(config: pytest.Config) -> list[int]:

@@ -179,7 +179,7 @@ def markdown(
     for other in others:
         about, rows = read(other)
         lines += ["", f"With torch {about['packages']['torch']} on {about['device']}, {about['date']}, commit "
-                  f"{about['commit']} (`{other}`):", ""]  # fmt: skip
+                  f"{about['commit']}, turns of {about.get('turns', FIVE)} (`{other}`):", ""]  # fmt: skip
         lines += [f"- {line}" for line in verdicts(rows) if not line.endswith("not measured")]
     return "\n".join(lines + told)
 
