@@ -7,6 +7,7 @@ alone, such as a transformed filter or a weight in another dtype, is computed on
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -35,9 +36,20 @@ def record(function: Callable[..., Any], tensors: list[Tensor]) -> tuple[Any, Ca
     Raises:
         CannotRepeatError: it reads numbers from a tensor, or its result is none that torch.utils._pytree takes apart.
     """
-    with _Tape(tensors) as tape:
+    with _as_autocast_sees_it(), _Tape(tensors) as tape:
         result = function(*tensors)
     return result, tape.replay(result)
+
+
+@contextlib.contextmanager
+def _as_autocast_sees_it() -> Iterator[None]:
+    """In inference mode an operator that is made of others, such as einsum, reaches a tape whole, and what it is made of
+    no longer meets autocast. Outside it, without gradients, the tape sees the parts with their casts."""
+    if not (torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")):
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Tape(TorchDispatchMode):

@@ -151,6 +151,18 @@ def test_autocast_is_in_the_list_and_not_around_it() -> None:
         repeats(function, torch.randn(2, 4))
 
 
+def test_autocast_reaches_what_an_operator_is_made_of_in_inference_mode() -> None:
+    other = torch.randn(2, 3, 4)
+
+    def function(x: Tensor) -> Tensor:
+        product = torch.einsum("bij,bkj->bik", x.softmax(dim=-1), other.bfloat16())  # of two dtypes, but for autocast
+        with torch.autocast("cpu", enabled=False):
+            return F.silu(product.float() @ other, inplace=True)
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        repeats(function, torch.randn(2, 3, 4))
+
+
 def test_a_number_that_is_read_is_refused() -> None:
     def counting(x: Tensor) -> Tensor:
         return x * len(x.nonzero())
