@@ -43,8 +43,8 @@ def record(function: Callable[..., Any], tensors: list[Tensor]) -> tuple[Any, Ca
 
 @contextlib.contextmanager
 def _as_autocast_sees_it() -> Iterator[None]:
-    """In inference mode an operator that is made of others, such as einsum, reaches a tape whole, and what it is made of
-    no longer meets autocast. Outside it, without gradients, the tape sees the parts with their casts."""
+    """In inference mode an operator that is made of others, such as einsum, reaches a tape whole, and what it is made
+    of no longer meets autocast. Outside it, without gradients, the tape sees the parts with their casts."""
     if not (torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")):
         yield
         return

@@ -4,14 +4,15 @@ On a GPU, and in float32 where nothing better is known, these are torch's. On a 
 
 - a 3x3 convolution over enough pixels is `fastddpm.ops.conv3x3`, which multiplies 2.25 times less, in half precision 4
   times (on x86 with native code: measured with AVX-512, AVX2 and SSE; elsewhere not); on small maps, and in float32
-  behind an upsampling where torch's products are quick, it is a sum of such products (`patches`), with stride 2 to a
+  behind an upsampling, it is a sum of such products (`patches`) where torch's products are quick, with stride 2 to a
   small map one product; a 1x1 convolution is a linear layer over the pixels;
 - a linear layer is `fastddpm.ops.linear`, which converts and adds on the way, and attention
   `fastddpm.ops.self_attention`;
 - layers in half precision keep what they read and write in half precision, and compute in float32, or bfloat16 in pairs
   where the processor multiplies those faster: for torch, x86 processors of Intel without matrix units (AMX) multiply
   bfloat16 at half the rate of float32 (measured: docs/benchmarks.md), and there is no fast gradient of a convolution in
-  float16.
+  float16. Of AMD those with an instruction for pairs multiply bfloat16 at up to twice the rate: there a convolution
+  that is none of the above is torch's in inference; in training the gradient of its weight is in float32.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ LEAST_CHANNELS, FEW_CHANNELS = 16, 3
 MOST_PIXELS, LEAST_PIXELS = 16, 128
 """Of a map on which a 3x3 convolution is a sum of products, and of all maps of the batch, behind an upsampling too."""
 MOST_STRIDED = 64, 256
-"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product, and those in half precision."""
+"""Pixels of a map that a 3x3 convolution of stride 2 makes by one product, and those where torch is slow with it."""
 LEAST_TILES, LEAST_TRAINED, LEAST_KEPT = 128, 32, 4
-"""Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too, or
-once for many calls."""
+"""Of 2x2 pixels, from which on transforming the weights pays if it is done at each call, for the gradients, too (or
+where torch is slow with float32), or once for many calls."""
 MOST_TOKENS = 1024
 """Of one image, up to which attention is our own: in training, where its weights [B, heads, tokens, tokens] are kept,
 if these are at most two numbers for each of its result."""
@@ -76,6 +77,13 @@ def _multiplies_slowly() -> bool:
 
 
 @_constant
+def _multiplies_bfloat16_quickly() -> bool:
+    """Whether a convolution of bfloat16 takes torch down to half the time of one of float32 where there are no matrix
+    units: on AMD's processors that multiply pairs, measured on Zen 5."""
+    return _multiplies_slowly() and _native.multiplies_pairs()
+
+
+@_constant
 def _has_kernels() -> bool:
     """Whether conv3x3 and self_attention have their kernels, where they were measured."""
     return X86 and _native.available()
@@ -84,6 +92,11 @@ def _has_kernels() -> bool:
 def computes_in_float32(x: Tensor) -> bool:
     """Whether a layer widens its half-precision inputs."""
     return x.device.type == "cpu" and x.dtype in HALF and not _plain and _multiplies_half_slowly()
+
+
+def _is_quick(x: Tensor) -> bool:
+    """Whether torch convolves x quickly as it is, and nothing is lost by it: no gradient."""
+    return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and _multiplies_bfloat16_quickly()
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -115,6 +128,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
         if kind[:3] == (3, 3, 2) and _makes_a_small_map(x, weight, padding):
             return strided_conv3x3_product(F.pad(x, (padding,) * 4) if padding else x, weight, bias)
     if computes_in_float32(x):
+        if _is_quick(x):
+            return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
         return cast(Tensor, _Conv2d.apply(x, weight, bias, stride, padding))  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, bias, stride, padding)
 
@@ -173,7 +188,7 @@ def _pixels(x: Tensor) -> int:
 
 
 def _is_small(x: Tensor) -> bool:
-    return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS
+    return x.shape[2] * x.shape[3] <= MOST_PIXELS and _pixels(x) >= LEAST_PIXELS and not _multiplies_slowly()
 
 
 def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
@@ -181,12 +196,12 @@ def _makes_a_small_map(x: Tensor, weight: Tensor, padding: int) -> bool:
     height, width = ((size + 2 * padding - 1) // 2 for size in x.shape[2:])
     if not X86 or _dispatch._forced == "triton" or min(weight.shape[:2]) < LEAST_CHANNELS:
         return False
-    return 0 < height * width <= MOST_STRIDED[x.dtype in HALF]
+    return 0 < height * width <= MOST_STRIDED[x.dtype in HALF and not _is_quick(x)]
 
 
 def _can_be_transformed(x: Tensor, weight: Tensor) -> bool:
     # of few channels, too, where torch is slow with them: in half precision to few, and in training from few
-    few = x.dtype in HALF and (torch.is_grad_enabled() or weight.shape[1] >= LEAST_CHANNELS)
+    few = x.dtype in HALF and not _is_quick(x) and (torch.is_grad_enabled() or weight.shape[1] >= LEAST_CHANNELS)
     if min(weight.shape[:2]) < (FEW_CHANNELS if few else LEAST_CHANNELS):
         return False
     if x.dtype == torch.float64 or not _has_kernels():
@@ -198,7 +213,10 @@ def _is_transformed(x: Tensor, weight: Tensor) -> bool:
     if not _can_be_transformed(x, weight):
         return False
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    return tiles >= (LEAST_KEPT if is_kept() else LEAST_TRAINED if torch.is_grad_enabled() else LEAST_TILES)
+    if is_kept():
+        return tiles >= LEAST_KEPT
+    soon = torch.is_grad_enabled() or (_multiplies_slowly() and not _is_quick(x))
+    return tiles >= (LEAST_TRAINED if soon else LEAST_TILES)
 
 
 def _in_float32(

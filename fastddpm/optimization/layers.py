@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .._checks import is_nhwc
 from ..nn import layers
 from .fused import Fused, is_plain_conv
 
@@ -20,6 +22,8 @@ class FastConv2d(Fused):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.dim() != 4 or not is_square(self):
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
+        if lies_by_pixels(weight) and not is_nhwc(input):  # torch, too, would copy it, inside
+            input = input.contiguous(memory_format=torch.channels_last)
         return layers.conv2d(input, weight, bias, self.stride[0], self.padding[0])
 
 
@@ -33,6 +37,11 @@ class FastLinear(Fused):
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] to [.., N]."""
         return layers.linear(input, self.weight, self.bias)
+
+
+def lies_by_pixels(weight: Tensor) -> bool:
+    """Whether a weight [N, K, P, Q] is channels_last, of 1x1 filters, too, whose strides alone tell it."""
+    return is_nhwc(weight) and weight.stride(3) == weight.shape[1]
 
 
 def is_square(conv: Any) -> bool:

@@ -13,7 +13,7 @@ from .. import _native
 from .blocks import fit
 from .capture import CALLS, Captured, Frozen
 from .fused import Fused, exchange, give_back, patterns, untouched
-from .layers import fast_layer
+from .layers import fast_layer, lies_by_pixels
 from .norms import (
     ActivatedGroupNorm,
     FusedGroupNorm,
@@ -212,9 +212,9 @@ def _layers(module: nn.Module) -> None:
 def _order_weights(module: nn.Module) -> None:
     for m in module.modules():
         weight = m._parameters.get("weight") if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) else None
-        if weight is not None and not weight.is_contiguous(memory_format=torch.channels_last):
+        if weight is not None and not lies_by_pixels(weight):
             m.__dict__.setdefault(STRIDES, {}).setdefault("weight", weight.stride())
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            weight.data = torch.empty_like(weight.data, memory_format=torch.channels_last).copy_(weight.data)
 
 
 def keep_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

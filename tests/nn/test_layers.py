@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastddpm
 from fastddpm import UNet, _native
 from fastddpm.nn import layers
 from fastddpm.ops.kept import keep_transformed
@@ -179,6 +180,49 @@ def test_matrix_units_get_half_precision(name: str, autocast: bool, monkeypatch:
     inputs = numbers(shapes, torch.float32 if autocast else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(ours(*inputs), stock(*inputs))
+
+
+@pytest.fixture
+def quick_bfloat16(slow_half: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies pairs of bfloat16 for torch, too, and torch's float32 slowly."""
+    monkeypatch.setattr(layers, "_multiplies_slowly", lambda: True)
+    monkeypatch.setattr(layers, "_multiplies_bfloat16_quickly", lambda: True)
+
+
+@pytest.mark.usefixtures("quick_bfloat16")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_torch_convolves_quickly_is_left_to_it(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference in bfloat16; the gradients stay in float32, and so does float16."""
+    monkeypatch.setattr(layers, "conv3x3_products", refuse)
+    for side in (3, 5):
+        exact = numbers(dict(x=(2, 16, 4, 4), w=(24, 16, side, side), b=(24,)), torch.float32)
+        half = [p.bfloat16() for p in exact]
+        x, *parameters = exact if autocast else half
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.no_grad():
+                found = layers.conv2d(x, *parameters, padding=side // 2)
+            trained = layers.conv2d(x, *parameters, padding=side // 2)
+        assert torch.equal(found, F.conv2d(*half, padding=side // 2))
+        wide = F.conv2d(half[0].float(), *(p.float() for p in parameters), padding=side // 2)
+        assert torch.equal(trained, wide.bfloat16())
+
+
+@pytest.mark.skipif(not layers._has_kernels(), reason="no kernels of conv3x3")
+@pytest.mark.usefixtures("quick_bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "tiles"), [(torch.float32, 32), (torch.float16, 32), (torch.bfloat16, 128)], ids=str
+)
+@torch.no_grad()
+def test_fewer_tiles_suffice_where_torch_is_slow(
+    dtype: torch.dtype, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(layers, "conv3x3", lambda x, *rest: sizes.append(len(x)) or fastddpm.conv3x3(x, *rest))
+    weight = torch.randn(16, 16, 3, 3, dtype=dtype)
+    for size in (tiles // 4 - 1, tiles // 4):
+        x = torch.randn(size, 16, 4, 4).to(dtype, memory_format=torch.channels_last)
+        layers.conv2d(x, weight, padding=1)
+    assert sizes == [tiles // 4]
 
 
 def test_without_native_code_convolutions_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

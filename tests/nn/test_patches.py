@@ -72,13 +72,20 @@ def test_gradients_that_nobody_asks_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "taken"),
-    [((8, 8, 4, 4), True), ((7, 8, 4, 4), False), ((8, 8, 4, 8), False), ((128, 8, 1, 1), True)],
-    ids=["small", "few", "large", "least"],
+    ("shape", "slow", "taken"),
+    [
+        ((8, 8, 4, 4), False, True),
+        ((7, 8, 4, 4), False, False),
+        ((8, 8, 4, 8), False, False),
+        ((128, 8, 1, 1), False, True),
+        ((8, 8, 4, 4), True, False),
+    ],
+    ids=["small", "few", "large", "least", "slow products"],
 )
 def test_small_maps_of_enough_images_are_products(
-    shape: tuple[int, ...], taken: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], slow: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layers, "_multiplies_slowly", lambda: slow)
     calls: list[Any] = []
     monkeypatch.setattr(patches, "_products", lambda x, taps, bias: calls.append(taps) or real(x, taps, bias))
     conv, x = Conv2d(8, 6, 3, padding=1), torch.randn(shape).to(memory_format=torch.channels_last)

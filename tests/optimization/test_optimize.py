@@ -364,6 +364,7 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
     network = Two().eval()
     x = torch.randn(4, 3, 32, 32)
     monkeypatch.setattr(layers, "_multiplies_half_slowly", lambda: True)
+    monkeypatch.setattr(layers, "_multiplies_bfloat16_quickly", lambda: False)
     dtypes: list[torch.dtype] = []
     conv2d = F.conv2d
 
@@ -394,6 +395,29 @@ def test_convolutions_in_half_precision_may_compute_in_float32(monkeypatch: pyte
     )
     assert found.dtype == torch.bfloat16
     assert_within(found, expected, as_it_was.float())
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_convolution_that_is_given_the_other_order_copies_it_as_torch_would(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+    real = layers.conv2d
+
+    def watched(x: Tensor, *args: Any) -> Tensor:
+        given.append(x.is_contiguous(memory_format=torch.channels_last))
+        return real(x, *args)
+
+    monkeypatch.setattr(layers, "conv2d", watched)
+    conv = nn.Conv2d(16, 8, side, padding=side // 2)
+    before, x = conv.weight.stride(), torch.randn(2, 16, 8, 8)
+    expected = conv(x)
+    for channels_last in (False, True):
+        fastddpm.optimize(conv, channels_last=channels_last)
+        torch.testing.assert_close(conv(x), expected)
+    fastddpm.restore(conv)
+    assert given == [False, True]
+    assert conv.weight.stride() == before
 
 
 def waves(size: int) -> Tensor:
